@@ -1,0 +1,1 @@
+"""The commands a person types, the monitor, and what starts the supervisor. Never torch."""

@@ -1,0 +1,161 @@
+"""RunConfig: everything a run may be asked, each key with its meaning. Must not read files, and must not know any task.
+
+The docstring under a field is its text in `--help`, in the JSON Schema and in the docs. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", re.IGNORECASE)
+_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in "3.5GB" (decimal), "3.5GiB" (binary) or "1024". Raises ValueError."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write it like 3.5GB or 800MB")
+    unit = match[2].lower()
+    factor = 1024 ** "kmgt".find(unit[0]) * 1024 if "i" in unit else _UNITS[unit.rstrip("b") if unit != "b" else ""]
+    return int(float(match[1]) * factor)
+
+
+def _size(text: str) -> str:
+    parse_bytes(text)
+    return text
+
+
+def _limit(text: str) -> str:
+    if text == "auto":
+        return text
+    if re.fullmatch(r"\s*\d+(\.\d+)?\s*%\s*", text):
+        if not 0 < float(text.strip().rstrip("%")) <= 100:
+            raise ValueError(f"{text!r} is not between 0 % and 100 %")
+        return text
+    return _size(text)
+
+
+Size = Annotated[str, AfterValidator(_size)]
+Limit = Annotated[str, AfterValidator(_limit)]
+Auto = Literal["auto"]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, field docstrings are the documentation."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """What to learn from."""
+
+    path: str | None = None
+    """File or folder to learn from; without it the task brings its own data."""
+    size: int | None = Field(None, ge=1)
+    """Use the first N samples of a seeded shuffle (`--dataset-size`)."""
+    columns: dict[str, str | int] = Field(default_factory=dict)
+    """Which column (name, or number from 0 in a file without a header) holds what the task needs, e.g. {text: query}."""
+    eval_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of the data held out for evaluation."""
+
+
+class TrainConfig(Section):
+    """How to learn."""
+
+    epochs: int = Field(3, ge=1)
+    """Passes over the data."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many steps, even within an epoch."""
+    batch_size: int = Field(32, ge=1)
+    """The effective batch: samples per step, whatever the micro-batch."""
+    micro_batch: Annotated[int, Field(ge=1)] | Auto = "auto"
+    """Samples per forward pass; the rest of the batch is accumulated. auto: the whole batch, less after an out-of-memory."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: the fastest this machine computes natively."""
+    optimizer: Literal["adamw", "adam", "sgd", "adafactor"] = "adamw"
+    """adamw, adam and sgd run fused where torch has a fused kernel."""
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled for adamw and adafactor, L2 otherwise; never on biases and norms."""
+    scheduler: Literal["constant", "cosine", "linear", "polynomial"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises to lr."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Clip the gradient's global norm to this; null: do not clip."""
+    deterministic: StrictBool | Auto = "auto"
+    """auto: on, and operations without a deterministic kernel are named; true: they are errors; false: off."""
+    threads: Annotated[int, Field(ge=1)] | Auto = "auto"
+    """CPU threads. auto: physical cores - 1, at least 1. Stored with the run: another number gives other last bits."""
+    num_workers: Annotated[int, Field(ge=0, le=4)] | Auto = "auto"
+    """Loader processes. auto: 0, for data that is read from memory maps."""
+    eval_every_steps: int | None = Field(None, ge=1)
+    """Evaluate this often; null: after every epoch."""
+    early_stopping: int | None = Field(None, ge=1)
+    """Stop after this many evaluations without a better one; null: never."""
+
+
+class MemoryConfig(Section):
+    """How much of the machine may be used."""
+
+    ram_limit: Limit = "auto"
+    """Bound on the whole machine's used RAM: "14GB", "80%", or auto (87.5 %)."""
+    vram_limit: Limit = "auto"
+    """Bound on the whole GPU's used memory: "3.5GB", "80%", or auto (87.5 %)."""
+
+
+class CheckpointConfig(Section):
+    """How progress is kept."""
+
+    every_steps: int = Field(50, ge=1)
+    """The densest spacing; a save is skipped while saving would cost more than 1 % of the run's time."""
+    every_minutes: float = Field(5.0, gt=0)
+    """At least this often, whatever it costs."""
+    keep: int = Field(3, ge=2)
+    """How many of the newest are kept."""
+    keep_best: StrictBool = True
+    """Also keep the one with the best evaluation."""
+    exact: StrictBool = False
+    """Save at every mark of every_steps, whatever it costs."""
+    max_write_per_day: Size = "100GB"
+    """Spare the disk: checkpoints are spaced out to stay below this."""
+
+
+class PoliteConfig(Section):
+    """How to share the machine with the person at it."""
+
+    priority: Literal["idle", "normal"] = "idle"
+    """idle: everything else goes first."""
+
+
+class LogConfig(Section):
+    """What is written beside the log."""
+
+    tensorboard: StrictBool = False
+    """Write TensorBoard event files under runs/<run>/tensorboard (needs the extra `tensorboard`)."""
+
+
+class RunConfig(Section):
+    """A whole configuration. `settings` belong to the task and are checked by its own model."""
+
+    task: str = "cadence"
+    """A built-in task, or FILE.py:Class."""
+    preset: str | None = None
+    """A named set of values these override."""
+    name: str | None = None
+    """The run's name; without it <task>-YYYYMMDD-HHMMSS."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Fixes the order of samples, the initial weights and every random draw."""
+    data: DataConfig = Field(default_factory=DataConfig)
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """The task's own settings."""
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    memory: MemoryConfig = Field(default_factory=MemoryConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    polite: PoliteConfig = Field(default_factory=PoliteConfig)
+    log: LogConfig = Field(default_factory=LogConfig)

@@ -1,0 +1,1 @@
+"""What client and daemon agree on: status, requests, paths, files, locks, errors. Standard library only."""

@@ -1,0 +1,77 @@
+"""Every error a person can meet, with what to do next and the exit code it ends in. Must not print or log anything.
+
+TrainerdError                 4
+├── UsageError                2   the words or the configuration are wrong
+│   └── ConfigError           2   all problems of one configuration together
+├── NothingRunning            3   there is no supervisor to talk to
+├── Unreadable                4   a file of ours cannot be read, or is of a newer schema
+├── RunFailed                 4   the run ended in failure
+└── Refused                   5   possible in principle, not now: already running, does not fit, disk too full
+    └── AlreadyRunning        5   a supervisor holds this home
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EXIT_DONE = 0
+EXIT_USAGE = 2
+EXIT_NOTHING_RUNNING = 3
+EXIT_FAILED = 4
+EXIT_REFUSED = 5
+
+
+class TrainerdError(Exception):
+    """An error with a message for a person, a hint that says what to do, and an exit code."""
+
+    exit_code = EXIT_FAILED
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+
+class UsageError(TrainerdError):
+    """The words typed, or the file named, cannot be understood."""
+
+    exit_code = EXIT_USAGE
+
+
+class ConfigError(UsageError):
+    """A configuration with one or more problems, reported together."""
+
+    def __init__(self, problems: Sequence[str], hint: str = "") -> None:
+        self.problems = list(problems)
+        if len(self.problems) == 1:
+            message = self.problems[0]
+        else:
+            message = f"{len(self.problems)} problems in the configuration:\n" + "\n".join(f"  - {p}" for p in self.problems)
+        super().__init__(message, hint)
+
+
+class NothingRunning(TrainerdError):
+    """The command needs a live supervisor and there is none."""
+
+    exit_code = EXIT_NOTHING_RUNNING
+
+
+class Unreadable(TrainerdError):
+    """A file of ours is damaged, or written by a newer version."""
+
+
+class RunFailed(TrainerdError):
+    """The run ended, and not well."""
+
+
+class Refused(TrainerdError):
+    """Understood, but not done, with what would have to change."""
+
+    exit_code = EXIT_REFUSED
+
+
+class AlreadyRunning(Refused):
+    """Another supervisor holds this home."""

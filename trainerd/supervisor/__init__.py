@@ -1,0 +1,1 @@
+"""Keeps one trainer alive, is polite, tells the truth. Never torch, never a CUDA context."""
