@@ -1,0 +1,1 @@
+"""What training in the background costs the person at the keyboard."""
