@@ -1,0 +1,123 @@
+"""Which tasks and presets exist, and where their torch-free parts are. Must not import a task's model, nor run a user's file.
+
+A built-in task is named ("cadence"); a person's own is FILE.py:Class, of which only file and class are looked for, with
+`ast`: the rest is the trainer's to check, because it needs torch.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pydantic import BaseModel
+
+from trainerd.config.nearest import nearest
+from trainerd.contract.errors import UsageError
+
+_PRESETS = Path(__file__).with_name("presets")
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """A built-in task. `task` needs torch; `settings` (a pydantic model) and `data` (the row reader) never do."""
+
+    task: str
+    settings: str
+    data: str
+
+    @cached_property
+    def settings_model(self) -> type[BaseModel]:
+        module, _, name = self.settings.partition(":")
+        model: type[BaseModel] = getattr(import_module(module), name)
+        return model
+
+    @property
+    def data_module(self) -> ModuleType:
+        return import_module(self.data)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The task's own defaults, in the form of a preset; everything else goes before them."""
+        defaults: dict[str, Any] = getattr(import_module(self.settings.partition(":")[0]), "DEFAULTS", {})
+        return defaults
+
+
+BUILTIN = {
+    "cadence": TaskEntry(
+        task="trainerd.tasks.cadence.task:CadenceTask",
+        settings="trainerd.tasks.cadence.settings:CadenceSettings",
+        data="trainerd.tasks.cadence.data",
+    ),
+}
+
+
+def is_file_task(task: str) -> bool:
+    """Whether this names a person's own task, FILE.py:Class, rather than a built-in one."""
+    return ".py" in task or ":" in task
+
+
+def split_file_task(task: str) -> tuple[Path, str]:
+    """File and class in FILE.py:Class; the last colon counts, for C:\\tasks\\my.py:MyTask has two. Raises UsageError."""
+    file, colon, name = task.rpartition(":")
+    if not colon or not file.endswith(".py") or not name.isidentifier():
+        raise UsageError(f"task {task!r} is not FILE.py:Class.", "Write it like --task my_task.py:MyTask.")
+    return Path(file).expanduser(), name
+
+
+def find_file_task(task: str) -> tuple[Path, str]:
+    """The absolute path and the class of FILE.py:Class, after a look that both exist. Runs nothing. Raises UsageError."""
+    path, name = split_file_task(task)
+    path = path.absolute()
+    try:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+    except FileNotFoundError:
+        raise UsageError(f"The task file {path} does not exist.", "Name it as seen from this folder, or by its whole path.") from None
+    except OSError as error:
+        raise UsageError(f"The task file {path} cannot be read: {error.strerror}.") from None
+    except (SyntaxError, ValueError, RecursionError) as error:
+        where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        raise UsageError(f"The task file {path} is not Python{where}: {getattr(error, 'msg', error)}.") from None
+    classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
+    if name not in classes and not _imported_names(tree) & {name, "*"}:
+        raise UsageError(f"The task file {path} has no class {name!r}{_instead(name, classes)}")
+    return path, name
+
+
+def find_task(task: str) -> TaskEntry:
+    """The entry of a built-in task. Raises UsageError with the nearest name."""
+    entry = BUILTIN.get(task)
+    if entry is None:
+        own = "Your own task is FILE.py:Class, like --task my_task.py:MyTask."
+        raise UsageError(f"There is no task {task!r}{_instead(task, BUILTIN)}", own)
+    return entry
+
+
+def preset_names() -> list[str]:
+    """The presets that come with trainerd."""
+    return sorted(path.stem for path in _PRESETS.glob("*.yml"))
+
+
+def preset_file(name: str) -> Path:
+    """The file of a preset. Raises UsageError with the nearest name."""
+    names = preset_names()
+    if name not in names:
+        raise UsageError(f"There is no preset {name!r}{_instead(name, names)}", "A file of your own goes to --config.")
+    return _PRESETS / f"{name}.yml"
+
+
+def _imported_names(tree: ast.Module) -> set[str]:
+    """Names a file takes from elsewhere: a task class may come from a module beside it, which only the trainer can tell."""
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    return {alias.asname or alias.name for node in imports for alias in node.names}
+
+
+def _instead(name: str, known: Any) -> str:
+    close = nearest(name, known)
+    if close:
+        return f"; did you mean {close!r}?"
+    return f"; there is {', '.join(known)}." if known else "."
