@@ -133,10 +133,10 @@ def main() -> None:
     rows: dict[str, list[dict[str, float]]] = {"alone": [], "polite": [], "cgroup": [], "rude": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        os.environ["XDG_STATE_HOME"] = str(folder / "state-a")  # device locks of their own: two trainings on one CPU, on purpose
+        os.environ["TRAINERD_STATE"] = str(folder / "state-a")  # device locks of their own: two trainings on one CPU, on purpose
         probe, job = compile_probes(folder)
         polite = Training(folder, "polite")
-        os.environ["XDG_STATE_HOME"] = str(folder / "state-b")
+        os.environ["TRAINERD_STATE"] = str(folder / "state-b")
         rude = Training(folder, "rude", "--set", "polite.priority=normal", "--set", f"train.threads={os.cpu_count()}")
         try:
             for number in range(asked.rounds):

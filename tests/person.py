@@ -1,0 +1,125 @@
+"""A person at a terminal, for tests: types commands, waits for what they can see, looks at the disk. Never sleeps for luck."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trainerd.contract import lock, requests, runs, status
+from trainerd.contract.paths import Home
+
+ROOT = Path(__file__).resolve().parents[1]
+DOOR = ROOT / "run_optimized_training.py"
+
+# Small enough that a run takes seconds after torch's import, real enough to have every part.
+SMALL = (
+    "--dataset-size", "600", "--epochs", "2",
+    "--set", "train.batch_size=16", "--set", "settings.vocabulary=600", "--set", "settings.gru.hidden=48",
+    "--set", "settings.eval_prefixes=4", "--set", "settings.min_frequency=1",
+    "--set", "checkpoint.every_steps=5", "--set", "checkpoint.exact=true", "--set", "train.threads=1",
+)  # fmt: skip
+
+
+class Person:
+    """One home, and what its owner does with it."""
+
+    def __init__(self, root: Path, state: Path | None = None) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        self.home = Home(root)
+        # A state folder of its own: tests must not wait for each other's device lock.
+        self.environment = {**os.environ, "TRAINERD_STATE": str(state or root / "state"), "OMP_NUM_THREADS": "1"}
+        self.environment.pop("TRAINERD_HOME", None)
+
+    def types(self, *words: str, timeout: float = 120, given: str | None = None) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(DOOR), "--home", str(self.home.root), *words]
+        return subprocess.run(
+            command, input=given, capture_output=True, text=True, encoding="utf-8", timeout=timeout, env=self.environment, check=False
+        )
+
+    def starts(self, *words: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+        done = self.types("start", *words)
+        assert done.returncode == expect, f"start ended {done.returncode}: {done.stdout}{done.stderr}\n{self.log()}"
+        return done
+
+    def sees(self) -> status.Reading:
+        return status.read(self.home)
+
+    def waits_for(self, condition: Callable[[status.Reading], Any], seconds: float = 120, what: str = "the condition") -> status.Reading:
+        deadline = time.monotonic() + seconds
+        while True:
+            reading = self.sees()
+            if condition(reading):
+                return reading
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{what} did not come within {seconds:g} s; last: {reading.state}: {reading.reason}\n{self.log()}")
+            time.sleep(0.02)
+
+    def waits_for_state(self, *states: str, seconds: float = 180) -> status.Reading:
+        return self.waits_for(lambda reading: reading.state in states, seconds, f"state {' or '.join(states)}")
+
+    def waits_for_step(self, step: int, seconds: float = 120) -> status.Reading:
+        return self.waits_for(
+            lambda reading: reading.state in status.END_STATES or (reading.status and (reading.status.progress.step or 0) >= step),
+            seconds,
+            f"step {step}",
+        )
+
+    def waits_until_gone(self, seconds: float = 10) -> None:
+        deadline = time.monotonic() + seconds
+        while lock.is_held(self.home.supervisor_lock) or lock.is_held(self.home.trainer_lock):
+            assert time.monotonic() < deadline, f"somebody is left in {self.home.root}"
+            time.sleep(0.02)
+
+    def kills(self, pid: int | None) -> bool:
+        """kill -9; False when there was nothing left to kill."""
+        if not pid:
+            return False
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def run(self) -> str:
+        found = runs.names(self.home)
+        assert found, "no run was recorded"
+        return found[-1]
+
+    def metrics(self, run: str | None = None) -> list[dict[str, Any]]:
+        path = self.home.run(run or self.run()).metrics
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+    def steps(self, run: str | None = None) -> list[tuple[int, float]]:
+        """(step, loss) of every step in the committed history."""
+        return [(row["step"], row["loss"]) for row in self.metrics(run) if "loss" in row]
+
+    def weights(self, run: str | None = None) -> bytes:
+        return (self.home.run(run or self.run()).model / "model.safetensors").read_bytes()
+
+    def events(self, run: str | None = None) -> list[dict[str, Any]]:
+        path = self.home.run(run or self.run()).events
+        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+    def log(self, characters: int = 3000) -> str:
+        logs = sorted(self.home.logs.glob("*.log"))
+        return logs[-1].read_text("utf-8", "replace")[-characters:] if logs else "(no log)"
+
+    def asks(self, verb: str, **arguments: Any) -> Path:
+        reading = self.sees()
+        assert reading.status and reading.status.supervisor
+        return requests.send(self.home, requests.Request(verb, reading.status.supervisor.instance, arguments))
+
+    def leaves(self) -> None:
+        """End whatever is left, for a test's own tidying up."""
+        if lock.is_held(self.home.supervisor_lock):
+            self.types("stop", "--now")
+        reading = self.sees()
+        if reading.status and reading.alive and reading.status.supervisor:
+            self.kills(reading.status.supervisor.pid)
