@@ -6,6 +6,7 @@ TrainerdError                 4
 ├── NothingRunning            3   there is no supervisor to talk to
 ├── Unreadable                4   a file of ours cannot be read, or is of a newer schema
 ├── RunFailed                 4   the run ended in failure
+├── NoGoodCheckpoint          4   checkpoints exist and none can be loaded
 └── Refused                   5   possible in principle, not now: already running, does not fit, disk too full
     └── AlreadyRunning        5   a supervisor holds this home
 """
@@ -65,6 +66,10 @@ class Unreadable(TrainerdError):
 
 class RunFailed(TrainerdError):
     """The run ended, and not well."""
+
+
+class NoGoodCheckpoint(TrainerdError):
+    """There are checkpoints, and none of them is whole: never start over silently."""
 
 
 class Refused(TrainerdError):

@@ -1,17 +1,21 @@
 """Every operation on files that must survive a crash, in one small module. Must not know what the files mean.
 
 Replace, never overwrite: a reader sees the old file or the new one, whole. `durable=True` adds the fsyncs that make the
-new one survive a power cut (file before the rename, folder after it).
+new one survive a power cut (file before the rename, folder after it). The operations themselves go through `disk`, so
+that a test can count, cut, fail or record every single one.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from trainerd.contract.errors import Unreadable
 
@@ -20,6 +24,40 @@ _WINDOWS = sys.platform == "win32"
 # Access denied, sharing violation, lock violation: a scanner, an indexer or a plain reader holds the file for a moment.
 _BUSY_ON_WINDOWS = (5, 32, 33)
 _BUSY_SECONDS = 2.5
+
+
+class Disk:
+    """The operations, one method each. A test puts another Disk into `files.disk`."""
+
+    def create(self, path: Path) -> BinaryIO:
+        return open(path, "wb")
+
+    def write(self, file: BinaryIO, content: bytes | memoryview) -> None:
+        file.write(content)
+
+    def sync(self, file: BinaryIO) -> None:
+        file.flush()
+        os.fsync(file.fileno())
+
+    def rename(self, source: Path, target: Path) -> None:
+        os.replace(source, target)
+
+    def unlink(self, path: Path) -> None:
+        os.unlink(path)
+
+    def make_folder(self, path: Path) -> None:
+        os.mkdir(path)
+
+    def sync_folder(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+disk = Disk()
+_serial = itertools.count()
 
 
 def replace(source: Path, target: Path, busy_seconds: float = _BUSY_SECONDS) -> None:
@@ -31,7 +69,7 @@ def replace(source: Path, target: Path, busy_seconds: float = _BUSY_SECONDS) -> 
     pause = 0.005
     while True:
         try:
-            os.replace(source, target)
+            disk.rename(source, target)
             return
         except OSError as error:
             busy = _WINDOWS and getattr(error, "winerror", None) in _BUSY_ON_WINDOWS
@@ -43,30 +81,107 @@ def replace(source: Path, target: Path, busy_seconds: float = _BUSY_SECONDS) -> 
 
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable. Windows has no such call and journals them itself."""
-    if _WINDOWS:
+    if not _WINDOWS:
+        disk.sync_folder(folder)
+
+
+def sync_file(path: Path) -> None:
+    """Make what was written to `path`, through whatever handle, durable. Raises OSError."""
+    with open(path, "r+b") as file:  # Windows flushes only a handle that may write
+        disk.sync(file)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, so that they survive a power cut. Raises OSError."""
+    if path.is_dir():
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    make_folder(path.parent)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        disk.make_folder(path)
+    except FileExistsError:
+        return
+    sync_folder(path.parent)
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that no other attempt uses: after a failed fsync a file must not be tried again, but written anew."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{next(_serial)}.tmp")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether `path` is named like the temporary files of this module: a leftover, when its writer is gone."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def write_atomic(path: Path, content: bytes, *, durable: bool = False, busy_seconds: float = _BUSY_SECONDS) -> None:
     """Put `content` at `path` so that no reader and no crash ever sees half of it. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
+        with disk.create(temporary) as file:
+            disk.write(file, content)
             if durable:
-                file.flush()
-                os.fsync(file.fileno())
+                disk.sync(file)
         replace(temporary, path, busy_seconds)
     except OSError:
-        remove(temporary)
+        _discard(temporary)
         raise
     if durable:
         sync_folder(path.parent)
+
+
+class Sink:
+    """A file being written, hashed on the way. It keeps the first OSError and goes on as if nothing had happened:
+    serialisers written in C++ lose the errno of an exception raised inside write(), or do not survive it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+        self.error: OSError | None = None
+        self.bytes = 0
+
+    def write(self, content: bytes | memoryview) -> int:
+        size = len(content)
+        if self.error is None:
+            try:
+                disk.write(self._file, content)
+            except OSError as error:
+                self.error = error
+            self._hash.update(content)
+            self.bytes += size
+        return size
+
+    def flush(self) -> None:
+        """Nothing: write_stream flushes and syncs once, at the end."""
+
+    @property
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+
+def write_stream(path: Path, produce: Callable[[Sink], object]) -> tuple[int, str]:
+    """Put what `produce` writes at `path`, durably and at once; returns its size and sha256. Raises OSError."""
+    temporary = _temporary(path)
+    try:
+        with disk.create(temporary) as file:
+            sink = Sink(file)
+            produce(sink)
+            if sink.error is not None:
+                raise sink.error
+            disk.sync(file)
+        replace(temporary, path)
+    except BaseException:
+        _discard(temporary)
+        raise
+    sync_folder(path.parent)
+    return sink.bytes, sink.sha256
+
+
+def _discard(temporary: Path) -> None:
+    """Remove our own unfinished file; what made it unfinishable may forbid that too, and is the error to report."""
+    try:
+        remove(temporary)
+    except OSError:
+        pass
 
 
 def write_json(path: Path, document: dict[str, Any], *, durable: bool = False, busy_seconds: float = _BUSY_SECONDS) -> None:
@@ -111,7 +226,7 @@ def append_line(path: Path, line: str) -> None:
 def remove(path: Path) -> None:
     """Remove a file if it is there; a file somebody holds open on Windows is left for later."""
     try:
-        os.unlink(path)
+        disk.unlink(path)
     except FileNotFoundError:
         return
     except PermissionError:
