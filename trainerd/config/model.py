@@ -10,18 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", re.IGNORECASE)
-_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes in "3.5GB" (decimal), "3.5GiB" (binary) or "1024". Raises ValueError."""
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise ValueError(f"{text!r} is not a size; write it like 3.5GB or 800MB")
-    unit = match[2].lower()
-    factor = 1024 ** "kmgt".find(unit[0]) * 1024 if "i" in unit else _UNITS[unit.rstrip("b") if unit != "b" else ""]
-    return int(float(match[1]) * factor)
+from trainerd.contract.sizes import parse_bytes as parse_bytes
 
 
 def _size(text: str) -> str:

@@ -1,0 +1,42 @@
+"""What the processor is and can. Must not choose threads or precision: it only tells."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import psutil
+
+_CPUINFO = Path("/proc/cpuinfo")
+# Matrix and vector instructions that decide which precision is fast. Each name is the kernel's.
+_INTERESTING = frozenset({"amx_bf16", "amx_tile", "amx_int8", "avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "fma", "f16c", "bf16"})
+
+
+def physical_cores() -> int:
+    """Cores this process may use, hyper-threads counted once, at least 1."""
+    allowed = logical_cores()
+    physical = psutil.cpu_count(logical=False) or allowed
+    return max(1, min(physical, allowed))
+
+
+def logical_cores() -> int:
+    """Logical processors this process may use, at least 1: fewer than the machine has under taskset or in a container."""
+    try:
+        return max(1, len(psutil.Process().cpu_affinity()))
+    except (psutil.Error, OSError, AttributeError):
+        return max(1, psutil.cpu_count() or 1)
+
+
+def features(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
+    """Instruction sets that matter for precision, by the kernel's names; empty where the system does not tell (Windows)."""
+    if sys.platform == "win32":
+        return frozenset()
+    try:
+        with open(cpuinfo, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                name, _, value = line.partition(":")
+                if name.strip() in ("flags", "Features"):
+                    return frozenset(value.split()) & _INTERESTING
+    except OSError:
+        pass
+    return frozenset()

@@ -1,0 +1,133 @@
+"""What the NVIDIA driver tells about its GPUs (NVML). Must never create a CUDA context: the memory would be the person's.
+
+Asking wakes a sleeping laptop GPU: callers ask only while something uses it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GpuFacts:
+    """One GPU; `index` is the one torch uses with CUDA_DEVICE_ORDER=PCI_BUS_ID. Unknown is None."""
+
+    index: int
+    uuid: str
+    name: str
+    total_bytes: int | None
+    used_bytes: int | None
+    temperature_c: float | None
+    power_w: float | None
+    utilization_percent: float | None
+
+
+class GpuReader:
+    """Asks the driver again and again, without starting it up each time. `nvml` stands in for pynvml in tests."""
+
+    def __init__(self, nvml: Any = None) -> None:
+        self._nvml = nvml if nvml is not None else _load()
+        self._open = False
+
+    def read(self) -> list[GpuFacts]:
+        """The GPUs this process may use, in torch's order; [] without a driver that answers."""
+        nvml = self._nvml
+        if nvml is None:
+            return []
+        try:
+            if not self._open:
+                nvml.nvmlInit()
+                self._open = True
+            handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+            uuids = [_text(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+            chosen = visible(uuids, os.environ.get("CUDA_VISIBLE_DEVICES"))
+            return [_facts(nvml, handles[place], index, uuids[place]) for index, place in enumerate(chosen)]
+        except nvml.NVMLError:
+            self.close()  # no driver, or it went away in between: updated, or the device fell off the bus
+            return []
+
+    def close(self) -> None:
+        """Let go of the driver, so that an idle GPU may sleep."""
+        if self._open:
+            self._open = False
+            _quietly(self._nvml, self._nvml.nvmlShutdown)
+
+
+def devices(nvml: Any = None) -> list[GpuFacts]:
+    """One look at the GPUs this process may use, in torch's order; [] without a driver."""
+    reader = GpuReader(nvml)
+    try:
+        return reader.read()
+    finally:
+        reader.close()
+
+
+def driver_version(nvml: Any = None) -> str | None:
+    """The version of the NVIDIA driver, None when there is none that answers."""
+    nvml = nvml if nvml is not None else _load()
+    if nvml is None:
+        return None
+    try:
+        nvml.nvmlInit()
+        return _text(nvml.nvmlSystemGetDriverVersion())
+    except nvml.NVMLError:
+        return None
+    finally:
+        _quietly(nvml, nvml.nvmlShutdown)
+
+
+def visible(uuids: list[str], variable: str | None) -> list[int]:
+    """Which of the driver's GPUs CUDA_VISIBLE_DEVICES leaves, in its order; CUDA stops at the first name it does not know."""
+    if variable is None:
+        return list(range(len(uuids)))
+    chosen: list[int] = []
+    for name in (part.strip() for part in variable.split(",")):
+        if name.isdecimal():
+            place = int(name) if int(name) < len(uuids) else None
+        else:
+            place = next((i for i, uuid in enumerate(uuids) if name and uuid.startswith(name)), None)
+        if place is None:
+            break
+        chosen.append(place)
+    return chosen
+
+
+def _load() -> Any:
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    return pynvml
+
+
+def _facts(nvml: Any, handle: Any, index: int, uuid: str) -> GpuFacts:
+    memory = _quietly(nvml, lambda: nvml.nvmlDeviceGetMemoryInfo(handle))
+    return GpuFacts(
+        index=index,
+        uuid=uuid,
+        name=_text(_quietly(nvml, lambda: nvml.nvmlDeviceGetName(handle)) or "NVIDIA GPU"),
+        total_bytes=int(memory.total) if memory else None,
+        used_bytes=int(memory.used) if memory else None,
+        temperature_c=_number(_quietly(nvml, lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU))),
+        power_w=_number(_quietly(nvml, lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000)),
+        utilization_percent=_number(_quietly(nvml, lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu)),
+    )
+
+
+def _quietly(nvml: Any, ask: Callable[[], Any]) -> Any:
+    """The answer, or None: laptops do not tell power, virtual GPUs do not tell temperature."""
+    try:
+        return ask()
+    except nvml.NVMLError:
+        return None
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
