@@ -1,0 +1,360 @@
+"""Checkpoints on disk: commit, load, keep, set aside. Must not know what a state means, when to save, or whom to tell.
+
+A checkpoint is `checkpoint_epoch_X_step_Y.pt` and its manifest `….json`, which is written last and commits it. The state
+is written under a temporary name, hashed on the way, fsynced, renamed, its folder fsynced; then the metrics are fsynced;
+then the manifest goes the same way. Only then commit() acknowledges. Nothing acknowledged is ever written over.
+Loading goes from the newest to the oldest, and looks at size and sha256 before anything is unpickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import time
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from trainerd.contract import clock, files
+from trainerd.contract.errors import NoGoodCheckpoint, Unreadable
+
+State = dict[str, Any]
+_NAME = re.compile(r"checkpoint_epoch_(\d+)_step_(\d+)\.json")
+_FIRST_COMMIT = "first_commit.json"
+_PLAIN = (str, int, float, bool, bytes, type(None), torch.Tensor)
+_CHUNK_BYTES = 4 << 20
+# What a state takes on disk beyond its tensors, generously; only used to foresee a full disk.
+_OVERHEAD_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a committed checkpoint is. `best`: the best evaluation so far; `metrics_bytes`: where metrics.jsonl ended."""
+
+    path: Path
+    epoch: int
+    step: int
+    at: float
+    bytes: int
+    sha256: str
+    seconds: float
+    best: float | None
+    metrics_bytes: int
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+class _BadCheckpoint(Exception):
+    """Why one checkpoint cannot be used."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in one folder. One process at a time may use it: the holder of the trainer lock."""
+
+    def __init__(self, folder: Path, *, keep: int = 3, keep_best: bool = True, note: Callable[..., None] = lambda *_, **__: None) -> None:
+        """`note(kind, **facts)` hears of what is worth telling: quarantine, superseded, uncommitted, not_deleted."""
+        self.folder = folder
+        self._keep = keep
+        self._keep_best = keep_best
+        self._note = note
+
+    # commit
+
+    def commit(
+        self,
+        state: State,
+        *,
+        epoch: int,
+        step: int,
+        best: float | None,
+        metrics: Path | None,
+        metrics_bytes: int,
+        about: dict[str, Any],
+        acknowledge: Callable[[Manifest], None] = lambda manifest: None,
+    ) -> Manifest:
+        """Put the state on the disk, call `acknowledge` once it is durable, then delete what need not be kept.
+
+        A step that is committed already is returned as it is. Raises OSError, leaving no torn final name behind, and
+        TypeError for a state that could not be loaded back.
+        """
+        began = time.monotonic()
+        path = self.folder / f"checkpoint_epoch_{epoch}_step_{step}.pt"
+        committed = self._committed_as(path)
+        if committed is None:
+            need_bytes = size_of(state)
+            files.make_folder(self.folder)
+            self._foresee_space(need_bytes)
+            size, digest = files.write_stream(path, lambda sink: torch.save(state, sink))  # type: ignore[arg-type]
+            if metrics is not None:
+                files.sync_file(metrics)
+                files.sync_folder(metrics.parent)
+            finite_best = best if best is not None and math.isfinite(best) else None
+            seconds = round(time.monotonic() - began, 6)
+            committed = Manifest(path, epoch, step, clock.wall(), size, digest, seconds, finite_best, metrics_bytes, about)
+            self._write_manifest(committed)
+        acknowledge(committed)
+        self.prune()
+        return committed
+
+    def _committed_as(self, path: Path) -> Manifest | None:
+        manifest = path.with_suffix(".json")
+        try:
+            return _read_manifest(manifest)
+        except FileNotFoundError:
+            return None
+        except _BadCheckpoint as error:
+            self._set_aside(manifest, str(error))
+            return None
+
+    def _foresee_space(self, need_bytes: int) -> None:
+        """Fail before filling the disk to the last byte, which would hurt everybody else on it."""
+        if shutil.disk_usage(self.folder).free < need_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
+
+    def _write_manifest(self, manifest: Manifest) -> None:
+        path = manifest.path.with_suffix(".json")
+        try:
+            files.write_json(path, _to_document(manifest), durable=True)
+            marker = self.folder / _FIRST_COMMIT
+            if not marker.exists():
+                # So that a folder that lost every manifest is told from one that never had any.
+                files.write_json(marker, {"schema": files.SCHEMA, "step": manifest.step}, durable=True)
+        except OSError:
+            # Not durable, so not committed: the next attempt must not find it and take it for acknowledged.
+            _done(lambda: files.remove(path))
+            raise
+
+    # load
+
+    def load(self, before_step: int | None = None) -> tuple[State, Manifest] | None:
+        """The newest good checkpoint, only those before `before_step` if given; bad ones are set aside and noted.
+
+        None when there has never been one. Going back renames newer ones *.superseded-<n>, so that the steps are made
+        anew. Raises NoGoodCheckpoint when there are or were checkpoints and none is good.
+        """
+        self._tidy()
+        for manifest_path in reversed(self._manifests()):
+            if before_step is not None and _order(manifest_path)[0] >= before_step:
+                continue
+            try:
+                state, manifest = self._read(manifest_path)
+            except _BadCheckpoint as error:
+                self._set_aside(manifest_path, str(error))
+                continue
+            if before_step is not None:
+                self.supersede(manifest.step)
+            return state, manifest
+        if not self._was_used():
+            return None
+        before = "" if before_step is None else f" before step {before_step}"
+        raise NoGoodCheckpoint(
+            f"None of the checkpoints{before} in {self.folder} can be loaded; nothing was deleted.",
+            "Put back a copy of that folder, or begin a new run with --no-resume.",
+        )
+
+    def _read(self, manifest_path: Path) -> tuple[State, Manifest]:
+        try:
+            manifest = _read_manifest(manifest_path)
+            if not stat.S_ISREG(manifest.path.lstat().st_mode):
+                raise _BadCheckpoint("it is not a plain file")
+            with open(manifest.path, "rb") as file:
+                _verify(file, manifest)
+                return _unpickle(file), manifest
+        except FileNotFoundError:
+            raise _BadCheckpoint("its .pt file is missing") from None
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise  # no rights, too many files open: says nothing about the checkpoint
+            raise _BadCheckpoint(f"it cannot be read: {error.strerror}") from None
+
+    def _tidy(self) -> None:
+        """Remove what a crash left half written; name what was never committed."""
+        manifests = {path.stem for path in self._manifests()}
+        for path in self._entries():
+            if files.is_temporary(path):
+                files.remove(path)
+            elif path.name.startswith("checkpoint_") and path.suffix == ".pt" and path.stem not in manifests:
+                self._note("uncommitted", file=path.name)
+
+    def _was_used(self) -> bool:
+        return any(path.name == _FIRST_COMMIT or (path.name.startswith("checkpoint_") and path.suffix != ".pt") for path in self._entries())
+
+    # keep
+
+    def committed(self) -> list[Manifest]:
+        """The committed checkpoints, oldest first, by their manifests; their content is looked at only by load()."""
+        found = []
+        for path in self._manifests():
+            try:
+                found.append(_read_manifest(path))
+            except (_BadCheckpoint, FileNotFoundError):
+                continue  # load() sets it aside
+        return found
+
+    def prune(self) -> None:
+        """Delete all but the last `keep` and the best, manifests first. What cannot be deleted is noted, and no failure."""
+        manifests = self.committed()
+        kept = {manifest.path for manifest in manifests[-self._keep :]}
+        rated = [manifest for manifest in manifests if manifest.best is not None]
+        if self._keep_best and rated:
+            kept.add(min(rated, key=lambda manifest: (manifest.best, manifest.step, manifest.epoch)).path)
+        surplus = [manifest.path for manifest in manifests if manifest.path not in kept]
+        for path in surplus:
+            self._delete(path.with_suffix(".json"))
+        if surplus and not _done(lambda: files.sync_folder(self.folder)):
+            return  # a manifest that came back after a power cut must still find its state
+        committed = {path.stem for path in self._manifests()}
+        for path in self._entries():  # also those whose manifest an earlier crash, or a cut commit, took
+            if path.name.startswith("checkpoint_") and path.suffix == ".pt" and path.stem not in committed:
+                self._delete(path)
+
+    def supersede(self, after_step: int) -> None:
+        """Rename every checkpoint after `after_step` out of the way, newest first, manifest before state."""
+        for path in reversed(self._manifests()):
+            if _order(path)[0] > after_step:
+                self._rename_pair(path, "superseded")
+                self._note("superseded", file=path.with_suffix(".pt").name, step=_order(path)[0])
+
+    def _delete(self, path: Path) -> None:
+        try:
+            files.remove(path)
+        except OSError as error:
+            self._note("not_deleted", file=path.name, why=error.strerror or str(error))
+
+    def _set_aside(self, manifest_path: Path, why: str) -> None:
+        self._rename_pair(manifest_path, "bad")
+        self._note("quarantine", file=manifest_path.with_suffix(".pt").name, why=why)
+
+    def _rename_pair(self, manifest_path: Path, suffix: str) -> None:
+        state_path = manifest_path.with_suffix(".pt")
+        number = 1
+        while any(path.with_name(f"{path.name}.{suffix}-{number}").exists() for path in (manifest_path, state_path)):
+            number += 1
+        for path in (manifest_path, state_path):
+            try:
+                files.replace(path, path.with_name(f"{path.name}.{suffix}-{number}"))
+            except FileNotFoundError:
+                continue
+        files.sync_folder(self.folder)
+
+    def _entries(self) -> list[Path]:
+        try:
+            return sorted(self.folder.iterdir())
+        except FileNotFoundError:
+            return []
+
+    def _manifests(self) -> list[Path]:
+        """The manifest files, oldest step first."""
+        return sorted((path for path in self._entries() if _NAME.fullmatch(path.name)), key=_order)
+
+
+def size_of(state: Any, where: str = "state") -> int:
+    """About how many bytes a state takes. Raises TypeError at the first thing weights_only loading would refuse."""
+    return _OVERHEAD_BYTES + _size_of(state, where)
+
+
+def _size_of(value: Any, where: str) -> int:
+    kind = type(value)
+    if kind is torch.Tensor:
+        return int(value.numel()) * int(value.element_size()) + 512
+    if kind in _PLAIN:
+        return len(value) + 16 if kind in (str, bytes) else 16
+    if kind in (dict, OrderedDict):
+        return sum(_size_of(key, f"a key of {where}") + _size_of(item, f"{where}[{key!r}]") for key, item in value.items())
+    if kind in (list, tuple):
+        return sum(_size_of(item, f"{where}[{index}]") for index, item in enumerate(value))
+    raise TypeError(f"{where} is a {kind.__module__}.{kind.__qualname__}; a checkpoint holds only tensors and plain Python values")
+
+
+def _order(manifest_path: Path) -> tuple[int, int]:
+    match = _NAME.fullmatch(manifest_path.name)
+    if match is None:
+        raise ValueError(f"{manifest_path.name} is not the name of a manifest")
+    return int(match[2]), int(match[1])
+
+
+def _to_document(manifest: Manifest) -> dict[str, Any]:
+    document: dict[str, Any] = {"schema": files.SCHEMA, "file": manifest.path.name}
+    document |= {name: getattr(manifest, name) for name in Manifest.__dataclass_fields__ if name != "path"}
+    return {**document, "check": _check(document)}
+
+
+def _check(document: dict[str, Any]) -> str:
+    """The manifest's own checksum, so that a flipped bit in it is noticed too."""
+    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+
+
+def _read_manifest(path: Path) -> Manifest:
+    """Raises FileNotFoundError, or _BadCheckpoint when it is not a whole manifest of the checkpoint it is named after."""
+    try:
+        document = files.read_json(path, "The manifest")
+    except Unreadable:
+        raise _BadCheckpoint("its manifest is damaged") from None
+    check = document.pop("check", None)
+    step, epoch = _order(path)
+    expected = {"file": path.with_suffix(".pt").name, "epoch": epoch, "step": step}
+    try:
+        whole = check == _check(document)
+    except ValueError:  # a NaN or a lone surrogate: we write neither
+        whole = False
+    if not whole or any(document.get(key) != value for key, value in expected.items()):
+        raise _BadCheckpoint("its manifest is damaged")
+    try:
+        values = {name: document[name] for name in Manifest.__dataclass_fields__ if name != "path"}
+    except KeyError as error:
+        raise _BadCheckpoint(f"its manifest lacks {error}") from None
+    return Manifest(path=path.with_suffix(".pt"), **values)
+
+
+def _verify(file: BinaryIO, manifest: Manifest) -> None:
+    """Size, then hash, then that it would not unpack to more than itself; all on the one open file that is then read."""
+    size = os.fstat(file.fileno()).st_size
+    if size != manifest.bytes:
+        raise _BadCheckpoint(f"it has {size:,} bytes instead of {manifest.bytes:,}")
+    digest = hashlib.sha256()
+    while chunk := file.read(_CHUNK_BYTES):
+        digest.update(chunk)
+    if digest.hexdigest() != manifest.sha256:
+        raise _BadCheckpoint("its content has changed since it was written (sha256)")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise _BadCheckpoint(f"it is not a checkpoint: {error}") from None
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(entry.file_size for entry in entries) > size:
+        raise _BadCheckpoint("it is packed, which ours never are")
+
+
+def _unpickle(file: BinaryIO) -> State:
+    file.seek(0)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        if "allocate memory" in str(error):
+            raise MemoryError(str(error).splitlines()[0]) from None  # the file is fine, the machine is full
+        raise _BadCheckpoint(f"it cannot be unpickled: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+    if not isinstance(state, dict):
+        raise _BadCheckpoint("it holds no state")
+    return state
+
+
+def _done(action: Callable[[], None]) -> bool:
+    """Whether an operation went through whose failure is not the one to report."""
+    try:
+        action()
+    except OSError:
+        return False
+    return True
