@@ -11,11 +11,14 @@ import errno
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+
+assert sys.platform != "win32"
 
 _NICE = 10
 _AUTOGROUP_NICE = 19

@@ -6,18 +6,17 @@ killed the system closes the handle and ends them all.
 
 from __future__ import annotations
 
-import sys
-
-assert sys.platform == "win32"
-
 import ctypes
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from ctypes import wintypes
 from pathlib import Path
 from typing import IO
 
 import psutil
+
+assert sys.platform == "win32"
 
 _CREATE_SUSPENDED = 0x4
 _KILL_ON_JOB_CLOSE = 0x2000

@@ -5,14 +5,13 @@ Never PROCESS_MODE_BACKGROUND_BEGIN: it caps the working set at 32 MiB. Children
 
 from __future__ import annotations
 
-import sys
-
-assert sys.platform == "win32"
-
 import ctypes
+import sys
 from ctypes import wintypes
 
 import psutil
+
+assert sys.platform == "win32"
 
 _PROCESS_MEMORY_PRIORITY = 0
 _MEMORY_PRIORITY_LOW = 2

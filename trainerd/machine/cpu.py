@@ -9,7 +9,7 @@ import psutil
 
 _CPUINFO = Path("/proc/cpuinfo")
 # Matrix and vector instructions that decide which precision is fast. Each name is the kernel's.
-_INTERESTING = frozenset({"amx_bf16", "amx_tile", "amx_int8", "avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "fma", "f16c", "bf16"})
+_INTERESTING = frozenset({"amx_bf16", "amx_tile", "amx_int8", "avx2", "avx512f", "avx512_bf16", "avx512_vnni", "fma", "f16c", "bf16"})
 
 
 def physical_cores() -> int:
