@@ -1,0 +1,241 @@
+"""Saves checkpoints beside the training, and says when a save is worth its cost. Must not touch the model: it gets a copy.
+
+One thread, one save in flight. A save that fails is told (since when progress is unsaved, how many bytes are missing), the
+training goes on, and the next save that succeeds clears it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainerd.config.model import CheckpointConfig, parse_bytes
+from trainerd.contract import clock, wire
+from trainerd.engine.checkpoints import CheckpointStore, Manifest, State, size_of
+
+Send = Callable[..., None]
+_COST_SHARE = 0.01
+_DAY_SECONDS = 86_400.0
+# What may be written at once although the day's rate does not cover it yet: a restarted run must be able to save early.
+_WRITE_AHEAD_SECONDS = 600.0
+_FIRST_RETRY_SECONDS = 10.0
+_DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+class SaveSchedule:
+    """Whether to save at a step: densest at the marks of every_steps, spaced out by what saving has been measured to cost.
+
+    Cost is (seconds the training thread was blocked + CPU seconds of the saver / cores); all times are monotonic.
+    """
+
+    def __init__(self, config: CheckpointConfig, now: float | None = None, cores: int | None = None) -> None:
+        self._config = config
+        self._began = self._last_save = time.monotonic() if now is None else now
+        self._bytes_per_second = parse_bytes(config.max_write_per_day) / _DAY_SECONDS
+        self._cores = cores or os.cpu_count() or 1
+        self._cost_seconds = self._next_cost_seconds = 0.0
+        self._written_bytes = self._next_bytes = 0
+        self._retry_at: float | None = None
+        self._retry_pause = _FIRST_RETRY_SECONDS
+
+    def due(self, step: int, now: float) -> bool:
+        """Whether to save after this step. Called at every step."""
+        if self._retry_at is not None:
+            return now >= self._retry_at
+        at_mark = step % self._config.every_steps == 0
+        if at_mark and self._config.exact:
+            return True
+        if now - self._last_save >= self._config.every_minutes * 60:
+            return True
+        return at_mark and self._affordable(now - self._began)
+
+    def _affordable(self, elapsed_seconds: float) -> bool:
+        cost_seconds = self._cost_seconds + self._next_cost_seconds
+        written_bytes = self._written_bytes + self._next_bytes
+        within_rate = written_bytes <= self._bytes_per_second * (elapsed_seconds + _WRITE_AHEAD_SECONDS)
+        return cost_seconds <= _COST_SHARE * elapsed_seconds and within_rate
+
+    def began(self, now: float) -> None:
+        """A save begins: the next is spaced from here."""
+        self._last_save = now
+
+    def saved(self, size_bytes: int, blocked_seconds: float, cpu_seconds: float) -> None:
+        """A save succeeded; its cost is expected of the next one too."""
+        self._next_cost_seconds = blocked_seconds + cpu_seconds / self._cores
+        self._cost_seconds += self._next_cost_seconds
+        self._next_bytes = size_bytes
+        self._written_bytes += size_bytes
+        self._retry_at, self._retry_pause = None, _FIRST_RETRY_SECONDS
+
+    def failed(self, now: float, blocked_seconds: float) -> None:
+        """A save failed; the next attempt waits, longer each time, but never longer than every_minutes."""
+        self._cost_seconds += blocked_seconds
+        longest = self._config.every_minutes * 60
+        self._retry_at = now + min(self._retry_pause, longest)
+        self._retry_pause = min(self._retry_pause * 2, longest)
+
+    @property
+    def cost_seconds(self) -> float:
+        """What saving has cost this process so far."""
+        return self._cost_seconds
+
+
+@dataclass
+class _Save:
+    state: State
+    facts: dict[str, Any]
+    request: str | None
+    blocked_seconds: float
+    captured_at: float
+
+
+class Saver:
+    """The saving thread. submit() hands it a state it may keep until `busy` is False again."""
+
+    def __init__(self, store: CheckpointStore, schedule: SaveSchedule, send: Send, home: Path | None = None) -> None:
+        """`send(event, **fields)` gets CHECKPOINT and UNSAVED events; paths in them are relative to `home`."""
+        self.schedule = schedule
+        self.last: Manifest | None = None
+        self.failure: str | None = None
+        """Why the last save failed, in words; None when it did not."""
+        self._store = store
+        self._send = send
+        self._home = home
+        self._saved_until = clock.wall()
+        self._condition = threading.Condition()
+        self._next: _Save | None = None
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._next is not None
+
+    def submit(
+        self,
+        state: State,
+        *,
+        epoch: int,
+        step: int,
+        best: float | None,
+        metrics: Path | None,
+        metrics_bytes: int,
+        about: dict[str, Any],
+        request: str | None = None,
+        blocked_seconds: float = 0.0,
+    ) -> None:
+        """Save `state`, a copy nobody changes while busy. Waits for a running save first.
+
+        `blocked_seconds` is what taking the copy cost the training thread; `request` is named in the CHECKPOINT event.
+        """
+        waited = time.monotonic()
+        self.wait()
+        facts = {"epoch": epoch, "step": step, "best": best, "metrics": metrics, "metrics_bytes": metrics_bytes, "about": about}
+        now = time.monotonic()
+        self.schedule.began(now)
+        with self._condition:
+            self._next = _Save(state, facts, request, blocked_seconds + now - waited, clock.wall())
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="saver", daemon=True)
+                self._thread.start()
+            self._condition.notify_all()
+
+    def wait(self, timeout_seconds: float | None = None) -> bool:
+        """Wait until nothing is being saved; False when the time was up first."""
+        if self._next is None:
+            return True
+        with self._condition:
+            return self._condition.wait_for(lambda: self._next is None, timeout_seconds)
+
+    def close(self) -> None:
+        """Finish the running save and end the thread."""
+        self.wait()
+        with self._condition:
+            self._closing = True
+            self._condition.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._next is not None or self._closing)
+                save = self._next
+            if save is None:
+                return
+            self._save(save)
+            with self._condition:
+                self._next = None
+                self._condition.notify_all()
+
+    def _save(self, save: _Save) -> None:
+        cpu_began = time.thread_time()
+        try:
+            manifest = self._store.commit(save.state, **save.facts, acknowledge=lambda done: self._acknowledge(done, save))
+        except Exception as error:  # whatever it is: training goes on, and the person is told
+            self.schedule.failed(time.monotonic(), save.blocked_seconds)
+            self._tell_unsaved(error, save)
+        else:
+            self.schedule.saved(manifest.bytes, save.blocked_seconds, time.thread_time() - cpu_began)
+
+    def _acknowledge(self, manifest: Manifest, save: _Save) -> None:
+        self.last = manifest
+        self._saved_until = save.captured_at
+        if self.failure is not None:
+            self.failure = None
+            self._send(wire.UNSAVED, since=None, missing_bytes=None, error=None)
+        self._send(
+            wire.CHECKPOINT,
+            path=_shown(manifest.path, self._home),
+            epoch=manifest.epoch,
+            step=manifest.step,
+            at=manifest.at,
+            bytes=manifest.bytes,
+            seconds=manifest.seconds,
+            request=save.request,
+        )
+
+    def _tell_unsaved(self, error: Exception, save: _Save) -> None:
+        missing_bytes = None
+        if isinstance(error, OSError):
+            text = f"{error.strerror or error}"
+            if error.errno in _DISK_FULL:
+                missing_bytes = _missing_bytes(save.state, self._store.folder)
+        else:
+            text = f"{type(error).__name__}: {error}"
+            traceback.print_exception(error)
+        self.failure = f"The checkpoint at step {save.facts['step']} could not be saved: {text}."
+        self._send(wire.UNSAVED, since=self._saved_until, missing_bytes=missing_bytes, error=self.failure, request=save.request)
+
+
+def _missing_bytes(state: State, folder: Path) -> int | None:
+    """How much more space the state needs than there is; at least 1, for a disk that is full by quota."""
+    try:
+        return max(1, size_of(state) - shutil.disk_usage(folder).free)
+    except OSError:
+        return None
+
+
+def _shown(path: Path, home: Path | None) -> str:
+    if home is not None and path.is_relative_to(home):
+        return path.relative_to(home).as_posix()
+    return str(path)
+
+
+def note_to(send: Send) -> Callable[..., None]:
+    """The `note` of a CheckpointStore that sends events, and a warning to the person for what was set aside."""
+
+    def note(kind: str, **facts: Any) -> None:
+        send(wire.NOTE, kind=f"checkpoint_{kind}", **facts)
+        if kind == "quarantine":
+            send(wire.WARNING, text=f"The checkpoint {facts['file']} was set aside: {facts['why']}. The one before it is used.")
+
+    return note
