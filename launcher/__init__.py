@@ -1,0 +1,1 @@
+"""Installs and opens trainerd from a checkout. Standard library only; must not know anything about training."""

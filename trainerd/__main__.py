@@ -1,0 +1,33 @@
+"""The installed command `trainerd`, and `python -m trainerd`: opens the client, wherever it lies. Must not do anything else.
+
+The wheel carries the client as `trainerd.client`; a checkout, and so an editable installation, has it as `client` beside
+this package. It is found there by its place, never by the name `client` alone: somebody else's package may have it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def main() -> object:
+    return _client_main()()
+
+
+def _client_main() -> Callable[[], object]:
+    try:
+        module = importlib.import_module("trainerd.client.main")
+    except ModuleNotFoundError as error:
+        checkout = Path(__file__).resolve().parent.parent
+        if error.name != "trainerd.client" or not (checkout / "client" / "main.py").is_file():
+            raise
+        sys.path.insert(0, str(checkout))
+        module = importlib.import_module("client.main")
+    opened: Callable[[], object] = module.main
+    return opened
+
+
+if __name__ == "__main__":
+    sys.exit(main())
