@@ -1,0 +1,94 @@
+"""Asks the live supervisor for something and waits until it is visible in the status. Must not act on files other than the request's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainerd.contract import requests, status
+from trainerd.contract.errors import NothingRunning, Refused, TrainerdError
+from trainerd.contract.paths import Home
+from trainerd.contract.status import Reading, RequestOutcome
+
+from . import console
+
+_LOOK_SECONDS = 0.05
+_APPEAR_SECONDS = 5.0
+
+
+@dataclass
+class Asked:
+    """One request on its way."""
+
+    verb: str
+    id: str
+    path: Path
+    at: float = field(default_factory=time.monotonic)
+
+    def answer(self, reading: Reading) -> RequestOutcome | None:
+        """The supervisor's answer, None while there is none. Raises Refused."""
+        answers = reading.status.requests if reading.status else []
+        found = next((answer for answer in answers if answer.id == self.id), None)
+        if found is not None and found.outcome.startswith("refused"):
+            reason = found.outcome.removeprefix("refused").lstrip(": ")
+            raise Refused(f"{self.verb} was refused: {reason or 'no reason was given'}")
+        return found
+
+    def withdraw(self) -> None:
+        """Take it back, so that it does not take effect after everybody stopped waiting."""
+        requests.withdraw(self.path)
+
+
+def live(home: Home) -> Reading:
+    """The status of a live supervisor, waiting a moment for one that is just starting. Raises NothingRunning, TrainerdError."""
+    deadline = time.monotonic() + _APPEAR_SECONDS
+    while True:
+        reading = status.read(home)
+        if not reading.alive:
+            raise nothing_running(home, reading)
+        if reading.status is not None and reading.status.supervisor is not None:
+            return reading
+        if time.monotonic() >= deadline:
+            raise TrainerdError(f"A supervisor holds {home.root} and writes no readable status. {reading.reason}")
+        time.sleep(_LOOK_SECONDS)
+
+
+def nothing_running(home: Home, reading: Reading) -> NothingRunning:
+    """That there is nobody to ask, with how it stands and what to do."""
+    stands = f" It is {reading.state}." if reading.state != status.NEVER_STARTED else ""
+    return NothingRunning(f"Nothing is running in {home.root}.{stands}", f"Start with: {console.program()} start")
+
+
+def send(home: Home, reading: Reading, verb: str, arguments: Mapping[str, Any] | None = None) -> Asked:
+    """Put the request where the supervisor of `reading` finds it. Raises TrainerdError when it cannot be written."""
+    supervisor = reading.status.supervisor if reading.status else None
+    if supervisor is None:
+        raise nothing_running(home, reading)
+    request = requests.Request(verb, supervisor.instance, dict(arguments or {}))
+    try:
+        return Asked(verb, request.id, requests.send(home, request))
+    except OSError as error:
+        raise TrainerdError(f"The request could not be written into {home.control}: {error.strerror or error}.") from None
+
+
+def until(home: Home, asked: Asked, reached: Callable[[Reading], bool], timeout_seconds: float, hint: str) -> Reading:
+    """Wait for the answer and then for its effect. Raises Refused, or TrainerdError when the time is up."""
+    deadline = time.monotonic() + timeout_seconds
+    answered = False
+    while True:
+        reading = status.read(home)
+        answered = answered or asked.answer(reading) is not None
+        # A supervisor that ends may answer and leave between two looks: then the effect speaks.
+        if (answered or not reading.alive) and reached(reading):
+            return reading
+        if not reading.alive:
+            asked.withdraw()
+            raise TrainerdError(f"The supervisor ended while asked to {asked.verb}: {reading.state}. {reading.reason}")
+        if time.monotonic() >= deadline:
+            asked.withdraw()
+            what = "has not done it" if answered else "did not answer"
+            raise TrainerdError(f"{asked.verb}: the supervisor {what} within {timeout_seconds:g} seconds ({reading.state}).", hint)
+        time.sleep(_LOOK_SECONDS)

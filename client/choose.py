@@ -1,0 +1,148 @@
+"""Which run a start is about: an unfinished one of the same identity, or a new one. Must not start or write anything.
+
+Same identity and unfinished: resume it. Other identity: a new run, and that is said. The --name of another run: refused.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainerd.config import catalogue
+from trainerd.config.identity import differences, fingerprint, identity, resumed
+from trainerd.config.load import Resolved
+from trainerd.config.model import RunConfig
+from trainerd.contract import runs
+from trainerd.contract.errors import NothingRunning, Refused, Unreadable
+from trainerd.contract.paths import Home
+from trainerd.contract.runs import RunRecord
+
+from . import console
+
+
+@dataclass
+class Choice:
+    """What the supervisor is asked to run: the arguments of the request `start`, and what to tell the person."""
+
+    run: str
+    resume: bool
+    config: RunConfig
+    identity: dict[str, Any]
+    task_file: Path | None
+    changes: list[str] = field(default_factory=list)
+    told: str = ""
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "run": self.run,
+            "resume": self.resume,
+            "config": self.config.model_dump(mode="json"),
+            "identity": self.identity,
+            "task_file": str(self.task_file) if self.task_file else None,
+            "changes": self.changes,
+        }
+
+
+def choose(home: Home, asked: Resolved, resume: bool) -> Choice:
+    """The run for this configuration. Looks at the data up to its first usable row. Raises UsageError, Refused."""
+    config = asked.config
+    wanted = identity(config, _fingerprint(asked), asked.task_file)
+    if config.name is not None and _exists(home, config.name):
+        return _named(home, config.name, asked, wanted, resume)
+    unfinished = [record for record in _records(home) if not record.finished]
+    same = next((record for record in unfinished if record.identity == wanted), None) if resume and config.name is None else None
+    if same is not None:
+        return _go_on(same, asked)
+    told = ""
+    if resume and unfinished:
+        latest = unfinished[0]
+        unlike = differences(latest.identity, wanted)
+        why = "; ".join(unlike[:4]) if unlike else "it has another name"
+        told = f"A new run: the unfinished {latest.id} differs ({why}). Go on with that one: {console.program()} resume {latest.id}"
+    name = config.name or _new_name(home, config.task)
+    return Choice(name, False, config, wanted, asked.task_file, told=told)
+
+
+def unfinished(home: Home, name: str | None) -> Choice:
+    """The newest unfinished run, or the one named, as it was recorded. Raises NothingRunning, Refused."""
+    records = _records(home)
+    if name is not None:
+        records = [record for record in records if record.id == name]
+        if not records:
+            raise NothingRunning(f"There is no run {name!r} in {home.root}.", f"See them with: {console.program()} runs")
+        if records[0].finished:
+            raise Refused(f"The run {name} is completed: there is nothing to resume.", f"Start a new one: {console.program()} start")
+    record = next((record for record in records if not record.finished), None)
+    if record is None:
+        raise NothingRunning(f"There is no unfinished run in {home.root}.", f"Start one with: {console.program()} start")
+    return Choice(record.id, True, RunConfig.model_validate(record.config), record.identity, None)
+
+
+def _fingerprint(asked: Resolved) -> dict[str, Any]:
+    if asked.task_file is not None:
+        return fingerprint(asked.config.data)
+    entry = catalogue.find_task(asked.config.task)
+    settings = entry.settings_model.model_validate(asked.config.settings)
+    found: dict[str, Any] = entry.data_module.check(asked.config.data, settings)
+    return found
+
+
+def _named(home: Home, name: str, asked: Resolved, wanted: Mapping[str, Any], resume: bool) -> Choice:
+    """--name of something that exists: resumed when it is this very run and unfinished, else refused; nothing is ever deleted."""
+    other = "Choose another --name."
+    try:
+        record = runs.read(home, name)
+    except (OSError, Unreadable):
+        raise Refused(f"The name {name!r} is taken: there are files of it in {home.root}, without a readable record.", other) from None
+    if not resume:
+        raise Refused(f"The name {name!r} is taken by an earlier run; --no-resume begins a new one.", other)
+    unlike = differences(record.identity, wanted)
+    if unlike:
+        raise Refused(f"The run {name} is another one: {'; '.join(unlike)}.", other)
+    if record.finished:
+        raise Refused(f"The run {name} is completed.", other)
+    return _go_on(record, asked)
+
+
+def _go_on(record: RunRecord, asked: Resolved) -> Choice:
+    resumption = resumed(record.config, asked.config, asked.explicit)
+    if resumption.forbidden:
+        raise Refused(
+            f"{'; '.join(resumption.forbidden)}: cannot change while the run {record.id} goes on.",
+            "Go on without it, or begin a new run with --no-resume.",
+        )
+    changed = f" Changed: {'; '.join(resumption.changes)}." if resumption.changes else ""
+    at = f" from step {record.step:,}" if record.step else ""
+    told = f"Going on with the unfinished run {record.id}{at}.{changed} (--no-resume begins a new one.)"
+    return Choice(record.id, True, resumption.config, record.identity, None, resumption.changes, told)
+
+
+def _records(home: Home) -> list[RunRecord]:
+    """The readable records, newest first."""
+    found: list[RunRecord] = []
+    for name in reversed(runs.names(home)):
+        try:
+            found.append(runs.read(home, name))
+        except (OSError, Unreadable):
+            continue  # deleted or damaged between two looks
+    return found
+
+
+def _exists(home: Home, name: str) -> bool:
+    paths = home.run(name)
+    return any(path.exists() for path in (paths.folder, paths.checkpoints, paths.model))
+
+
+def _new_name(home: Home, task: str) -> str:
+    """<task>-YYYYMMDD-HHMMSS; a second one within the second gets a number."""
+    stem = catalogue.split_file_task(task)[0].stem if catalogue.is_file_task(task) else task
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._")[:40] or "task"
+    name = f"{plain}-{time.strftime('%Y%m%d-%H%M%S')}"
+    number, free = 2, name
+    while _exists(home, free):
+        free, number = f"{name}-{number}", number + 1
+    return free

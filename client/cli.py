@@ -1,0 +1,96 @@
+"""The commands by name, each imported only when it is typed. Must not do what a command does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import click
+
+from trainerd.contract.errors import EXIT_USAGE, UsageError
+from trainerd.contract.paths import Home
+
+from . import console
+
+# Verb -> one line of help; the file is commands/<verb>.py. Kept here so that --help imports nothing else.
+COMMANDS = {
+    "start": "Begin a training in the background, or go on with an unfinished one.",
+    "status": "What is happening now, or how it ended.",
+    "monitor": "Watch it live.",
+    "stop": "Save a checkpoint and end.",
+    "pause": "Save a checkpoint and free RAM and GPU.",
+    "resume": "Go on after a pause, a stop or a reboot.",
+    "save": "Write a checkpoint now.",
+    "logs": "Show what the trainer printed.",
+    "runs": "List, show or delete runs.",
+    "doctor": "Check this machine, and say what to mend.",
+    "suggest": "Ask a trained CADENCE model for completions.",
+    "completion": "Print the script that completes commands in your shell.",
+}
+_HIDDEN = ("menu", "foreground")
+pass_home = click.make_pass_decorator(Home)
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS and name not in _HIDDEN:
+            return None
+        command: click.Command = import_module(f".commands.{name}", __package__).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list without importing a single command."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """A mistyped command names the nearest one."""
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            from trainerd.config.nearest import nearest
+
+            close = nearest(name, COMMANDS)
+            instead = f" Did you mean {close!r}?" if close else ""
+            ctx.fail(f"There is no command {name!r}.{instead}")
+        return super().resolve_command(ctx, args)
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--home", metavar="DIR", expose_value=False, help="The folder that holds everything; before or after the command.")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=lambda c, _, v: _version(c, v), help="Show the version.")
+def group() -> None:
+    """A background trainer for an ordinary laptop. Start it once, and it finishes."""
+
+
+def _version(context: click.Context, asked: bool) -> None:
+    if not asked or context.resilient_parsing:
+        return
+    from importlib import metadata
+
+    try:
+        console.say(f"trainerd {metadata.version('trainerd')}")
+    except metadata.PackageNotFoundError:
+        console.say("trainerd, from a checkout that is not installed")
+    context.exit()
+
+
+def run(words: Sequence[str], home: Home) -> int:
+    """Run one command line; returns the exit code. Commands return theirs, None meaning 0."""
+    try:
+        result: Any = group.main(list(words), prog_name=console.program(), standalone_mode=False, obj=home)
+        return int(result or 0)
+    except click.exceptions.Exit as left:
+        return left.exit_code
+    except click.Abort:
+        return 130
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return EXIT_USAGE
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        asked = f"{context.command_path} --help" if context else f"{console.program()} --help"
+        raise UsageError(error.format_message(), f"See: {asked}") from None

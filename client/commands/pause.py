@@ -1,0 +1,25 @@
+"""`pause`: commit a checkpoint and let the trainer go, so that RAM and GPU are free for the person."""
+
+from __future__ import annotations
+
+import click
+
+from trainerd.contract import status
+from trainerd.contract.paths import Home
+
+from .. import ask, console
+from ..cli import pass_home
+
+
+@click.command("pause")
+@click.option("--timeout", type=click.FloatRange(min=0.1), default=60.0, metavar="S", show_default=True, help="Wait at most S seconds.")
+@pass_home
+def command(home: Home, timeout: float) -> None:
+    """Save a checkpoint and free RAM and GPU; `resume` goes on, to the last bit."""
+    asked = ask.send(home, ask.live(home), "pause")
+    hint = f"Look again with: {console.program()} status"
+    ended = (status.PAUSED, *status.END_STATES)
+    reading = ask.until(home, asked, lambda r: r.state in ended, timeout, hint)
+    console.say(f"{reading.state.capitalize()}: {reading.reason}")
+    if reading.state == status.PAUSED:
+        console.say(f"Go on with: {console.program()} resume")

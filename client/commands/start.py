@@ -1,0 +1,59 @@
+"""`start`: check everything that can be checked without torch, then begin or go on in the background."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from trainerd.contract import status
+from trainerd.contract.paths import Home
+
+from .. import choose, console, follow, options, view
+from ..cli import pass_home
+
+
+@click.command("start")
+@options.training_options
+@click.option("--wait", is_flag=True, help="Return when the training has ended, with its result as exit code.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+@pass_home
+def command(home: Home, /, wait: bool, as_json: bool, **words: Any) -> int:
+    """Begin a training in the background, or go on with an unfinished one."""
+    asked = options.configuration(words)
+    follow.refuse_if_running(home)
+    warnings = follow.prepare_home(home)
+    choice = choose.choose(home, asked, resume=not words["no_resume"])
+    return begin(home, choice, warnings, wait, as_json)
+
+
+def begin(home: Home, choice: choose.Choice, warnings: list[str], wait: bool, as_json: bool) -> int:
+    """Start `choice` in the background, say how it stands, and wait for its end when asked to."""
+    for warning in warnings:
+        console.complain(f"Warning: {warning}")
+    if choice.told and not as_json:
+        console.say(choice.told)
+    reading = follow.start(home, choice)
+    if choice.task_file is not None:
+        reading = follow.until_checked(home, reading)
+    if not as_json:
+        _tell(reading)
+    code = 0
+    if wait:
+        reading = follow.until_end(home)
+        code = view.exit_code(reading)
+        if not as_json:
+            console.say(f"{reading.state.capitalize()}: {reading.reason}")
+    if as_json:
+        console.say(json.dumps({**reading.to_dict(), "resumed": choice.resume, "changes": choice.changes}, indent=1))
+    return code
+
+
+def _tell(reading: status.Reading) -> None:
+    shown, program = reading.status, console.program()
+    run = shown.run if shown else "The run"
+    console.say(f"{run} is {reading.state} in the background; this window may be closed.")
+    if reading.state == status.WAITING:
+        console.say(reading.reason)
+    console.say(f"Look: {program} status     Watch: {program} monitor     End: {program} stop")

@@ -1,0 +1,25 @@
+"""`stop`: commit a checkpoint, end everything, and return when it is so."""
+
+from __future__ import annotations
+
+import click
+
+from trainerd.contract import status
+from trainerd.contract.paths import Home
+
+from .. import ask, console
+from ..cli import pass_home
+
+
+@click.command("stop")
+@click.option("--now", is_flag=True, help="Do not save: what was learnt since the last checkpoint is lost.")
+@click.option("--timeout", type=click.FloatRange(min=0.1), default=60.0, metavar="S", show_default=True, help="Wait at most S seconds.")
+@pass_home
+def command(home: Home, now: bool, timeout: float) -> None:
+    """Save a checkpoint and end. `resume` or `start` goes on from there."""
+    asked = ask.send(home, ask.live(home), "stop", {"now": now})
+    hint = f"Look again with: {console.program()} status     End it without saving with: {console.program()} stop --now"
+    reading = ask.until(home, asked, lambda r: not r.alive and r.state in status.END_STATES, timeout, hint)
+    step = reading.status.checkpoint.step if reading.status and reading.status.checkpoint else None
+    saved = f" The last checkpoint is of step {step:,}." if step is not None and reading.state == status.STOPPED else ""
+    console.say(f"{reading.state.capitalize()}: {reading.reason}{saved}")

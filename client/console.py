@@ -1,0 +1,74 @@
+"""The terminal as it is: what it can show, and how to write to it without ever failing. Must not know what is shown."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TextIO
+
+_WINDOWS = sys.platform == "win32"
+
+
+def prepare() -> None:
+    """Make printing safe: a character the output cannot carry becomes "?", instead of an error (cp1252 pipes, lone surrogates)."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def say(text: str = "") -> None:
+    """One message on the standard output."""
+    if sys.stdout is not None:
+        print(text, flush=True)
+
+
+def complain(text: str) -> None:
+    """One message beside the standard output, so that --json stays one document."""
+    if sys.stderr is not None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def program() -> str:
+    """How this program is called here, for hints: `trainerd`, or `python run_optimized_training.py` from a checkout."""
+    name = Path(sys.argv[0] or "trainerd").name
+    if name == "optimized_train.py":
+        name = "run_optimized_training.py"
+    if name in ("__main__.py", "-c", "-m"):
+        return "trainerd"
+    return f"python {name}" if name.endswith(".py") else name.removesuffix(".exe")
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a person looks at (or types into) this stream. On Windows isatty() is true for NUL, so the console is asked."""
+    try:
+        if stream is None or not stream.isatty():
+            return False
+        return not _WINDOWS or _is_windows_console(stream)
+    except (OSError, ValueError):
+        return False
+
+
+def _is_windows_console(stream: TextIO) -> bool:
+    if sys.platform != "win32":
+        return False
+    import ctypes
+    import msvcrt
+
+    mode = ctypes.c_uint32()
+    handle = msvcrt.get_osfhandle(stream.fileno())
+    return bool(ctypes.windll.kernel32.GetConsoleMode(ctypes.c_void_p(handle), ctypes.byref(mode)))
+
+
+def can_show(text: str) -> bool:
+    """Whether the standard output can carry these characters."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+        return True
+    except (UnicodeEncodeError, LookupError):
+        return False
+
+
+def has_braille() -> bool:
+    """Whether braille dots will look like dots: the fonts of Windows' old console have none."""
+    return can_show("⣿") and (not _WINDOWS or "WT_SESSION" in os.environ)

@@ -1,0 +1,155 @@
+"""Starts a supervisor and follows it: until it is up, until it ends. Must not decide what it runs."""
+
+from __future__ import annotations
+
+import time
+import uuid
+
+from trainerd.contract import errors, lock, requests, status
+from trainerd.contract.errors import AlreadyRunning, Refused, RunFailed, TrainerdError
+from trainerd.contract.paths import Home
+from trainerd.contract.status import Reading
+from trainerd.machine import filesystem
+
+from . import console, launch
+from .choose import Choice
+
+_LOOK_SECONDS = 0.02
+_UP_SECONDS = 30.0
+_VERDICT_SECONDS = 300.0
+_END_SECONDS = 3.0
+_LEAST_FREE_BYTES = 200_000_000
+
+
+def refuse_if_running(home: Home) -> None:
+    """Raise AlreadyRunning when a supervisor holds this home, after waiting a moment for one that has just ended."""
+    deadline = time.monotonic() + _END_SECONDS
+    while lock.is_held(home.supervisor_lock):
+        reading = status.read(home)
+        if reading.state not in status.END_STATES or time.monotonic() >= deadline:
+            raise already_running(home, reading)
+        time.sleep(_LOOK_SECONDS)
+
+
+def already_running(home: Home, reading: Reading) -> AlreadyRunning:
+    """That this home is taken, by what, and what to do."""
+    program = console.program()
+    run = reading.status.run if reading.status and reading.status.run else "a run"
+    if reading.state == status.PAUSED:
+        return AlreadyRunning(f"{run} is paused in {home.root}.", f"Go on with: {program} resume     End it with: {program} stop")
+    hint = f"Watch it: {program} monitor     End it: {program} stop     Train beside it: {program} --home ANOTHER_FOLDER start"
+    return AlreadyRunning(f"{run} is already in {home.root} ({reading.state}).", hint)
+
+
+def prepare_home(home: Home) -> list[str]:
+    """Create the home; returns warnings about the place. Raises Refused when it cannot hold a training."""
+    try:
+        home.root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused(f"The home {home.root} cannot be created: {error.strerror or error}.", "Name another folder with --home.") from None
+    free = filesystem.free_bytes(home.root)
+    if free is not None and free < _LEAST_FREE_BYTES:
+        least = f"at least {_LEAST_FREE_BYTES // 10**6} MB are needed"
+        message = f"Only {free // 10**6} MB are free where {home.root} is; {least}."
+        raise Refused(message, "Free some space, or use another --home.")
+    found = []
+    network = filesystem.network_filesystem(home.root)
+    if network is not None:
+        found.append(f"The home {home.root} is on {network}: locks and saved files are less safe there. Better use a local --home.")
+    synced = filesystem.synced_folder(home.root)
+    if synced is not None:
+        found.append(f"The home {home.root} is inside {synced}, which would upload every checkpoint. Better use another --home.")
+    return found
+
+
+def start(home: Home, choice: Choice) -> Reading:
+    """Spawn a supervisor for `choice`; returns when the status shows it. Raises AlreadyRunning, TrainerdError."""
+    request, instance = send_start(home, choice)
+    path = home.control / f"{request.id}.json"
+    try:
+        launched = launch.detached(home, instance, request.id)
+    except OSError as error:
+        requests.withdraw(path)
+        raise TrainerdError(f"The supervisor could not be started: {error.strerror or error}.") from None
+    if launched.tied:
+        console.complain(f"Warning: {launched.tied}")
+    reading = _until_up(home, choice.run, instance, launched)
+    # The supervisor took the request while starting; whatever is left of it now must not take effect later.
+    requests.withdraw(path)
+    return reading
+
+
+def send_start(home: Home, choice: Choice) -> tuple[requests.Request, str]:
+    """Write the request a new supervisor begins with; returns it and the instance it is meant for. Raises TrainerdError."""
+    instance = uuid.uuid4().hex
+    request = requests.Request("start", instance, choice.arguments())
+    try:
+        requests.send(home, request)
+    except OSError as error:
+        raise TrainerdError(f"The home {home.root} cannot be written: {error.strerror or error}.", "Name another with --home.") from None
+    return request, instance
+
+
+def _until_up(home: Home, run: str, instance: str, launched: launch.Launched) -> Reading:
+    deadline = time.monotonic() + _UP_SECONDS
+    while True:
+        ended = launched.process.poll()
+        reading = status.read(home)
+        if _shows(reading, run, instance) and (reading.alive or ended is not None):
+            return _verdict_of(reading, launched) if ended is not None else reading
+        if ended is not None:
+            raise _died(home, ended, launched)
+        if time.monotonic() >= deadline:
+            raise TrainerdError(f"The supervisor is not up after {_UP_SECONDS:g} seconds.", f"See {launched.early_log}")
+        time.sleep(_LOOK_SECONDS)
+
+
+def _shows(reading: Reading, run: str, instance: str) -> bool:
+    shown = reading.status
+    return shown is not None and shown.run == run and shown.supervisor is not None and shown.supervisor.instance == instance
+
+
+def _verdict_of(reading: Reading, launched: launch.Launched) -> Reading:
+    """A supervisor that came up and is gone already: a failure is told as one."""
+    if reading.state == status.COMPLETED:
+        return reading
+    raise RunFailed(f"The run ended at once: {reading.state}. {reading.reason}", f"See {launched.early_log.parent}")
+
+
+def _died(home: Home, code: int, launched: launch.Launched) -> TrainerdError:
+    words = launched.last_words()
+    if code == errors.EXIT_REFUSED:
+        _forget(launched)
+        return already_running(home, status.read(home))
+    message = words or f"it said nothing (exit code {code})"
+    return TrainerdError(f"The supervisor could not start: {message}", f"See {launched.early_log}")
+
+
+def _forget(launched: launch.Launched) -> None:
+    try:
+        launched.early_log.unlink()
+    except OSError:
+        pass  # a scanner holds it on Windows; the next start removes it
+
+
+def until_checked(home: Home, reading: Reading) -> Reading:
+    """Wait until the trainer has loaded the task file and said whether it can be trained. Raises RunFailed."""
+    deadline = time.monotonic() + _VERDICT_SECONDS
+    while time.monotonic() < deadline:
+        reading = status.read(home)
+        phase = reading.status.phase.name if reading.status and reading.status.phase else "starting"
+        if reading.state in (status.FAILED, status.CRASHED, status.UNREADABLE):
+            raise RunFailed(f"{reading.state.capitalize()}: {reading.reason}", f"See {console.program()} logs")
+        if reading.state in (*status.END_STATES, status.WAITING, status.PAUSED) or phase != "starting":
+            return reading
+        time.sleep(0.05)
+    return reading
+
+
+def until_end(home: Home) -> Reading:
+    """Wait for the run's end, however long; a supervisor that dies without a word is an end, too."""
+    while True:
+        reading = status.read(home)
+        if not reading.alive:
+            return reading
+        time.sleep(0.25)

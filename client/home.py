@@ -1,0 +1,40 @@
+"""Which home a command is about. Must not create it: that is for `start`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from trainerd.contract.errors import UsageError
+from trainerd.contract.paths import STATUS_FILE, Home
+
+
+def find(given: str | None, checkout: Path | None) -> Home:
+    """--home, else TRAINERD_HOME, else the checkout whose script was started, else a current folder in use, else the user's own.
+
+    Raises UsageError when the folder named is a file.
+    """
+    named = given or os.environ.get("TRAINERD_HOME")
+    if named:
+        root = Path(os.path.abspath(Path(named).expanduser()))
+    elif checkout is not None:
+        root = checkout
+    elif _holds_own_status(Path.cwd()):
+        root = Path.cwd()
+    else:
+        from platformdirs import user_data_dir  # costs 10 ms; most calls do without
+
+        root = Path(user_data_dir("trainerd", appauthor=False))
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"The home {root} is not a folder.", "Name a folder with --home.")
+    return Home(root)
+
+
+def _holds_own_status(folder: Path) -> bool:
+    """Another user's status file must not make this folder ours: its content would be obeyed."""
+    try:
+        seen = (folder / STATUS_FILE).stat()
+    except OSError:
+        return False
+    return sys.platform == "win32" or seen.st_uid == os.getuid()

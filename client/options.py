@@ -1,0 +1,42 @@
+"""The options that say what to train, shared by `start` and training in the foreground. Must not read what they name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from trainerd.config.load import Resolved, resolve
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_OPTIONS = [
+    click.option("--task", metavar="NAME|FILE.py:Class", help="What to train: a built-in task (cadence), or your own."),
+    click.option("--preset", metavar="NAME", help="quick, standard or extended."),
+    click.option("--config", metavar="FILE.yml", help="A configuration file, YAML or JSON."),
+    click.option("--data", metavar="PATH", help="File or folder to learn from; without it the task brings its own data."),
+    click.option("--epochs", metavar="N", help="Passes over the data."),
+    click.option("--dataset-size", metavar="N", help="Use only N samples."),
+    click.option("--set", "sets", multiple=True, metavar="section.key=value", help="Any setting, e.g. --set train.lr=1e-4; repeatable."),
+    click.option("--name", metavar="RUN", help="The run's name."),
+    click.option("--no-resume", is_flag=True, help="Begin a new run, even if an unfinished one would go on."),
+]
+
+
+def training_options(function: _F) -> _F:
+    """Add the options; the command gets them as one dict of words."""
+    for option in reversed(_OPTIONS):
+        function = option(function)
+    return function
+
+
+def configuration(words: dict[str, Any]) -> Resolved:
+    """The configuration these options mean. Raises ConfigError with all problems."""
+    flags = {
+        "data.path": words["data"],
+        "data.size": words["dataset_size"],
+        "train.epochs": words["epochs"],
+        "name": words["name"],
+    }
+    return resolve(words["task"], words["preset"], words["config"], words["sets"], flags)

@@ -1,0 +1,9 @@
+"""Training in this terminal: `python optimized_train.py --epochs 5 --dataset-size 10000`. A door; the house is client/."""
+
+import sys
+from pathlib import Path
+
+from client.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(["foreground", *sys.argv[1:]], checkout=Path(__file__).resolve().parent))

@@ -1,0 +1,42 @@
+"""How one of our own processes is started: which Python, with which environment. Must not start it.
+
+In a virtual environment on Windows python.exe is only a launcher: the interpreter is its child, in a job of its own, so the
+process one starts is not the process one means. The base interpreter is started instead and told whose environment it is in,
+as multiprocessing does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+_LAUNCHER = "__PYVENV_LAUNCHER__"
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """The command line that runs `module`; the current folder does not get onto its import path (Python 3.11 and later)."""
+    safe = ["-P"] if sys.version_info >= (3, 11) else []
+    return [_executable(), *safe, "-m", module, *arguments]
+
+
+def environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment our processes need: they find this very package, and speak UTF-8 on Windows too."""
+    found = dict(os.environ if base is None else base)
+    if _PACKAGE_PARENT.name not in ("site-packages", "dist-packages"):
+        paths = [str(_PACKAGE_PARENT), *found.get("PYTHONPATH", "").split(os.pathsep)]
+        found["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
+    if sys.platform == "win32":
+        found["PYTHONUTF8"] = "1"
+        if _executable() != sys.executable:
+            found[_LAUNCHER] = sys.executable
+    return found
+
+
+def _executable() -> str:
+    if sys.platform == "win32":
+        base: str = getattr(sys, "_base_executable", sys.executable)
+        return base
+    return sys.executable
