@@ -1,0 +1,76 @@
+"""The locks a trainer holds: one per home, and one per device for this user. Must not import torch, and trusts no PID.
+
+A left-over trainer is waited for, never doubled; a second home on the same device waits and says for whom.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import platformdirs
+
+from trainerd.contract import files
+from trainerd.contract.lock import FileLock
+
+_LOOK_AGAIN_SECONDS = 0.25
+_NOTE_BYTES = 4096
+
+
+def state_folder() -> Path:
+    """Where this user's device locks lie; TRAINERD_STATE names another folder."""
+    named = os.environ.get("TRAINERD_STATE")
+    return Path(named) if named else platformdirs.user_state_path("trainerd", appauthor=False)
+
+
+def device_name() -> str:
+    """The device a trainer of this machine uses: the UUID of the first GPU the driver shows, or "cpu"."""
+    # Asked here and not of torch, because the lock comes before torch, which may take the device's memory.
+    from trainerd.machine import gpu
+
+    found = gpu.devices()
+    return found[0].uuid if found else "cpu"
+
+
+class DeviceLock:
+    """The lock of one device, with a note beside it that tells people whose it is (told, never relied on)."""
+
+    def __init__(self, device: str, home: Path) -> None:
+        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in device)
+        folder = state_folder() / "devices"
+        self.device = device
+        self._lock = FileLock(folder / f"{name}.lock")
+        self._note = folder / f"{name}.txt"
+        self._home = home
+
+    def acquire(self, tell: Callable[[str], None]) -> None:
+        """Wait for the device; `tell` gets a sentence for as long as somebody else has it. Raises OSError."""
+        hold(self._lock, self._whose, tell)
+        try:
+            files.write_atomic(self._note, str(self._home).encode("utf-8", "replace"))
+        except OSError:
+            pass  # only words
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def _whose(self) -> str:
+        what = "the CPU" if self.device == "cpu" else f"the GPU {self.device}"
+        try:
+            with open(self._note, "rb") as file:
+                home = file.read(_NOTE_BYTES).decode("utf-8", "replace")
+        except OSError:
+            home = ""
+        holder = f"the training in {home}" if home.isprintable() and home else "another training"
+        return f"Waiting for {what}: {holder} is using it."
+
+
+def hold(lock: FileLock, why: Callable[[], str], tell: Callable[[str], None]) -> None:
+    """Acquire `lock`, however long it takes; `tell(why())` at first, and whenever the reason changes. Raises OSError."""
+    told = None
+    while not lock.acquire(_LOOK_AGAIN_SECONDS):
+        reason = why()
+        if reason != told:
+            tell(reason)
+            told = reason
