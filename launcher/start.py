@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import runpy
 import sys
-from pathlib import Path
+from importlib.util import find_spec
 
-ROOT = Path(os.path.abspath(__file__)).parent.parent
-SCRIPT = ROOT / "run_optimized_training.py"
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SCRIPT = f"{ROOT}/run_optimized_training.py"
 PRESETS = ("quick", "standard", "extended")
+_NEEDED = ("click", "pydantic", "psutil", "rich", "torch", "tokenizers")
+_EXIT_USAGE = 2
 
 
 def command(words: list[str]) -> list[str]:
@@ -24,18 +26,20 @@ def command(words: list[str]) -> list[str]:
     return words
 
 
+def lacking() -> list[str]:
+    """What a Python named by TRAINERD_PYTHON lacks; the .venv has its stamp instead."""
+    return [name for name in _NEEDED if find_spec(name) is None] if os.environ.get("TRAINERD_PYTHON") else []
+
+
 def main() -> None:
-    sys.argv = [str(SCRIPT), *command(sys.argv[1:])]
-    sys.path[0] = str(ROOT)
-    try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    except ModuleNotFoundError as error:
-        if os.environ.get("TRAINERD_PYTHON"):
-            remedy = f"TRAINERD_PYTHON names {sys.executable}: install trainerd's requirements there, or unset TRAINERD_PYTHON."
-        else:
-            remedy = "Install again: start_training reinstall"
-        print(f"trainerd cannot start: {error.name} is not installed. {remedy}", file=sys.stderr)
-        sys.exit(4)
+    missing = lacking()
+    if missing:
+        print(f"TRAINERD_PYTHON names {sys.executable}, which has no {', '.join(missing)}.", file=sys.stderr)
+        print(f"What to do: install them there ({ROOT}/pyproject.toml lists all), or unset TRAINERD_PYTHON.", file=sys.stderr)
+        sys.exit(_EXIT_USAGE)
+    sys.argv = [SCRIPT, *command(sys.argv[1:])]
+    sys.path[0] = ROOT
+    runpy.run_path(SCRIPT, run_name="__main__")
 
 
 if __name__ == "__main__":
