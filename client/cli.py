@@ -61,7 +61,7 @@ class _Commands(click.Group):
 
 @click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--home", metavar="DIR", expose_value=False, help="The folder that holds everything; before or after the command.")
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=lambda c, _, v: _version(c, v), help="Show the version.")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=lambda c, _, v: _version(c, v))
 def group() -> None:
     """A background trainer for an ordinary laptop. Start it once, and it finishes."""
 

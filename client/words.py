@@ -43,7 +43,7 @@ def number(value: Any) -> str:
     if not known(value):
         return NOT_KNOWN
     amount = float(value)
-    if amount != 0 and not 1e-3 <= abs(amount) < 1e6:
+    if amount != 0 and not 1e-4 <= abs(amount) < 1e6:
         return f"{amount:.2e}"
     digits = 3 - math.floor(math.log10(abs(amount))) if amount else 3
     return f"{amount:.{min(max(digits, 0), 5)}f}"

@@ -1,0 +1,74 @@
+"""The menu of start_training.sh and start_training.bat: one key and Enter, in a console or from a pipe. Must not do work itself.
+
+Every choice is a command line that could be typed; the menu comes back after it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from trainerd.contract.errors import TrainerdError
+from trainerd.contract.paths import Home
+
+from .. import console
+from ..cli import pass_home, run
+
+_CHOICES = [
+    ("1", "Quick test          3 epochs, 5,000 samples", ["start", "--preset", "quick"]),
+    ("2", "Standard training   5 epochs, 10,000 samples", ["start", "--preset", "standard"]),
+    ("3", "Extended training   8 epochs, 20,000 samples", ["start", "--preset", "extended"]),
+    ("4", "Resume              go on with the unfinished training", ["resume"]),
+    ("5", "Status              what is happening now", ["status"]),
+    ("6", "Monitor             watch it live", ["monitor"]),
+    ("7", "Stop                save a checkpoint and end", ["stop"]),
+    ("8", "System check        is this machine ready?", ["doctor"]),
+    ("9", "Exit                a running training goes on", []),
+]
+
+
+@click.command("menu", hidden=True)
+@pass_home
+def command(home: Home) -> int:
+    """Choose by number what the commands do by name."""
+    by_key = {key: words for key, _, words in _CHOICES}
+    while True:
+        _show()
+        key = _ask()
+        if key is None or key in ("9", "q", "x", "0", "exit", "quit"):
+            return 0
+        if key not in by_key:
+            if key:
+                console.say(f"There is no choice {key!r}.")
+            continue
+        _do(home, by_key[key])
+
+
+def _show() -> None:
+    console.say("\ntrainerd: train in the background, and keep using your computer\n")
+    for key, text, _ in _CHOICES:
+        console.say(f"  {key}  {text}")
+
+
+def _ask() -> str | None:
+    """The choice typed; None when nobody will type any more."""
+    if sys.stdout is not None:
+        print("\nYour choice, then Enter: ", end="", flush=True)
+    try:
+        answer = sys.stdin.readline() if sys.stdin is not None else ""
+    except (OSError, ValueError):
+        return None
+    if not console.is_terminal(sys.stdin):
+        console.say()  # nobody's Enter moved to the next line
+    return answer.strip().lower() if answer else None
+
+
+def _do(home: Home, words: list[str]) -> None:
+    """Run one choice; an error is told, and the menu goes on."""
+    try:
+        run(words, home)
+    except TrainerdError as error:
+        console.say(f"{error.message}\n{error.hint}".rstrip())
+    except KeyboardInterrupt:
+        console.say()

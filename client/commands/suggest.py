@@ -1,0 +1,51 @@
+"""`suggest`: CADENCE's own command, run in a child with torch; its words go through unread. Must not import torch."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import click
+
+from trainerd.contract import interpreter
+from trainerd.contract.errors import UsageError
+from trainerd.contract.paths import Home
+
+from ..cli import pass_home
+
+
+@click.command("suggest", context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+@pass_home
+def command(home: Home, words: tuple[str, ...]) -> int:
+    """Ask a trained CADENCE model for completions: suggest --model models/RUN --category NAME PREFIX (more with --help)."""
+    child = interpreter.command("trainerd.tasks.cadence.suggest", *_with_model(home, list(words)))
+    with subprocess.Popen(child, env=interpreter.environment()) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue  # Ctrl-C reaches the child as well; it ends, and its exit code is the answer
+
+
+def _with_model(home: Home, words: list[str]) -> list[str]:
+    """The words with --model: the newest finished one when none is named; a name is looked for here, then in the home."""
+    if any(word in ("-h", "--help") for word in words):
+        return words
+    places = [i for i, word in enumerate(words) if word == "--model" or word.startswith("--model=")]
+    if not places:
+        results = sorted(home.models.glob("*/result.json"), key=lambda path: path.stat().st_mtime)
+        if not results:
+            raise UsageError(f"There is no finished model in {home.models}.", "Name one with --model models/RUN.")
+        return ["--model", str(results[-1].parent), *words]
+    at, word = places[-1], words[places[-1]]
+    if "=" in word:
+        words[at : at + 1] = word.split("=", 1)
+    if at + 1 < len(words):
+        words[at + 1] = _found(home, words[at + 1])
+    return words
+
+
+def _found(home: Home, model: str) -> str:
+    candidates = (Path(model), home.root / model, home.models / model)
+    return str(next((path for path in candidates if path.is_dir()), model))
