@@ -106,6 +106,8 @@ class RamUse:
     used_bytes: int | None = None
     limit_bytes: int | None = None
     total_bytes: int | None = None
+    trainer_bytes: int | None = None
+    """The trainer and all it started, shared pages counted once; used_bytes is the whole machine's."""
 
 
 @dataclass

@@ -1,0 +1,164 @@
+"""Speaks the trainer's side of the pipes without torch, and dies in chosen ways. Must not import the engine.
+
+`python fake_trainer.py SCRIPT… --home H --run R [--before-step N]`. A script is a JSON object; the n-th start of a run uses
+the n-th script (the last one again and again):
+
+    {"steps": 20, "every": 5, "pause": 0.01,   train that many steps, a checkpoint every so often
+     "at": 7, "do": "exit:1" | "signal:9" | "raise:text" | "hang" | "finish-silently" | "permanent" | "deaf" | "grandchild" | ...}
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from trainerd.contract import clock, wire
+from trainerd.contract.lock import FileLock
+from trainerd.contract.paths import Home
+
+
+class FakeTrainer:
+    """Counts steps, writes manifests, obeys."""
+
+    def __init__(self, home: Home, run: str, script: dict[str, object], before_step: int | None) -> None:
+        self.home, self.paths, self.script = home, home.run(run), script
+        self.commands: queue.SimpleQueue[dict[str, object]] = queue.SimpleQueue()
+        self.events = os.fdopen(os.dup(1), "wb", buffering=0)
+        os.dup2(2, 1)
+        self.step = self.load(before_step)
+        self.total = int(str(script.get("steps", 20)))
+
+    def send(self, event: str, **fields: object) -> None:
+        message = {"event": event, "at": clock.wall(), "monotonic": clock.monotonic(), **fields}
+        try:
+            self.events.write(wire.encode(message))
+        except OSError:
+            pass
+
+    def listen(self) -> None:
+        rest = b""
+        while content := os.read(0, 4096):  # not sys.stdin: a thread that reads it cannot be ended with the process
+            *lines, rest = (rest + content).split(b"\n")
+            for message in filter(None, map(wire.decode, lines)):
+                self.commands.put(message)
+        self.commands.put({"do": wire.LEAVE, "why": "eof", "save": True})
+
+    def load(self, before_step: int | None) -> int:
+        steps = [int(path.stem.rpartition("_")[2]) for path in self.paths.checkpoints.glob("checkpoint_epoch_*.json")]
+        return max((step for step in steps if before_step is None or step < before_step), default=0)
+
+    def save(self, request: object = None) -> None:
+        time.sleep(float(str(self.script.get("save_seconds", 0))))
+        folder = self.paths.checkpoints
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = f"checkpoint_epoch_1_step_{self.step}"
+        (folder / f"{stem}.pt").write_bytes(b"state")
+        manifest = {"epoch": 1, "step": self.step, "at": clock.wall(), "bytes": 5, "seconds": 0.01}
+        (folder / f"{stem}.json").write_text(json.dumps(manifest), encoding="utf-8")
+        path = f"checkpoints/{self.paths.name}/{stem}.pt"
+        self.send(wire.CHECKPOINT, path=path, request=request, **manifest)
+
+    def obey(self) -> None:
+        while not self.commands.empty():
+            command = self.commands.get()
+            if self.script.get("do") == "deaf":
+                continue
+            if command["do"] == wire.SAVE:
+                self.save(command.get("id"))
+            elif command["do"] == wire.LEAVE:
+                if command.get("save") and self.step:
+                    self.save()
+                sys.exit(wire.EXIT_LEFT)
+
+    def run(self) -> int:
+        lock = FileLock(self.home.trainer_lock)
+        while not lock.acquire(0.1):
+            self.send(wire.WAITING, reason="A trainer of this home is still leaving.")
+            self.obey()
+        self.send(wire.CHECKED)
+        for done in range(int(str(self.script.get("prepare", 0)))):
+            self.send(wire.PHASE, name="preparing", done=done, total=self.script["prepare"], unit="rows")
+            time.sleep(0.01)
+            self.obey()
+        self.send(wire.PHASE, name="training")
+        self.send(wire.PLAN, device="cpu", threads=1, record={"threads": 1})
+        while self.step < self.total:
+            self.act()
+            self.obey()
+            self.step += 1
+            self.send(wire.PROGRESS, epoch=1, epochs=3, step=self.step, total_steps=self.total, loss=self.loss(), eta_seconds=1.0)
+            if self.step % int(str(self.script.get("every", 5))) == 0:
+                self.save()
+            time.sleep(float(str(self.script.get("pause", 0.01))))
+        self.paths.model.mkdir(parents=True, exist_ok=True)
+        self.paths.result.write_text("{}", encoding="utf-8")
+        self.send(wire.FINISHED)
+        return wire.EXIT_FINISHED
+
+    def loss(self) -> float:
+        return float("nan") if self.script.get("do") == "nan" else 1.0 / self.step
+
+    def act(self) -> None:
+        if self.step != self.script.get("at", 0):
+            return
+        what, _, value = str(self.script.get("do", "")).partition(":")
+        if what == "exit":
+            os._exit(int(value))
+        elif what == "signal":
+            os.kill(os.getpid(), int(value))
+        elif what == "raise":
+            self.send(wire.EXCEPTION, type="ValueError", text=value, permanent=False)
+            raise ValueError(value)
+        elif what == "permanent":
+            self.send(wire.EXCEPTION, type="ConfigError", text=value, permanent=True)
+            os._exit(wire.EXIT_PERMANENT)
+        elif what == "crash-silently":
+            raise RuntimeError(value)
+        elif what == "grandchild":
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdin=subprocess.DEVNULL)
+            (self.home.root / "grandchild.pid").write_text(str(child.pid), encoding="ascii")
+            self.script["do"] = value
+            self.act()
+        elif what == "flood":
+            for number in range(20_000):
+                self.send(wire.PROGRESS, epoch=1, epochs=3, step=number)
+        elif what == "warn":
+            self.send(wire.WARNING, text=value)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("scripts", nargs="+")
+    parser.add_argument("--home", type=Path, required=True)
+    parser.add_argument("--run", required=True)
+    parser.add_argument("--before-step", type=int)
+    options = parser.parse_args()
+    home = Home(options.home)
+    starts = home.root / "starts.txt"
+    with open(starts, "a", encoding="utf-8") as file:
+        file.write(f"{time.monotonic()} {os.getpid()} {options.before_step}\n")
+    number = len(starts.read_text(encoding="utf-8").splitlines())
+    script = json.loads(options.scripts[min(number, len(options.scripts)) - 1])
+    if script.get("do") == "exit-first":
+        print("Traceback (most recent call last):\nImportError: no module named nonsense", file=sys.stderr)
+        return 1
+    trainer = FakeTrainer(home, options.run, script, options.before_step)
+    trainer.send(wire.HELLO, pid=os.getpid())
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=trainer.listen, daemon=True).start()
+    return trainer.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

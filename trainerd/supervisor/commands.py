@@ -1,0 +1,111 @@
+"""What the supervisor does about each request; each verb is the client's file of the same name. Must not touch processes.
+
+An outcome in the status is "accepted" (under way: the effect will show in the state), "done", or "refused: …" with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainerd.contract import files, requests, runs, status, wire
+from trainerd.contract.errors import Unreadable
+from trainerd.contract.requests import Request
+from trainerd.supervisor.journal import say
+
+if TYPE_CHECKING:
+    from trainerd.supervisor.loop import Supervisor
+
+ACCEPTED, DONE = "accepted", "done"
+
+
+def answer_all(supervisor: Supervisor) -> None:
+    """Answer every request file in control/, oldest first, and delete it."""
+    for path in requests.pending(supervisor.home):
+        try:
+            request = requests.read(path)
+        except Unreadable as error:
+            supervisor.journal.note("request refused", file=path.name, reason=str(error))
+            supervisor.report.answer(path.stem[:64], "?", f"refused: {error}")
+            _delete(path)
+            continue
+        if request.instance == supervisor.instance and not _seen(supervisor, request):
+            handle = _HANDLERS.get(request.verb)
+            outcome = handle(supervisor, request) if handle else f"refused: a running supervisor does not {request.verb}."
+            if outcome is not None:
+                supervisor.report.answer(request.id, request.verb, outcome)
+        _delete(path)  # of another supervisor, or seen before: gone without effect
+
+
+def _seen(supervisor: Supervisor, request: Request) -> bool:
+    """The same id twice is one request."""
+    return supervisor.report.answered(request.id) or request.id in supervisor.saves_asked
+
+
+def _delete(path: Path) -> None:
+    try:
+        files.remove(path)
+    except OSError as error:
+        say(f"cannot delete the request {path}: {error}")  # its id is known: it is not obeyed twice
+
+
+def stop(supervisor: Supervisor, request: Request) -> str:
+    """Commit and leave for good; `now`: without saving."""
+    now = bool(request.arguments.get("now"))
+    supervisor.journal.note("stop", now=now)
+    supervisor.journal.save_record(wanted=runs.WANTED_STOPPED)
+    if supervisor.trainer is None:
+        supervisor.end(status.STOPPED, "Stopped.")
+        return DONE
+    supervisor.leave("stop", save=not now, limit_seconds=_limit(request))
+    return ACCEPTED
+
+
+def pause(supervisor: Supervisor, request: Request) -> str:
+    """Commit and let the trainer go, so that its memory is free; the supervisor stays."""
+    if supervisor.leaving is not None and supervisor.leaving.why != "pause":
+        return "refused: it is stopping."
+    if supervisor.journal.record.wanted == runs.WANTED_PAUSED:
+        return DONE
+    supervisor.journal.note("pause")
+    supervisor.journal.save_record(wanted=runs.WANTED_PAUSED)
+    if supervisor.trainer is None:
+        supervisor.rest_paused()
+        return DONE
+    supervisor.leave("pause", save=True, limit_seconds=_limit(request))
+    return ACCEPTED
+
+
+def resume(supervisor: Supervisor, request: Request) -> str:
+    """Bring a paused trainer back."""
+    if supervisor.leaving is not None and supervisor.leaving.why != "pause":
+        return "refused: it is stopping."
+    if supervisor.journal.record.wanted != runs.WANTED_PAUSED:
+        return DONE
+    supervisor.journal.note("resume")
+    supervisor.journal.save_record(wanted=runs.WANTED_RUNNING)
+    if supervisor.trainer is None:
+        supervisor.start_soon()
+    return ACCEPTED  # when the trainer is still leaving, its end starts the next one
+
+
+def save(supervisor: Supervisor, request: Request) -> str | None:
+    """Commit a checkpoint now; answered when it is on disk."""
+    if supervisor.trainer is None or supervisor.leaving is not None:
+        return f"refused: no trainer is at work ({supervisor.report.status.state})."
+    phase = supervisor.report.status.phase
+    if phase is None or phase.name in ("starting", "preparing"):
+        return "refused: there is nothing to save yet, training has not begun."
+    supervisor.journal.note("save")
+    supervisor.saves_asked.add(request.id)
+    supervisor.trainer.send(wire.SAVE, id=request.id)
+    return None
+
+
+def _limit(request: Request) -> float | None:
+    seconds = request.arguments.get("timeout_seconds")
+    return float(seconds) if isinstance(seconds, (int, float)) and seconds > 0 else None
+
+
+_HANDLERS: dict[str, Callable[[Supervisor, Request], str | None]] = {"stop": stop, "pause": pause, "resume": resume, "save": save}

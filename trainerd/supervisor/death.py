@@ -1,0 +1,133 @@
+"""Why a trainer died, in words a person can use. Must not decide what follows.
+
+The trainer's own last words count most, then the exit code, then the end of its log.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainerd.contract import wire
+
+_MAX_WORDS = 300
+_SIGNALS = {
+    "SIGSEGV": "a segmentation fault in native code",
+    "SIGBUS": "a bus error: a file it had mapped was cut off, or the disk was full",
+    "SIGABRT": "an abort in native code",
+    "SIGILL": "an instruction this processor does not have",
+    "SIGFPE": "an arithmetic fault in native code",
+    "SIGTERM": "somebody ended it (SIGTERM)",
+    "SIGINT": "somebody interrupted it (SIGINT)",
+    "SIGHUP": "its session was closed (SIGHUP)",
+}
+_WINDOWS_CODES = {
+    0x00000001: "somebody ended it (exit code 1, as Task Manager and taskkill do), or it failed without a word",
+    0x40010004: "the system ended it, as at shutdown (0x40010004)",
+    0xC0000005: "an access violation in native code (0xC0000005)",
+    0xC0000017: "the system had no memory left (0xC0000017)",
+    0xC000001D: "an instruction this processor does not have (0xC000001D)",
+    0xC00000FD: "a stack overflow (0xC00000FD)",
+    0xC000012D: "memory and page file were full (0xC000012D)",
+    0xC0000135: "a DLL is missing (0xC0000135): install again",
+    0xC000013A: "its console was closed or Ctrl-C was pressed (0xC000013A)",
+    0xC0000142: "the system was shutting down or out of resources (0xC0000142)",
+    0xC0000409: "a fatal error in native code (0xC0000409)",
+}
+_CUDA = re.compile(r"(CUDA (?:driver )?error: [^\n]*|CUDA out of memory[^\n]*|(?i:cudnn)[^\n]*STATUS[^\n]*|CUBLAS_STATUS_\w+)")
+_CUDA_MEANS = {
+    "unknown error": "the GPU was lost, as after suspend; on Linux reload the module nvidia_uvm, or reboot",
+    "launch timed out": "Windows reset the graphics driver because one step took over two seconds",
+    "device-side assert": "an index out of range on the GPU, usually a label or token outside the model's range",
+    "out of memory": "the GPU's memory was full",
+}
+_PYTHON = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Warning|Iteration)\b.*$")
+_FATAL = re.compile(r"^(Fatal Python error: .*|terminate called .*)$", re.MULTILINE)
+_VMSTAT = Path("/proc/vmstat")
+
+
+@dataclass(frozen=True)
+class Death:
+    """`permanent`: no restart can mend it."""
+
+    words: str
+    permanent: bool = False
+
+
+def explain(code: int, exception: Mapping[str, Any] | None, log_tail: str, *, out_of_memory_killed: bool = False) -> Death:
+    """The death of a trainer with exit code `code` (negative: a signal) and its last EXCEPTION event, if any."""
+    if exception is not None:
+        return Death(_exception(exception), bool(exception.get("permanent")) or code in (wire.EXIT_PERMANENT, wire.EXIT_NO_CHECKPOINT))
+    last = _last_words(log_tail)
+    if code == wire.EXIT_NO_CHECKPOINT:
+        return Death(last or "no checkpoint could be loaded", permanent=True)
+    if code == wire.EXIT_PERMANENT:
+        return Death(last or "the configuration, the data or the task cannot work (see the log)", permanent=True)
+    if code == wire.EXIT_LEFT:
+        return Death("somebody asked it to leave")
+    if code == 0:
+        return Death("it ended without having finished (exit code 0, no result on disk)")
+    by_code = _by_code(code, out_of_memory_killed)
+    if by_code is not None and code in (-signal.SIGABRT, 128 + signal.SIGABRT):
+        fatal = _FATAL.findall(log_tail)
+        detail = last if "CUDA" in last else _shorten(fatal[-1]) if fatal else ""
+        by_code = f"{by_code}: {_with_meaning(detail)}" if detail else by_code
+    return Death(by_code or _with_meaning(last) or f"exit code {code}")
+
+
+def out_of_memory_kills(vmstat: Path = _VMSTAT) -> int | None:
+    """How many processes the out-of-memory killer has ended since boot; None where the system does not tell."""
+    try:
+        match = re.search(r"^oom_kill (\d+)$", vmstat.read_text("ascii"), re.MULTILINE)
+    except OSError:
+        return None
+    return int(match[1]) if match else None
+
+
+def _by_code(code: int, out_of_memory_killed: bool) -> str | None:
+    if sys.platform == "win32":
+        return _WINDOWS_CODES.get(code & 0xFFFFFFFF) if code != 1 else None
+    number = -code if code < 0 else code - 128 if 128 < code < 192 else 0
+    if number == signal.SIGKILL:
+        if out_of_memory_killed:
+            return "the out-of-memory killer: the machine's RAM was full; lower memory.ram_limit or close programs"
+        return "somebody or something killed it (SIGKILL)"
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        return None
+    return _SIGNALS.get(name, f"the signal {name}")
+
+
+def _exception(event: Mapping[str, Any]) -> str:
+    kind, text = str(event.get("type") or "an exception"), str(event.get("text") or "").strip()
+    lines = text.splitlines()
+    first = lines[0] if lines else ""
+    return _with_meaning(_shorten(first if first.startswith(kind) else f"{kind}: {first}".rstrip(": ")))
+
+
+def _last_words(log_tail: str) -> str:
+    """What the end of a log says about a death: a CUDA error, else a Python exception's last line."""
+    cuda = _CUDA.findall(log_tail)
+    if cuda:
+        return _shorten(cuda[-1])
+    for line in reversed(log_tail.splitlines()):
+        if _PYTHON.match(line.strip()):
+            return _shorten(line.strip())
+    return ""
+
+
+def _with_meaning(words: str) -> str:
+    if "CUDA" not in words:
+        return words
+    meaning = next((text for key, text in _CUDA_MEANS.items() if key in words), None)
+    return f"{words} ({meaning})" if meaning else words
+
+
+def _shorten(words: str) -> str:
+    return words if len(words) <= _MAX_WORDS else words[: _MAX_WORDS - 1] + "…"

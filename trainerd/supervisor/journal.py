@@ -1,0 +1,92 @@
+"""What the supervisor keeps on disk besides the status: events.jsonl, run.json, and a ballast for the day the disk is full.
+
+Must not decide anything. Nothing here may end a training: what cannot be written is said on stderr.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from trainerd.contract import clock, files, runs
+from trainerd.contract.paths import Home
+from trainerd.contract.runs import RunRecord
+
+BALLAST_BYTES = 1 << 20
+_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+_DISK_FULL_ON_WINDOWS = (39, 112)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether writing failed because the disk or the quota is full."""
+    return error.errno in _FULL or getattr(error, "winerror", None) in _DISK_FULL_ON_WINDOWS
+
+
+def keep_ballast(home: Home) -> bool:
+    """Make sure 1 MB is there to be given up. Random bytes: a compressing file system would store zeros in nothing."""
+    path = home.ballast
+    try:
+        if path.exists() and path.stat().st_size == BALLAST_BYTES:
+            return True
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_atomic(path, os.urandom(BALLAST_BYTES))
+    except OSError:
+        return False
+    return True
+
+
+def write_even_when_full(home: Home, write: Callable[[], None]) -> None:
+    """Call `write`; when the disk is full, give up the ballast and call it once more. Raises OSError."""
+    try:
+        write()
+    except OSError as error:
+        if not is_full(error):
+            raise
+        files.remove(home.ballast)
+        write()
+
+
+def say(text: str) -> None:
+    """One line on stderr, for the supervisor's log; a terminal that is gone hears nothing."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        pass
+
+
+class Journal:
+    """One run's events and record."""
+
+    def __init__(self, home: Home, record: RunRecord) -> None:
+        self._home = home
+        self.record = record
+        self._unwritten_record = False
+
+    def note(self, kind: str, **facts: Any) -> None:
+        """Append to events.jsonl: what happened, and why."""
+        line = json.dumps({"schema": files.SCHEMA, "at": clock.wall(), "kind": kind, **facts}, ensure_ascii=False, default=str)
+        path = self._home.run(self.record.id).events
+        try:
+            write_even_when_full(self._home, lambda: files.append_line(path, line))
+        except OSError as error:
+            say(f"cannot write to {path}: {error}; lost: {line}")
+
+    def save_record(self, **changes: Any) -> None:
+        """Change run.json, durably; when that fails it is tried again with the next change and by retry()."""
+        for name, value in changes.items():
+            setattr(self.record, name, value)
+        try:
+            write_even_when_full(self._home, lambda: runs.write(self._home, self.record))
+            self._unwritten_record = False
+        except OSError as error:
+            self._unwritten_record = True
+            say(f"cannot write run.json of {self.record.id}: {error}")
+
+    def retry(self) -> None:
+        """Write run.json if the last attempt failed."""
+        if self._unwritten_record:
+            self.save_record()

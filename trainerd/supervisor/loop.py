@@ -1,0 +1,413 @@
+"""The supervisor: keeps one trainer alive, obeys requests, tells the truth. Must not import torch or create a CUDA context.
+
+Read tick() first. It is called when a second has passed, a request file has appeared, the trainer has said something or
+died, or a deadline is due; the disk and the process are looked at anew each time, so that a lost wake-up costs a second.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import time
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+from trainerd.contract import clock, runs, status, wire
+from trainerd.contract.paths import Home
+from trainerd.contract.status import SupervisorInfo
+from trainerd.machine import priority
+from trainerd.supervisor import commands, death, events, journal, logs, opening, report, trainer
+from trainerd.supervisor.opening import Opening
+from trainerd.supervisor.restart import MAX_DEATHS, RestartPolicy
+from trainerd.supervisor.sensors import Sensors
+from trainerd.supervisor.trainer import Inbox, TrainerProcess
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Every length of time the supervisor lives by."""
+
+    tick_seconds: float = 1.0
+    backoff_seconds: float = 1.0
+    leave_seconds: float = 60.0
+    """For a trainer with something to save; ten times the last save's duration is added."""
+    leave_now_seconds: float = 2.0
+    """For one with nothing to save."""
+    unkillable_seconds: float = 10.0
+    """After a kill: a process stuck in a driver cannot be ended, and nobody waits for it forever."""
+    slept_seconds: float = 10.0
+    """A tick this late means that the machine or the supervisor slept: deadlines move."""
+
+
+@dataclass
+class Leaving:
+    """The trainer is about to be gone: why ("stop", "pause", "signal", "finished"), and until when."""
+
+    why: str
+    save: bool
+    deadline: float
+    killed_at: float | None = None
+
+
+class Supervisor:
+    """Lives from start to the end of one run."""
+
+    def __init__(
+        self,
+        home: Home,
+        instance: str,
+        start: Opening,
+        *,
+        command: list[str] | None = None,
+        timing: Timing | None = None,
+        mirror: bool = False,
+    ) -> None:
+        self.home, self.instance = home, instance
+        self.timing = timing or Timing()
+        self.journal = journal.Journal(home, start.record)
+        self.report = report.Report(home, start.record, SupervisorInfo(os.getpid(), instance, clock.wall()))
+        self.inbox: Inbox = queue.SimpleQueue()  # of what wakes us; None is a bare wake-up
+        self.trainer: TrainerProcess | None = None
+        self.leaving: Leaving | None = None
+        self.saves_asked: set[str] = set()
+        self.signals = 0  # how often the system or the terminal asked us to end; set by a signal handler
+        self.stop_wanted = False  # whether that was the person at the terminal
+        self.result: str | None = None
+        self._arrived: list[tuple[TrainerProcess, dict[str, Any] | None] | None] = []
+        self._signals_seen = 0
+        self._command = command or trainer.engine_command()
+        self._policy = RestartPolicy(self.timing.backoff_seconds)
+        self._sensors = Sensors(start.record.config.get("memory") or {})
+        self._mirror = logs.Mirror() if mirror else None
+        self._start_at: float | None = time.monotonic()
+        self._before_step: int | None = None
+        self._starts = 0
+        self._can_wrap = True
+        self._result_before: tuple[int, int] | None = None
+        self._out_of_memory_kills = death.out_of_memory_kills()
+        self._last_tick = time.monotonic()
+        self._open(start)
+
+    def run(self) -> str:
+        """Until the run has ended: completed, stopped or failed."""
+        while self.result is None:
+            try:
+                self.tick()
+            except Exception:
+                # One of three places that catch everything: a supervisor that dies of a surprise keeps nobody alive.
+                journal.say(traceback.format_exc())
+                self.report.warn("The supervisor met an error it did not expect; see its log in training_logs.")
+                time.sleep(min(1.0, self.timing.tick_seconds))
+            self._rest()
+        self.report.write_last()
+        if self._mirror is not None:
+            self._mirror.close()
+        return self.result
+
+    def tick(self) -> None:
+        """One look at everything."""
+        self._allow_for_sleep()
+        self.take_events()
+        self.notice_death()
+        self.obey()
+        self.keep_deadlines()
+        self.start_if_due()
+        self.tell()
+
+    # --- what has happened ---------------------------------------------------------------------------------------------
+
+    def take_events(self) -> None:
+        """What the trainer has said since the last tick."""
+        try:
+            while True:
+                self._arrived.append(self.inbox.get_nowait())
+        except queue.Empty:
+            pass
+        arrived, self._arrived = self._arrived, []
+        for sender, message in filter(None, arrived):
+            if sender is self.trainer and message is not None:
+                self._heard(sender, message)
+
+    def _heard(self, sender: TrainerProcess, message: dict[str, Any]) -> None:
+        events.apply(self.report.status, message)
+        event = message.get("event")
+        if event == wire.HELLO:
+            sender.said_hello = True
+        elif event == wire.WAITING and self.leaving is None:
+            self.report.state(status.WAITING, str(message.get("reason") or "Waiting."))
+        elif event == wire.CHECKPOINT:
+            self._saved(message)
+        elif event == wire.EXCEPTION:
+            sender.exception = message
+        elif event == wire.FINISHED:
+            sender.said_finished = self._result_stamp() is not None
+            self.leaving = Leaving("finished", False, time.monotonic() + self.timing.leave_seconds)  # it may wedge in a driver on its way out
+        elif event == wire.WARNING and self.report.warn(str(message.get("text"))):
+            self.journal.note("warning", text=str(message.get("text")))
+        elif event in (wire.NOTE, wire.EXACT, wire.UNSAVED):
+            facts = {k: v for k, v in message.items() if k not in ("event", "at", "monotonic", "kind")}
+            self.journal.note(str(message.get("kind") or event), **facts)
+        elif event == wire.PLAN:
+            plan = message.get("record")
+            self.journal.save_record(plan=plan if isinstance(plan, dict) else None)
+        if event in (wire.CHECKED, wire.PHASE):
+            self._working(event == wire.CHECKED or message.get("name") != "starting")
+
+    def _working(self, past_starting: bool) -> None:
+        """The trainer works: it no longer waits for anything."""
+        if self.leaving is None:
+            self.report.state(status.RUNNING if past_starting else status.STARTING, report.doing(self.report.status))
+
+    def _saved(self, message: dict[str, Any]) -> None:
+        saved = self.report.status.checkpoint
+        if saved is None:
+            return
+        self._policy.acknowledged(saved.step)
+        self.journal.record.step = saved.step
+        request = message.get("request")
+        if request in self.saves_asked:
+            self.saves_asked.discard(request)
+            self.report.answer(request, "save", commands.DONE)
+            self.journal.note("saved", step=saved.step, path=saved.path)
+            self.journal.save_record()
+
+    def notice_death(self) -> None:
+        """The trainer is gone: finished, left as asked, or died."""
+        gone = self.trainer
+        if gone is None or gone.exit_code is None:
+            return
+        gone.drain()
+        self.take_events()
+        self.trainer, leaving, self.leaving = None, self.leaving, None
+        for ident in self.saves_asked:
+            self.report.answer(ident, "save", "refused: the trainer ended before it had saved.")
+        self.saves_asked.clear()
+        at_stake = report.at_stake_in(self.report.status)
+        self.report.trainer_gone()
+        if gone.said_finished or self._result_stamp() not in (None, self._result_before):
+            self.end(status.COMPLETED, f"Completed. The model is in models/{self.journal.record.id}.")
+        elif leaving is not None:
+            self._has_left(gone, leaving, at_stake)
+        else:
+            self._recover(gone)
+
+    def _result_stamp(self) -> tuple[int, int] | None:
+        """Tells one finished record from another: a run that was resumed for more epochs has an old one."""
+        try:
+            seen = self.home.run(self.journal.record.id).result.stat()
+        except OSError:
+            return None
+        return seen.st_mtime_ns, seen.st_ino
+
+    def _has_left(self, gone: TrainerProcess, leaving: Leaving, at_stake: str) -> None:
+        words = ""
+        if gone.exit_code != wire.EXIT_LEFT:
+            how = "did not leave in time and was killed" if leaving.killed_at is not None else self._explain(gone).words
+            words = f" The trainer ended before it could save: {how}. {at_stake and 'Computed again on resume: ' + at_stake}".rstrip()
+            self.journal.note("left badly", exit_code=gone.exit_code, how=how, at_stake=at_stake)
+            self.report.status.trainer.last_exit = how
+        if leaving.why == "pause":
+            if self.journal.record.wanted == runs.WANTED_RUNNING:
+                self.start_soon()  # resume came while it was leaving
+            else:
+                self.rest_paused(words)
+        else:
+            step = self.journal.record.step
+            where = "" if step is None else f" at step {step:,}"
+            self.end(status.STOPPED, f"Stopped{where}; start goes on from the last checkpoint.{words}")
+
+    def _recover(self, gone: TrainerProcess) -> None:
+        why = self._explain(gone)
+        self._can_wrap &= gone.said_hello  # systemd-run may have failed in place of the trainer
+        self.report.status.trainer.last_exit = why.words
+        committed = opening.committed_steps(self.home.run(self.journal.record.id).checkpoints)
+        restart = None if why.permanent else self._policy.died(committed)
+        self.journal.note("death", exit_code=gone.exit_code, why=why.words, log=gone.log_path.name, deaths=self._policy.deaths)
+        if restart is None:
+            often = "" if why.permanent else f" {self._policy.deaths} times without a new checkpoint"
+            self.end(status.FAILED, f"The trainer died{often}: {why.words}.")
+            return
+        self.report.status.trainer.restarts += 1
+        self._before_step = restart.before_step
+        self._start_at = time.monotonic() + restart.delay_seconds
+        if restart.before_step is not None:
+            self.journal.note("fallback", before_step=restart.before_step)
+        after = f"starting again in {restart.delay_seconds:.0f} s" if restart.delay_seconds else "starting again"
+        how = "" if restart.before_step is None else f" from the checkpoint before step {restart.before_step:,}"
+        count = f" (death {self._policy.deaths} of {MAX_DEATHS} without a new checkpoint)" if self._policy.deaths > 1 else ""
+        self.report.state(status.RECOVERING, f"The trainer died: {why.words}; {after}{how}{count}.")
+
+    def _explain(self, gone: TrainerProcess) -> death.Death:
+        kills = death.out_of_memory_kills()
+        killer = kills is not None and self._out_of_memory_kills is not None and kills > self._out_of_memory_kills
+        self._out_of_memory_kills = kills
+        return death.explain(gone.exit_code or 0, gone.exception, logs.tail(gone.log_path), out_of_memory_killed=killer)
+
+    # --- what is asked -------------------------------------------------------------------------------------------------
+
+    def obey(self) -> None:
+        """Requests, then signals: a first one commits and leaves, a second one does not wait. `wanted` stays."""
+        if self.result is None:
+            commands.answer_all(self)
+        if self.signals == self._signals_seen or self.result is not None:
+            return
+        self._signals_seen = self.signals
+        self.journal.note("signal", count=self.signals)
+        if self.stop_wanted:
+            self.journal.save_record(wanted=runs.WANTED_STOPPED)
+        if self.trainer is None:
+            self.end(status.STOPPED, "Stopped by a signal; start goes on from the last checkpoint.")
+        else:
+            self.leave("signal", save=self.signals == 1, limit_seconds=None)
+
+    def leave(self, why: str, *, save: bool, limit_seconds: float | None) -> None:
+        """Ask the trainer to commit and leave, and give it its ordinary weight back so that this is quick."""
+        if self.trainer is None:
+            return
+        if self.leaving is not None and self.leaving.why != "pause" and save:
+            return  # it is at it already
+        current = self.report.status
+        nothing_yet = current.phase is None or current.phase.name in ("starting", "preparing") or current.state == status.WAITING
+        if not save or nothing_yet:
+            limit = self.timing.leave_now_seconds
+        else:
+            last = current.checkpoint.seconds if current.checkpoint else None
+            limit = limit_seconds or self.timing.leave_seconds + 10 * (last or 0.0)
+        killed_at = self.leaving.killed_at if self.leaving else None
+        self.leaving = Leaving(why, save, time.monotonic() + limit, killed_at)
+        self.trainer.send(wire.LEAVE, why="pause" if why == "pause" else "stop", save=save)
+        priority.raise_process(self.trainer.pid)
+        what = "the trainer saves and leaves" if save and not nothing_yet else "the trainer leaves"
+        if why == "pause":
+            self.report.state(status.RUNNING, f"Pausing: {what}.")
+        else:
+            self.report.state(status.STOPPING, f"Stopping: {what}.")
+        self.report.urgent()
+
+    def keep_deadlines(self) -> None:
+        """A trainer that does not leave in time is killed; one that cannot be killed is not waited for."""
+        leaving, now = self.leaving, time.monotonic()
+        if leaving is None or self.trainer is None or now < leaving.deadline:
+            return
+        if leaving.killed_at is None:
+            leaving.killed_at = now
+            leaving.deadline = now + self.timing.unkillable_seconds
+            self.trainer.kill()
+        elif leaving.why == "pause":
+            leaving.deadline = now + self.timing.unkillable_seconds
+            self.report.warn(f"The trainer (process {self.trainer.pid}) cannot be killed: it is stuck in a driver.")
+        else:
+            state = status.COMPLETED if leaving.why == "finished" else status.STOPPED
+            words = f"the trainer (process {self.trainer.pid}) cannot be killed: it is stuck in a driver; a reboot ends it."
+            self.end(state, f"{state.capitalize()}, but {words}")
+
+    # --- what is done --------------------------------------------------------------------------------------------------
+
+    def start_soon(self) -> None:
+        """Start a trainer at the end of this tick."""
+        self._start_at = time.monotonic()
+
+    def start_if_due(self) -> None:
+        """Start the trainer when it is time."""
+        if self.trainer is not None or self.result is not None or self._start_at is None or time.monotonic() < self._start_at:
+            return
+        self._start_at = None
+        self.report.state(status.STARTING, "Starting the trainer.")
+        self.report.write_if_due(self.timing.tick_seconds)
+        before, self._before_step = self._before_step, None
+        steps = opening.committed_steps(self.home.run(self.journal.record.id).checkpoints)
+        self._policy.started(next((step for step in reversed(steps) if before is None or step < before), None))
+        self._result_before = self._result_stamp()
+        try:
+            self.trainer = self._spawn(before)
+        except OSError as error:
+            self._cannot_start(error)
+            return
+        self._starts += 1
+        self.report.trainer_started(self.trainer.pid, self.trainer.started_at, self.trainer.log_path)
+        self.journal.note("trainer started", pid=self.trainer.pid, log=self.trainer.log_path.name, before_step=before)
+
+    def _spawn(self, before_step: int | None) -> TrainerProcess:
+        config = self.journal.record.config
+        command = [*self._command, "--home", str(self.home.root), "--run", self.journal.record.id]
+        if before_step is not None:
+            command += ["--before-step", str(before_step)]
+        if self._can_wrap:
+            level = str((config.get("polite") or {}).get("priority", priority.IDLE))
+            command = priority.wrap(command, level, f"{self.instance[:8]}-{self._starts}")
+        deterministic = (config.get("train") or {}).get("deterministic", "auto") is not False
+        environment = trainer.environment(int(config.get("seed") or 0), deterministic)
+        log = logs.open_new(self.home)
+        with log[1]:
+            started = TrainerProcess(command, environment, self.home, log, self.inbox)
+        if self._mirror is not None:
+            self._mirror.follow(log[0])
+        return started
+
+    def _cannot_start(self, error: OSError) -> None:
+        restart = self._policy.died(())
+        self.journal.note("cannot start", error=str(error))
+        if restart is None:
+            self.end(status.FAILED, f"The trainer cannot be started: {error}.")
+            return
+        self._start_at = time.monotonic() + max(restart.delay_seconds, self.timing.backoff_seconds)
+        self.report.state(status.RECOVERING, f"The trainer cannot be started: {error}; trying again.")
+
+    def rest_paused(self, words: str = "") -> None:
+        """Nothing runs; the supervisor stays, so that resume needs no start."""
+        self._start_at = None
+        step = self.journal.record.step
+        where = "" if step is None else f" at step {step:,}"
+        self.report.state(status.PAUSED, f"Paused{where}: the trainer is gone, its memory is free; `resume` brings it back.{words}")
+
+    def end(self, state: str, reason: str) -> None:
+        """The run, or this supervisor's part of it, is over."""
+        # A signal ends the processes only: the run has no outcome and is still wanted, after the next log-in.
+        over = state != status.STOPPED or self.journal.record.wanted == runs.WANTED_STOPPED
+        self.result = state
+        self.report.state(state, reason)
+        self.journal.note(state, reason=reason)
+        self.journal.save_record(outcome=state if over else None, reason=reason, ended_at=clock.wall())
+
+    # --- what is told --------------------------------------------------------------------------------------------------
+
+    def tell(self) -> None:
+        """Measure the machine and write the status: at once when something changed, else once a second."""
+        if self.report.status.state == status.RUNNING and self.leaving is None:
+            self.report.state(status.RUNNING, report.doing(self.report.status))
+        self._sensors.sample(self.report.status)
+        self.journal.retry()
+        self.report.write_if_due(self.timing.tick_seconds * 0.95)
+
+    def _open(self, start: Opening) -> None:
+        saved = opening.newest_checkpoint(self.home, start.record.id)
+        if saved is not None:
+            events.apply(self.report.status, saved)
+        for text in start.warnings:
+            self.report.warn(text)
+        if not journal.keep_ballast(self.home):
+            self.report.warn("The disk is nearly full: there is no room for the 1 MB kept in reserve.")
+        self.journal.note("resumed" if start.resumed else "started", instance=self.instance, changes=start.changes)
+        self.report.state(status.STARTING, "Starting the trainer.")
+        self.report.write_if_due(0.0)
+
+    def _allow_for_sleep(self) -> None:
+        now = time.monotonic()
+        late = now - self._last_tick - self.timing.tick_seconds
+        self._last_tick = now
+        if late > self.timing.slept_seconds:
+            self.journal.note("slept", seconds=round(late, 1))
+            if self.leaving is not None:
+                self.leaving.deadline += late
+
+    def _rest(self) -> None:
+        """Until something happens, a deadline is due, or a second has passed."""
+        if self.result is not None:
+            return
+        due = [self._start_at if self.trainer is None else None, self.leaving.deadline if self.leaving else None]
+        wait = min([self.timing.tick_seconds, *(at - time.monotonic() for at in due if at is not None)])
+        try:
+            self._arrived.append(self.inbox.get(timeout=max(0.005, wait)))
+        except queue.Empty:
+            pass

@@ -1,0 +1,73 @@
+"""Looks at the machine once a second and puts what it sees into the status. Must not act on it.
+
+The GPU is asked only while the trainer uses it: asking wakes a sleeping laptop GPU and keeps it awake.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from trainerd.contract.status import Status
+from trainerd.machine import memory
+from trainerd.machine.gpu import GpuReader
+from trainerd.machine.power import power
+from trainerd.memory.limits import resolve_limit
+
+_SECOND = 0.95  # a little less, so that a tick that comes early by a hair is not skipped
+_POWER_SECONDS = 5.0
+_TREE_SECONDS = 15.0
+
+
+class Sensors:
+    """`limits` is the memory section of the configuration."""
+
+    def __init__(self, limits: dict[str, Any], gpus: GpuReader | None = None) -> None:
+        self._ram_limit = str(limits.get("ram_limit", "auto"))
+        self._vram_limit = str(limits.get("vram_limit", "auto"))
+        self._gpus = gpus
+        self._due: dict[str, float] = {}
+
+    def sample(self, status: Status) -> None:
+        """Fill memory, GPU and power of the status, each as often as it is worth."""
+        if self._is_due("ram", _SECOND):
+            self._sample_ram(status)
+            self._sample_gpu(status)
+        if self._is_due("power", _POWER_SECONDS):
+            facts = power()
+            status.power.plugged, status.power.percent = facts.plugged, facts.percent
+        pid = status.trainer.pid
+        if pid is not None and self._is_due("tree", _TREE_SECONDS):
+            status.memory.ram.trainer_bytes = memory.process_tree_bytes(pid)
+
+    def _sample_ram(self, status: Status) -> None:
+        facts, ram = memory.ram(), status.memory.ram
+        ram.used_bytes, ram.total_bytes = facts.used_bytes, facts.total_bytes
+        ram.limit_bytes = resolve_limit(self._ram_limit, facts.total_bytes)
+
+    def _sample_gpu(self, status: Status) -> None:
+        device = status.plan.device or ""
+        if status.trainer.pid is None or not device.startswith("cuda"):
+            if self._gpus is not None:
+                self._gpus.close()
+            status.gpu.temperature_c = status.gpu.power_w = status.gpu.utilization_percent = None
+            return
+        self._gpus = self._gpus or GpuReader()
+        number = device.partition(":")[2]  # "cuda" is "cuda:0"
+        index = int(number) if number.isdecimal() else 0
+        found = self._gpus.read()
+        if index >= len(found):
+            return
+        facts, gpu, vram = found[index], status.gpu, status.memory.vram
+        gpu.name, gpu.temperature_c = facts.name, facts.temperature_c
+        gpu.power_w, gpu.utilization_percent = facts.power_w, facts.utilization_percent
+        vram.used_bytes, vram.total_bytes = facts.used_bytes, facts.total_bytes
+        if facts.total_bytes is not None:
+            vram.limit_bytes = resolve_limit(self._vram_limit, facts.total_bytes)
+
+    def _is_due(self, what: str, every_seconds: float) -> bool:
+        now = time.monotonic()
+        if now < self._due.get(what, 0.0):
+            return False
+        self._due[what] = now + every_seconds
+        return True

@@ -1,0 +1,130 @@
+"""One trainer process: its start, its two pipes, its death. Must not decide when to start or end it.
+
+Death is known from waiting on the process: the event pipe may be held open by loader workers long after.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from trainerd.contract import clock, interpreter, wire
+from trainerd.contract.paths import Home
+from trainerd.machine.process_group import ProcessGroup
+
+_READ_BYTES = 64 * 1024
+# Between reads, so that a chatty trainer costs the supervisor nothing: what is superseded meanwhile is skipped unread.
+_READ_PAUSE_SECONDS = 0.05
+_DRAIN_SECONDS = 1.0
+_SUPERSEDED = (b'"event":"progress"', b'"event":"memory"')
+
+
+def engine_command() -> list[str]:
+    """How a trainer is started; home and run are appended."""
+    return interpreter.command("trainerd.engine")
+
+
+def environment(seed: int, deterministic: bool) -> dict[str, str]:
+    """The trainer's environment: what must be set before torch is imported, and what must not differ between two starts."""
+    settings = {
+        **interpreter.environment(),
+        "PYTHONUTF8": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",  # a segmentation fault leaves its stack in the log
+        "PYTHONHASHSEED": str(seed),  # sets of words must have the same order after a restart
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning at barriers takes the person's core and is slower than one thread
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the driver's numbers are torch's numbers
+    }
+    if deterministic:
+        settings.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return settings
+
+
+class TrainerProcess:
+    """A running trainer. Its events arrive in `inbox` as (this trainer, message); its end as (this trainer, None)."""
+
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], home: Home, log: tuple[Path, IO[bytes]], inbox: Inbox
+    ) -> None:
+        self.log_path = log[0]
+        self.started_at, self.started_monotonic = clock.wall(), time.monotonic()
+        self.exception: dict[str, Any] | None = None
+        self.said_hello = self.said_finished = False
+        self.exit_code: int | None = None
+        self._inbox = inbox
+        self._group = ProcessGroup(command, environment=environment, folder=home.root, log=log[1])
+        self.pid = self._group.pid
+        self._reader = threading.Thread(target=self._read, name="events", daemon=True)
+        self._waiter = threading.Thread(target=self._wait, name="death", daemon=True)
+        self._reader.start()
+        self._waiter.start()
+
+    def send(self, do: str, **fields: Any) -> None:
+        """Give the trainer a command. A trainer that is gone, or reads no more, does not hold us up: its deadline will."""
+        try:
+            self._group.stdin.write(wire.encode({"do": do, **fields}))
+        except (OSError, ValueError):
+            pass
+
+    def kill(self) -> None:
+        """Kill it and everything it started. Its death arrives as always."""
+        self._group.kill()
+
+    def drain(self) -> None:
+        """After its death: wait a moment until its last events have arrived."""
+        self._reader.join(_DRAIN_SECONDS)
+        if not self._reader.is_alive():
+            self._group.close()
+
+    def _wait(self) -> None:
+        self.exit_code = self._group.wait()
+        self._inbox.put((self, None))
+
+    def _read(self) -> None:
+        rest = b""
+        while True:
+            try:
+                content = os.read(self._group.stdout.fileno(), _READ_BYTES)
+            except (OSError, ValueError):
+                content = b""
+            *lines, rest = (rest + content).split(b"\n")
+            for message in decode_newest(lines):
+                self._inbox.put((self, message))
+            if not content:
+                return
+            if len(rest) > wire.MAX_LINE_BYTES:
+                rest = b""  # not a line of ours
+            time.sleep(_READ_PAUSE_SECONDS)
+
+
+Inbox = queue.SimpleQueue[tuple[TrainerProcess, dict[str, Any] | None] | None]
+
+
+def decode_newest(lines: Sequence[bytes]) -> list[dict[str, Any]]:
+    """The messages in lines, in order, without progress that a later line of the same batch supersedes."""
+    seen: set[bytes] = set()
+    messages: list[dict[str, Any]] = []
+    for line in reversed(lines):
+        kind = next((mark for mark in _SUPERSEDED if mark in line[:200]), None)
+        if kind is not None and kind in seen:
+            continue
+        message = wire.decode(line)
+        if message is not None:
+            messages.append(message)
+            if kind is not None:
+                seen.add(kind)
+    return messages[::-1]
+
+
+def parse_command(text: str) -> list[str]:
+    """The words of `--trainer-command`, a JSON list. Raises ValueError."""
+    words = json.loads(text)
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+        raise ValueError("--trainer-command takes a JSON list of words")
+    return words
