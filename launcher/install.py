@@ -172,7 +172,10 @@ class _Steps:
         return answer.stdout.decode("utf-8", "replace").strip()
 
     def _explained(self, doing: str, said: str) -> TrainerdError:
-        return explain(said, doing=doing, folder=self.venv.parent, needed=self.needed, log=self.venv / _LOG)
+        log = self.venv / _LOG
+        if log.exists():  # pip tells only its log why it could not read an index, once its retries are used up
+            said = "".join(line for line in log.read_text("utf-8", "replace").splitlines(True) if "Could not fetch URL" in line) + said
+        return explain(said, doing=doing, folder=self.venv.parent, needed=self.needed, log=log)
 
 
 def say(line: str) -> None:

@@ -75,7 +75,7 @@ def build(where: Path) -> str | None:
     with open(where / "setup.log", "wb") as log:
         try:
             done = subprocess.run(
-                ["bash", str(script)], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=_BUILD_SECONDS, check=False
+                ["bash", script], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=_BUILD_SECONDS, check=False
             )
         except subprocess.TimeoutExpired:
             return f"building it took longer than {_BUILD_SECONDS} s; see {where / 'setup.log'}"
