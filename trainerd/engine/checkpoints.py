@@ -27,13 +27,14 @@ from typing import Any, BinaryIO
 import torch
 
 from trainerd.contract import clock, files
-from trainerd.contract.errors import NoGoodCheckpoint, Unreadable
+from trainerd.contract.errors import NoGoodCheckpoint
 
 State = dict[str, Any]
 _NAME = re.compile(r"checkpoint_epoch_(\d+)_step_(\d+)\.json")
 _FIRST_COMMIT = "first_commit.json"
 _PLAIN = (str, int, float, bool, bytes, type(None), torch.Tensor)
 _CHUNK_BYTES = 4 << 20
+_MANIFEST_BYTES = 1 << 20
 # What a state takes on disk beyond its tensors, generously; only used to foresee a full disk.
 _OVERHEAD_BYTES = 64 << 10
 
@@ -52,6 +53,9 @@ class Manifest:
     best: float | None
     metrics_bytes: int
     about: dict[str, Any] = field(default_factory=dict)
+
+
+_FIELDS = [name for name in Manifest.__dataclass_fields__ if name != "path"]
 
 
 class _BadCheckpoint(Exception):
@@ -124,7 +128,7 @@ class CheckpointStore:
     def _write_manifest(self, manifest: Manifest) -> None:
         path = manifest.path.with_suffix(".json")
         try:
-            files.write_json(path, _to_document(manifest), durable=True)
+            files.write_atomic(path, _encode(manifest), durable=True)
             marker = self.folder / _FIRST_COMMIT
             if not marker.exists():
                 # So that a folder that lost every manifest is told from one that never had any.
@@ -153,6 +157,7 @@ class CheckpointStore:
                 continue
             if before_step is not None:
                 self.supersede(manifest.step)
+            self.prune()  # what the last life was killed in the middle of
             return state, manifest
         if not self._was_used():
             return None
@@ -161,6 +166,16 @@ class CheckpointStore:
             f"None of the checkpoints{before} in {self.folder} can be loaded; nothing was deleted.",
             "Put back a copy of that folder, or begin a new run with --no-resume.",
         )
+
+    def read_step(self, step: int) -> State | None:
+        """The state committed at `step`, None when there is no good one; nothing is renamed. For the best one's weights."""
+        for manifest_path in reversed(self._manifests()):
+            if _order(manifest_path)[0] == step:
+                try:
+                    return self._read(manifest_path)[0]
+                except _BadCheckpoint as error:
+                    self._set_aside(manifest_path, str(error))
+        return None
 
     def _read(self, manifest_path: Path) -> tuple[State, Manifest]:
         try:
@@ -283,37 +298,33 @@ def _order(manifest_path: Path) -> tuple[int, int]:
     return int(match[2]), int(match[1])
 
 
-def _to_document(manifest: Manifest) -> dict[str, Any]:
+def _encode(manifest: Manifest) -> bytes:
     document: dict[str, Any] = {"schema": files.SCHEMA, "file": manifest.path.name}
-    document |= {name: getattr(manifest, name) for name in Manifest.__dataclass_fields__ if name != "path"}
-    return {**document, "check": _check(document)}
+    return _signed(document | {name: getattr(manifest, name) for name in _FIELDS})
 
 
-def _check(document: dict[str, Any]) -> str:
-    """The manifest's own checksum, so that a flipped bit in it is noticed too."""
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+def _signed(document: dict[str, Any]) -> bytes:
+    """The document as text, with a checksum of its own: a flipped bit in a manifest must be noticed too."""
+    content = json.dumps(document, allow_nan=False).encode("ascii")
+    return json.dumps({**document, "check": hashlib.sha256(content).hexdigest()}, allow_nan=False, indent=1).encode("ascii") + b"\n"
 
 
 def _read_manifest(path: Path) -> Manifest:
     """Raises FileNotFoundError, or _BadCheckpoint when it is not a whole manifest of the checkpoint it is named after."""
-    try:
-        document = files.read_json(path, "The manifest")
-    except Unreadable:
-        raise _BadCheckpoint("its manifest is damaged") from None
-    check = document.pop("check", None)
+    with open(path, "rb") as file:
+        content = file.read(_MANIFEST_BYTES)
     step, epoch = _order(path)
     expected = {"file": path.with_suffix(".pt").name, "epoch": epoch, "step": step}
     try:
-        whole = check == _check(document)
-    except ValueError:  # a NaN or a lone surrogate: we write neither
-        whole = False
-    if not whole or any(document.get(key) != value for key, value in expected.items()):
+        document = json.loads(content)
+        document.pop("check")
+        # Compared as text: a flip in the last digit of a number may be the same number.
+        whole = _signed(document) == content and all(document[key] == value for key, value in expected.items())
+        values = {name: document[name] for name in _FIELDS}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole, values = False, {}
+    if not whole:
         raise _BadCheckpoint("its manifest is damaged")
-    try:
-        values = {name: document[name] for name in Manifest.__dataclass_fields__ if name != "path"}
-    except KeyError as error:
-        raise _BadCheckpoint(f"its manifest lacks {error}") from None
     return Manifest(path=path.with_suffix(".pt"), **values)
 
 
