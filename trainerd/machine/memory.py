@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import psutil
@@ -36,6 +37,8 @@ def process_tree_bytes(pid: int) -> int | None:
 
 def _bytes(process: psutil.Process) -> int | None:
     try:
+        if sys.platform == "win32":
+            return int(process.memory_info().private)  # the full information walks every page, and can be refused
         full = process.memory_full_info()
         return int(getattr(full, "pss", 0) or full.uss)
     except psutil.AccessDenied:
