@@ -72,6 +72,10 @@ class TaskContext:
     """Dataset indices of the samples in this micro-batch, in batch order."""
     training: bool = True
 
+    def pulse(self) -> None:
+        """Call it now and then in a long evaluate(): it raises when the run has been asked to leave. The evaluation is then
+        done again after the resume."""
+
     def generator(self, sample_id: int) -> torch.Generator:
         """A CPU generator for randomness inside one sample: a pure function of (seed, epoch, sample_id)."""
         key = (self.seed * 0x9E3779B97F4A7C15 + self.epoch * 0xBF58476D1CE4E5B9 + sample_id * 0x94D049BB133111EB) & (2**63 - 1)
@@ -86,6 +90,10 @@ class Task:
     """False when the loss depends on which samples share a forward pass (BatchNorm, in-batch negatives)."""
     best_metric: ClassVar[str] = "loss"
     """The evaluation's value that decides which checkpoint is best; lower is better."""
+    tokens: ClassVar[str | None] = None
+    """The name in counts() that counts tokens, for the speed shown; None: there are none."""
+    frozen_source: ClassVar[str] = ""
+    """Where frozen weights come from, for people: they are in no checkpoint, only their sha256 is."""
 
     ctx: TaskContext
 

@@ -1,0 +1,159 @@
+"""Builds a training from its parts and brings it back to where a state says it was. Must not train, and must not choose the plan."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainerd.config.model import RunConfig
+from trainerd.contract import wire
+from trainerd.contract.errors import TrainerdError, UsageError
+from trainerd.contract.paths import RunPaths
+from trainerd.engine import dropout, optimizers, precision, rng
+from trainerd.engine import plan as plans
+from trainerd.engine.batches import Batches
+from trainerd.engine.checkpoints import CheckpointStore
+from trainerd.engine.determinism import Exactness
+from trainerd.engine.evaluation import Evaluation
+from trainerd.engine.guard import MemoryWatch
+from trainerd.engine.loader import Loader, lengths_of
+from trainerd.engine.loop import Asked, Link, Training
+from trainerd.engine.metrics import MetricsLog
+from trainerd.engine.saver import Saver, SaveSchedule
+from trainerd.engine.state import States
+from trainerd.engine.step import Stepper
+from trainerd.engine.task import MapDataset, Task, TaskContext
+from trainerd.engine.tensorboard import TensorBoard
+
+State = dict[str, Any]
+# The random states at step 0 come from the seed alone, whatever building the model and the data has drawn.
+_TRAINING_STREAM = 1
+
+
+def build(
+    task: Task,
+    config: RunConfig,
+    plan: plans.Plan,
+    paths: RunPaths,
+    cache_dir: Path,
+    link: Link,
+    store: CheckpointStore,
+    state: State | None,
+    stack: ExitStack,
+) -> Training:
+    """The training, at `state` or at its beginning. What must be closed afterwards is put on the stack."""
+    device = plans.device_of(plan)
+    mixed = precision.Precision(plan["precision"], device)
+    rng.seed(config.seed)
+    task.bind(TaskContext(device=device, dtype=mixed.dtype, seed=config.seed, cache_dir=cache_dir, data=config.data))
+    dataset, held_out = _datasets(task)
+    batches = Batches(len(dataset), config.train.batch_size, config.seed, lengths=lengths_of(task, dataset), limit=config.data.size)
+    model = task.model().to(device)
+    model.train()
+    optimizer = optimizers.build(model, task, config.train)
+    plan["optimizer"] = optimizers.kernel(optimizer)
+    model = mixed.prepare(model, optimizer)
+    dropout.attach(model, task.ctx)
+    loader = Loader(task, dataset, batches, num_workers=plan["num_workers"], seed=config.seed, pin_memory=device.type == "cuda")
+    stack.callback(loader.close)
+    metrics = _metrics(config, paths, link, state, stack)
+    total_steps = config.train.epochs * batches.steps_per_epoch
+    training = Training(
+        task=task,
+        model=model,
+        config=config,
+        plan=plan,
+        link=link,
+        asked=Asked(link),
+        stepper=Stepper(task, model, optimizer, mixed, loader, max_grad_norm=config.train.max_grad_norm),
+        evaluation=_evaluation(task, model, mixed, held_out, config, plan),
+        states=States(model, optimizer, mixed),
+        saver=Saver(store, SaveSchedule(config.checkpoint), link.send, paths.home.root),
+        store=store,
+        metrics=metrics,
+        exact=Exactness(link.send),
+        memory=MemoryWatch(config.memory, device, link.send),
+        steps_per_epoch=batches.steps_per_epoch,
+        total_steps=min(total_steps, config.train.max_steps or total_steps),
+        about=_about(config, device),
+    )
+    rng.seed(config.seed + _TRAINING_STREAM)
+    if plan["deterministic"] is False:
+        training.exact.lost(0, "deterministic is off")
+    if state is not None:
+        _put_back(training, state)
+    loader.seek(training.step, plan["micro_batch"])
+    return training
+
+
+def _datasets(task: Task) -> tuple[MapDataset, MapDataset | None]:
+    dataset, held_out = task.dataset("train"), task.dataset("eval")
+    if dataset is None or len(dataset) == 0:
+        raise UsageError("The task has no sample to train on.", "Look at the data, and at what prepare() has kept of it.")
+    return dataset, held_out
+
+
+def _evaluation(
+    task: Task, model: torch.nn.Module, mixed: precision.Precision, held_out: MapDataset | None, config: RunConfig, plan: plans.Plan
+) -> Evaluation:
+    return Evaluation(
+        task,
+        model,
+        mixed,
+        held_out,
+        lengths_of(task, held_out) if held_out is not None and len(held_out) else None,
+        batch_size=plan["micro_batch"],
+        every_steps=config.train.eval_every_steps,
+        patience=config.train.early_stopping,
+    )
+
+
+def _metrics(config: RunConfig, paths: RunPaths, link: Link, state: State | None, stack: ExitStack) -> MetricsLog:
+    """metrics.jsonl, cut back to where the state was, and TensorBoard beside it if wanted."""
+    on_line = None
+    if config.log.tensorboard:
+        tensorboard = TensorBoard(paths.folder / "tensorboard", state["step"] if state else 0, link.send)
+        stack.callback(tensorboard.close)
+        on_line = tensorboard.line
+    metrics = MetricsLog(paths.metrics, state["metrics_bytes"] if state else 0, on_line)
+    stack.callback(metrics.close)
+    if metrics.missing_bytes:
+        text = f"{paths.metrics} is {metrics.missing_bytes:,} bytes shorter than the checkpoint says: some steps are missing from it."
+        link.send(wire.WARNING, text=text)
+    return metrics
+
+
+def _put_back(training: Training, state: State) -> None:
+    """Where the state was. Raises TrainerdError when the data or the model is another one."""
+    if state["steps_per_epoch"] != training.steps_per_epoch:
+        message = f"The data has changed: an epoch has {training.steps_per_epoch} steps now, {state['steps_per_epoch']} when the run began."
+        raise TrainerdError(message, "Bring the data back, or begin a new run with --no-resume.")
+    training.states.restore(state)
+    training.step, training.samples = state["step"], state["samples"]
+    training.evaluation.restore(state["evaluation"])
+    training.saved = (training.step, training.evaluation.last_step)
+    training.exact.restore(state["exact"])
+    training.memory.oom_recoveries = state["oom_recoveries"]
+    before = {**state["about"], "config_sha256": training.about["config_sha256"]}
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in training.about.items() if before.get(name) != value]
+    if changed:
+        training.exact.lost(training.step + 1, f"resumed with {', '.join(changed)}")
+    rng.put_back(rng.from_document(state["rng"]))
+
+
+def _about(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """What the last bits depend on beside the plan; and the configuration's hash."""
+    text = json.dumps(config.model_dump(mode="json"), sort_keys=True)
+    return {
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }

@@ -1,0 +1,170 @@
+"""Evaluates on the held-out split, and remembers the best. Must leave no trace in the training: not in random states, not in modes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trainerd.contract.errors import TrainerdError
+from trainerd.engine import guard, rng
+from trainerd.engine.batches import Ids, split
+from trainerd.engine.loader import Fetch, move
+from trainerd.engine.precision import Precision
+from trainerd.engine.step import weighted
+from trainerd.engine.task import MapDataset, Task
+
+
+class Leaving(Exception):
+    """Raised through a task's evaluate() when the run has been asked to leave."""
+
+
+class Evaluation:
+    """When to evaluate, doing it, and what was best. With no held-out samples nothing is ever due."""
+
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        precision: Precision,
+        dataset: MapDataset | None,
+        lengths: Ids | None,
+        *,
+        batch_size: int,
+        every_steps: int | None,
+        patience: int | None,
+    ) -> None:
+        self._task = task
+        self._model = model
+        self._precision = precision
+        self._dataset = dataset if dataset is not None and len(dataset) else None
+        self._order = np.argsort(lengths, kind="stable").tolist() if lengths is not None else None
+        self._every_steps = every_steps
+        self._patience = patience
+        self.batch_size = batch_size
+        self.last_step = 0
+        self.values: dict[str, float] = {}
+        self.best: dict[str, float] = {}
+        """The values of the best evaluation, with its "step"."""
+        self.best_value: float | None = None
+        self._without_better = 0
+
+    def due(self, step: int, steps_per_epoch: int, total_steps: int) -> bool:
+        """Whether the present step is to be evaluated and has not been."""
+        if self._dataset is None or step == 0 or step == self.last_step:
+            return False
+        return step % (self._every_steps or steps_per_epoch) == 0 or step == total_steps
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether early stopping has had enough."""
+        return self._patience is not None and self._without_better >= self._patience
+
+    def run(self, step: int, leaving: Callable[[], bool], shrunk: Callable[[int, str], None]) -> bool | None:
+        """Evaluate the model now. True: better than ever; None: asked to leave, and nothing was remembered."""
+        values: dict[str, float] | None = None
+        while values is None:
+            text = ""
+            try:
+                with rng.preserved(), self._mode(leaving):
+                    values = self._values(leaving)
+            except Leaving:
+                return None
+            except (MemoryError, RuntimeError) as error:
+                if not guard.is_out_of_memory(error) or self.batch_size == 1 or not self._task.splittable:
+                    raise
+                text = str(error)[:300]
+            if values is None:
+                guard.free()
+                self.batch_size = -(-self.batch_size // 2)
+                shrunk(self.batch_size, text)
+        return self._remember(step, values)
+
+    def _values(self, leaving: Callable[[], bool]) -> dict[str, float]:
+        """sum / N per name over the whole split, their weighted sum as "loss", and what the task adds.
+
+        ctx.epoch is 0 meanwhile: what a sample draws by its id is the same in every evaluation.
+        """
+        assert self._dataset is not None
+        fetch, ctx = Fetch(self._task, self._dataset), self._task.ctx
+        sums: dict[str, Any] = {}
+        weights: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        metrics: dict[str, Any] = {}
+        order = self._order if self._order is not None else list(range(len(self._dataset)))
+        for ids in split(order, self.batch_size):
+            if leaving():
+                raise Leaving
+            batch = fetch[0, ctx.step, ids]
+            for name, number in self._task.counts(batch).items():
+                counts[name] = counts.get(name, 0) + number
+            with self._precision.autocast():
+                losses, more = self._task.loss(self._model, move(batch, self._precision.device), ctx)
+            for name, (value, weight) in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double()
+                weights[name] = weight
+            for name, metric in more.items():
+                metrics[name] = metrics.get(name, 0.0) + (metric.detach() if isinstance(metric, Tensor) else metric) * len(ids)
+        total = float(weighted({name: (value, weights[name]) for name, value in sums.items()}, counts))
+        means = {name: float(value) / max(1, counts[name]) for name, value in sums.items()}
+        means |= {name: float(value) / len(order) for name, value in metrics.items()}
+        with self._precision.autocast():
+            values = self._task.evaluate(self._model, ctx, {**means, "loss": total})
+        return {str(name): float(value) for name, value in values.items()}
+
+    @contextmanager
+    def _mode(self, leaving: Callable[[], bool]) -> Iterator[None]:
+        """Eval mode without gradients; afterwards each module is as it was."""
+
+        def pulse() -> None:
+            if leaving():
+                raise Leaving
+
+        ctx = self._task.ctx
+        training = [module for module in self._model.modules() if module.training]
+        kept = ctx.epoch, ctx.step, ctx.sample_ids
+        self._model.eval()
+        ctx.training = False
+        ctx.pulse = pulse  # type: ignore[method-assign]
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            ctx.training = True
+            del ctx.pulse  # the class's own does nothing
+            ctx.epoch, ctx.step, ctx.sample_ids = kept
+            for module in training:
+                module.training = True
+
+    def _remember(self, step: int, values: dict[str, float]) -> bool:
+        name = self._task.best_metric
+        if name not in values:
+            raise TrainerdError(f"evaluate() gave no {name!r}, which decides what is best.", f"It gave: {', '.join(values) or 'nothing'}.")
+        value = values[name]
+        better = math.isfinite(value) and (self.best_value is None or value < self.best_value)
+        self.last_step, self.values = step, values
+        self._without_better = 0 if better else self._without_better + 1
+        if better:
+            self.best_value, self.best = value, {**values, "step": step}
+        return better
+
+    def document(self) -> dict[str, Any]:
+        """What a resume needs, in plain values."""
+        return {
+            "last_step": self.last_step,
+            "values": dict(self.values),
+            "best": dict(self.best),
+            "best_value": self.best_value,
+            "without_better": self._without_better,
+            "batch_size": self.batch_size,
+        }
+
+    def restore(self, document: dict[str, Any]) -> None:
+        self.last_step, self.values = document["last_step"], dict(document["values"])
+        self.best, self.best_value = dict(document["best"]), document["best_value"]
+        self._without_better, self.batch_size = document["without_better"], document["batch_size"]

@@ -1,0 +1,286 @@
+"""The training loop: step, log, evaluate, save, stop? Must not know processes, pipes or files: it has a Link and parts that do.
+
+train() is flat on purpose: to know what happens in a training, read it from top to bottom.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from trainerd.config.model import RunConfig
+from trainerd.contract import wire
+from trainerd.engine import plan as plans
+from trainerd.engine import schedules
+from trainerd.engine.checkpoints import CheckpointStore
+from trainerd.engine.determinism import Exactness
+from trainerd.engine.evaluation import Evaluation
+from trainerd.engine.guard import MemoryWatch
+from trainerd.engine.metrics import MetricsLog, Rate, StepRecord
+from trainerd.engine.saver import Saver
+from trainerd.engine.state import States
+from trainerd.engine.step import Stepper
+from trainerd.engine.task import Task
+
+_REPORT_SECONDS = 0.25
+FINISHED, LEFT = "finished", "left"
+
+
+class Link:
+    """The loop's only door to the outside; this one leads nowhere."""
+
+    def send(self, event: str, **fields: Any) -> None:
+        """Tell the outside; must neither block nor raise."""
+
+    def command(self) -> dict[str, Any] | None:
+        """The next pending command, or None. Asked at every micro-batch: it must cost next to nothing."""
+        return None
+
+
+@dataclass
+class Result:
+    """How a training ended: "finished", or "left" as asked."""
+
+    outcome: str
+    step: int
+    metrics: dict[str, Any]
+
+
+class Asked:
+    """What the outside has asked for and not been given yet."""
+
+    def __init__(self, link: Link) -> None:
+        self._command = link.command
+        self.saves: list[str | None] = []
+        self.leave: dict[str, Any] | None = None
+
+    def to_leave(self) -> bool:
+        """Take in the pending commands; whether one of them was to leave."""
+        while (command := self._command()) is not None:
+            if command.get("do") == wire.SAVE:
+                self.saves.append(command.get("id"))
+            elif command.get("do") == wire.LEAVE and (self.leave is None or not command.get("save", True)):
+                self.leave = command
+        return self.leave is not None
+
+
+@dataclass
+class Training:
+    """Everything a training consists of, and where it is. Built by trainer.py."""
+
+    task: Task
+    model: nn.Module
+    config: RunConfig
+    plan: plans.Plan
+    link: Link
+    asked: Asked
+    stepper: Stepper
+    evaluation: Evaluation
+    states: States
+    saver: Saver
+    store: CheckpointStore
+    metrics: MetricsLog
+    exact: Exactness
+    memory: MemoryWatch
+    steps_per_epoch: int
+    total_steps: int
+    about: dict[str, Any]
+    step: int = 0
+    """Steps done."""
+    samples: int = 0
+    saved: tuple[int, int] = (-1, -1)
+    """The step of the newest saved state, and the last evaluation it knows."""
+    rate: Rate = field(default_factory=Rate)
+    next_report: float = 0.0
+    warned: bool = False
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the last step belongs to, from 1."""
+        return max(0, self.step - 1) // self.steps_per_epoch + 1
+
+    def lr(self) -> float:
+        """For the step about to be done."""
+        train = self.config.train
+        return train.lr * schedules.factor(train.scheduler, self.step, self.total_steps, train.warmup_steps)
+
+    def facts(self) -> dict[str, Any]:
+        """The part of the state that is neither weights nor random: plain values."""
+        return {
+            "step": self.step,
+            "epoch": self.step // self.steps_per_epoch,
+            "cursor": self.step % self.steps_per_epoch,
+            "steps_per_epoch": self.steps_per_epoch,
+            "samples": self.samples,
+            "metrics_bytes": self.metrics.bytes,
+            "evaluation": self.evaluation.document(),
+            "exact": self.exact.document(),
+            "plan": dict(self.plan),
+            "about": dict(self.about),
+            "oom_recoveries": self.memory.oom_recoveries,
+        }
+
+    def shrunk(self, micro_batch: int, error: str) -> None:
+        """A step ran out of memory and is tried again: the plan changes, aloud. The step itself has lost nothing."""
+        plans.set_micro_batch(self.plan, micro_batch)
+        self._recovered(self.step + 1, f"out of memory; the micro-batch is now {micro_batch}", error)
+        self.link.send(wire.PLAN, **plans.shown(self.plan))
+
+    def evaluated_smaller(self, size: int, error: str) -> None:
+        """An evaluation ran out of memory and is tried again."""
+        self._recovered(self.step, f"out of memory in an evaluation; its batch is now {size}", error)
+
+    def lost_by(self, operation: str) -> None:
+        """torch has met an operation that it has no deterministic kernel for."""
+        self.exact.lost(self.step + 1, f"{operation} has no deterministic kernel")
+
+    def _recovered(self, step: int, because: str, error: str) -> None:
+        self.memory.oom_recoveries += 1
+        self.exact.lost(step, because)
+        self.link.send(wire.NOTE, kind="out_of_memory", step=step, text=because, error=error)
+        self.memory.tell()
+
+
+def train(training: Training) -> Result:
+    """Train from where the training stands to its end, or until asked to leave. The state is saved in both cases."""
+    t, asked, checkpoint = training, training.asked, training.config.checkpoint
+    _phase(t, "training")
+    report(t)
+    evaluate(t)  # due already when the training was left in the middle of it
+
+    while t.step < t.total_steps and not t.evaluation.should_stop:
+        # 1. Step: all samples of one effective batch, whatever the micro-batch.
+        if asked.to_leave():
+            break
+        lr = t.lr()
+        taken = t.stepper.take(lr, asked.to_leave, t.shrunk)
+        if taken is None:
+            break
+        t.step += 1
+
+        # 2. Log: nothing is read from the device here; a few times a second it is, for all steps since.
+        t.samples += taken.num_samples
+        t.rate.samples += taken.num_samples
+        t.rate.tokens += taken.num_tokens
+        t.metrics.add(StepRecord(t.step, taken.epoch + 1, taken.loss, lr, taken.grad_norm, taken.num_samples, taken.metrics))
+        now = time.monotonic()
+        if now >= t.next_report:
+            report(t)
+        t.memory.look(now)
+
+        # 3. Evaluate, when due.
+        better = evaluate(t)
+
+        # 4. Save: when asked, when best, when the schedule says it is worth its cost.
+        worth_keeping = better and (checkpoint.keep_best or t.config.train.early_stopping is not None)
+        due = t.saver.schedule.due(t.step, now) and (checkpoint.exact or not t.saver.busy)
+        if asked.saves or worth_keeping or due:
+            save(t)
+
+    # 5. Stop: asked to, or done.
+    if asked.leave is not None:
+        t.metrics.flush()
+        if asked.leave.get("save", True):
+            _phase(t, "checkpointing")
+            save(t)
+            t.saver.wait()
+        return Result(LEFT, t.step, summary(t))
+    report(t)
+    save(t)
+    t.saver.wait()
+    return Result(FINISHED, t.step, summary(t))
+
+
+def evaluate(t: Training) -> bool:
+    """Evaluate if it is due; whether it was better than ever. Being asked to leave breaks it off without a trace."""
+    if not t.evaluation.due(t.step, t.steps_per_epoch, t.total_steps):
+        return False
+    _phase(t, "evaluating")
+    began = time.monotonic()
+    t.metrics.flush()
+    better = t.evaluation.run(t.step, t.asked.to_leave, t.evaluated_smaller)
+    if better is None:
+        return False
+    t.metrics.add_evaluation(t.step, t.evaluation.values)
+    t.rate.idle(time.monotonic() - began)
+    _phase(t, "training")
+    report(t)
+    return better
+
+
+def save(t: Training) -> None:
+    """Take the state and hand it to the saving thread, once for everybody who asked."""
+    t.saver.wait()  # it reads the buffers that the next state is copied into
+    position = (t.step, t.evaluation.last_step)
+    if t.saved == position and t.saver.failure is None and not t.asked.saves:
+        return
+    began = time.perf_counter()
+    t.metrics.flush()
+    if t.saved != position and t.saved[0] == t.step and len(t.store.committed()) > 1:
+        # It was saved before its evaluation; the state that knows how good it is takes its place.
+        t.store.supersede(t.step - 1)
+    state = t.states.capture(t.facts())
+    blocked_seconds = time.perf_counter() - began
+    for request in t.asked.saves or [None]:
+        t.saver.submit(
+            state,
+            epoch=t.epoch,
+            step=t.step,
+            best=t.evaluation.best_value,
+            metrics=t.metrics.path,
+            metrics_bytes=t.metrics.bytes,
+            about=t.about,
+            request=request,
+            blocked_seconds=blocked_seconds,
+        )
+        blocked_seconds = 0.0
+    t.asked.saves.clear()
+    t.saved = position
+
+
+def report(t: Training) -> None:
+    """Write the metrics that have gathered, and tell how far it is."""
+    t.metrics.flush()
+    t.rate.mark()
+    per_second, tokens_per_second = t.rate.per_second()
+    last = t.metrics.last
+    if last and last["loss"] is None and not t.warned:
+        t.warned = True
+        t.link.send(wire.WARNING, text=f"The loss is not a finite number any more (step {t.step}). A lower learning rate may help.")
+    left = (t.total_steps - t.step) * t.config.train.batch_size
+    t.link.send(
+        wire.PROGRESS,
+        epoch=t.epoch,
+        epochs=t.config.train.epochs,
+        step=t.step,
+        total_steps=t.total_steps,
+        samples=t.samples,
+        loss=last.get("loss"),
+        eval=t.evaluation.values,
+        best=t.evaluation.best,
+        lr=last.get("lr"),
+        grad_norm=last.get("grad_norm"),
+        samples_per_second=per_second,
+        tokens_per_second=tokens_per_second,
+        eta_seconds=left / per_second if per_second else None,
+    )
+    t.next_report = time.monotonic() + _REPORT_SECONDS
+
+
+def _phase(t: Training, name: str) -> None:
+    t.link.send(wire.PHASE, name=name, done=None, total=None, unit=None)
+
+
+def summary(t: Training) -> dict[str, Any]:
+    """The numbers of a result."""
+    return {
+        "step": t.step,
+        "epoch": t.epoch,
+        "samples": t.samples,
+        "loss": t.metrics.last.get("loss"),
+        "eval": dict(t.evaluation.values),
+        "best": dict(t.evaluation.best),
+    }

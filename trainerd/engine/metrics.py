@@ -1,0 +1,133 @@
+"""metrics.jsonl: each step once, at full precision; and how fast it goes. Must not decide what is worth logging.
+
+A step's numbers stay on the device until flush(): so a GPU is not waited for in every step. What a crash loses here was
+not in a checkpoint either: a resume cuts the file back to the length its checkpoint names, and writes those steps again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Number = float | Tensor
+
+
+@dataclass
+class StepRecord:
+    """What one step tells. `loss`, `grad_norm` and `metrics` may still be on the device."""
+
+    step: int
+    epoch: int
+    loss: Number
+    lr: float
+    grad_norm: Number
+    samples: int
+    metrics: dict[str, Number] = field(default_factory=dict)
+    at: float = 0.0
+
+
+class MetricsLog:
+    """The file. `on_step` sees each resolved line (for TensorBoard)."""
+
+    def __init__(self, path: Path, resume_bytes: int, on_line: Callable[[dict[str, Any]], None] | None = None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._on_line = on_line
+        self._pending: list[StepRecord] = []
+        self._file = open(path, "ab")  # noqa: SIM115 - lives as long as the run
+        if self._file.tell() > resume_bytes:
+            os.truncate(path, resume_bytes)
+        self.bytes = min(self._file.tell(), resume_bytes)
+        self.missing_bytes = resume_bytes - self.bytes
+        self.last: dict[str, Any] = {}
+
+    def add(self, record: StepRecord) -> None:
+        """Keep a step's numbers; nothing is read from the device or written yet."""
+        record.at = time.time()
+        self._pending.append(record)
+
+    def add_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        self.flush()
+        self._write([{"step": step, "eval": {name: _finite(value) for name, value in values.items()}}])
+
+    def flush(self) -> None:
+        """Read the pending numbers from the device, all in one go, and write their lines."""
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        values = iter(_resolve([n for r in pending for n in (r.loss, r.grad_norm, *r.metrics.values())]))
+        lines = []
+        for record in pending:
+            line: dict[str, Any] = {"step": record.step, "epoch": record.epoch, "loss": next(values), "lr": record.lr}
+            line |= {"grad_norm": next(values), "samples": record.samples, "t": round(record.at, 3)}
+            if record.metrics:
+                line["metrics"] = {name: next(values) for name in record.metrics}
+            lines.append(line)
+        self.last = lines[-1]
+        self._write(lines)
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n" for line in lines).encode("ascii")
+        self._file.write(text)
+        self._file.flush()
+        self.bytes += len(text)
+        if self._on_line is not None:
+            for line in lines:
+                self._on_line(line)
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+
+
+def _resolve(numbers: list[Number]) -> list[float | None]:
+    """Plain floats, None where not finite; tensors cost one transfer together."""
+    tensors = [n.detach().reshape(()).to(torch.float64) for n in numbers if isinstance(n, Tensor)]
+    resolved = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [_finite(next(resolved)) if isinstance(n, Tensor) else _finite(float(n)) for n in numbers]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+class Rate:
+    """Speed over the last half minute of training; pauses for evaluations and saves do not count."""
+
+    _SECONDS = 30.0
+
+    def __init__(self) -> None:
+        self._points: deque[tuple[float, int, int]] = deque()
+        self._idle_seconds = 0.0
+        self.samples = 0
+        self.tokens = 0
+        self.mark()
+
+    def mark(self) -> None:
+        """Note where we are; call it a few times a second at most."""
+        now = time.monotonic() - self._idle_seconds
+        self._points.append((now, self.samples, self.tokens))
+        while len(self._points) > 2 and now - self._points[1][0] > self._SECONDS:
+            self._points.popleft()
+
+    def idle(self, seconds: float) -> None:
+        """That long nothing was trained, on purpose."""
+        self._idle_seconds += seconds
+
+    def per_second(self) -> tuple[float | None, float | None]:
+        """Samples and tokens per second; None while too little is known."""
+        (began, samples, tokens), (now, all_samples, all_tokens) = self._points[0], self._points[-1]
+        seconds = now - began
+        if seconds <= 0 or all_samples == samples:
+            return None, None
+        return (all_samples - samples) / seconds, ((all_tokens - tokens) / seconds) or None

@@ -1,0 +1,97 @@
+"""The optimizer of a run: which parameters, which kernel, which decay. Must not step: the loop does.
+
+The learning rate is set before every step from the schedule (see schedules.py); a group's `lr_scale` multiplies it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainerd.config.model import TrainConfig
+from trainerd.contract.errors import TrainerdError
+from trainerd.engine.task import Task
+
+_MOMENTUM = 0.9
+
+
+def build(model: nn.Module, task: Task, config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer over the trainable parameters, its state already allocated: so that memory is known before step 1."""
+    groups = task.parameter_groups(model) or _own_groups(model, config.weight_decay)
+    groups = [{"lr_scale": 1.0, **group, "params": list(group["params"])} for group in groups]
+    if not any(group["params"] for group in groups):
+        raise TrainerdError("The model has no trainable parameter.", "Leave requires_grad on for what is to be learned.")
+    optimizer = _fused(config, groups) or _plain(config, groups)
+    _allocate_state(optimizer)
+    return optimizer
+
+
+def kernel(optimizer: torch.optim.Optimizer) -> str:
+    """What the plan calls it: adamw, fused or not."""
+    fused = optimizer.param_groups[0].get("fused")
+    return type(optimizer).__name__.lower() + (" (fused)" if fused else "")
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def _own_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, biases and norms (everything of one dimension) do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _fused(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
+    if config.optimizer == "adafactor":
+        return None
+    try:
+        return _make(config, groups, {"fused": True})
+    except RuntimeError:
+        # No fused kernel for this device or for these parameter types.
+        return None
+
+
+def _plain(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return _make(config, groups, {})
+
+
+def _make(config: TrainConfig, groups: list[dict[str, Any]], kernel_choice: dict[str, Any]) -> torch.optim.Optimizer:
+    groups = [dict(group) for group in groups]
+    lr, decay = config.lr, config.weight_decay
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=decay, **kernel_choice)
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=lr, weight_decay=decay, **kernel_choice)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, weight_decay=decay, momentum=_MOMENTUM, **kernel_choice)
+    return torch.optim.Adafactor(groups, lr=lr, weight_decay=decay)
+
+
+def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimizer allocate now what it would in the first step: a step with zero gradients and no learning rate.
+
+    It changes no weight, and the counters start at zero again; an out-of-memory here costs nothing.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, lr in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = lr
+    for state in optimizer.state.values():
+        step = state.get("step")
+        if isinstance(step, torch.Tensor):
+            step.zero_()
+        elif step is not None:
+            state["step"] = 0

@@ -1,0 +1,73 @@
+"""The plan of a run: what was left to choose, chosen once for this machine. Must not be asked twice: a resume keeps it.
+
+device, precision, micro-batch, threads and optimizer kernel change the last bits; so they are stored with the run and in
+every checkpoint, and change only by a named event.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from trainerd.config.model import RunConfig
+from trainerd.contract.errors import ConfigError, RunFailed
+from trainerd.engine import precision
+from trainerd.engine.task import Task
+from trainerd.machine import cpu
+
+_SHOWN = (
+    "device",
+    "precision",
+    "micro_batch",
+    "grad_accum",
+    "effective_batch",
+    "optimizer",
+    "threads",
+    "activation_checkpointing",
+    "offload",
+)
+
+Plan = dict[str, Any]
+
+
+def resolve(config: RunConfig, task: Task) -> Plan:
+    """The plan for a new run. Plain values only. Raises ConfigError when the configuration contradicts the task."""
+    train = config.train
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    plan: Plan = {
+        "device": str(device),
+        "precision": precision.resolve(train.precision, device),
+        "threads": max(1, cpu.physical_cores() - 1) if train.threads == "auto" else train.threads,
+        "num_workers": 0 if train.num_workers == "auto" else train.num_workers,
+        "deterministic": train.deterministic,
+        "optimizer": train.optimizer,
+        "activation_checkpointing": "off",
+        "offload": "off",
+        "effective_batch": train.batch_size,
+    }
+    micro_batch = train.batch_size if train.micro_batch == "auto" else min(train.micro_batch, train.batch_size)
+    if micro_batch < train.batch_size and not task.splittable:
+        message = f"train.micro_batch is {micro_batch} and train.batch_size {train.batch_size}, but this task's batch cannot be split."
+        raise ConfigError([message], "Leave train.micro_batch out, or make the batch smaller.")
+    set_micro_batch(plan, micro_batch)
+    return plan
+
+
+def set_micro_batch(plan: Plan, micro_batch: int) -> None:
+    plan["micro_batch"] = micro_batch
+    plan["grad_accum"] = -(-plan["effective_batch"] // micro_batch)
+
+
+def device_of(plan: Plan) -> torch.device:
+    """The device, checked to be there. Raises RunFailed: a driver may come back, so a later try may work."""
+    device = torch.device(plan["device"])
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        message = f"This run was planned for {plan['device']}, and no such device answers now."
+        raise RunFailed(message, "If the GPU is gone for good, begin a new run with --no-resume.")
+    return device
+
+
+def shown(plan: Plan) -> dict[str, Any]:
+    """The event: what the status shows, and the whole as `record` for a resume."""
+    return {**{name: plan.get(name) for name in _SHOWN}, "record": dict(plan)}
