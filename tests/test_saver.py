@@ -1,0 +1,187 @@
+"""Saver and its schedule: at most 1 % of the run's time, never silent about a failure, never in the training's way."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.disks import FailingDisk, WatchedDisk, loaded_step, state_at
+from trainerd.config.model import CheckpointConfig
+from trainerd.contract import files, wire
+from trainerd.engine.checkpoints import CheckpointStore
+from trainerd.engine.saver import Saver, SaveSchedule, note_to
+
+
+class Sent(list[tuple[str, dict[str, Any]]]):
+    """The events sent."""
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        self.append((event, fields))
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        return [fields for kind, fields in self if kind == event]
+
+
+def saver_in(home: Path, sent: Sent, **config: Any) -> Saver:
+    store = CheckpointStore(home / "checkpoints" / "run", note=note_to(sent))
+    return Saver(store, SaveSchedule(CheckpointConfig(**config)), sent, home)
+
+
+def submit(saver: Saver, step: int, request: str | None = None) -> None:
+    facts: dict[str, Any] = {"epoch": 1, "best": None, "metrics": None, "metrics_bytes": 7 * step, "about": {}}
+    saver.submit(state_at(step), step=step, request=request, blocked_seconds=0.001, **facts)
+
+
+class SlowDisk(WatchedDisk):
+    """Waits at every folder sync until it is let go."""
+
+    def __init__(self) -> None:
+        self.reached, self.go = threading.Event(), threading.Event()
+
+    def at(self, kind: str, path: Path, action: Any, detail: Any = None) -> Any:
+        if kind == "create" and path.name.endswith(".tmp"):
+            self.reached.set()
+            assert self.go.wait(30)
+        return action()
+
+
+# the thread
+
+
+def test_a_save_is_acknowledged_with_its_request(tmp_path: Path) -> None:
+    """CHECKPOINT carries the request's id and a path relative to the home, and comes when the checkpoint can be loaded."""
+    sent = Sent()
+    saver = saver_in(tmp_path, sent)
+    submit(saver, 10, request="abc")
+    assert saver.wait(30)
+    (event,) = sent.of(wire.CHECKPOINT)
+    assert event["request"] == "abc" and event["step"] == 10 and event["bytes"] > 0 and event["seconds"] > 0
+    assert (tmp_path / event["path"]).exists() and saver.last is not None and saver.last.step == 10
+    assert loaded_step(CheckpointStore(tmp_path / "checkpoints" / "run")) == 10
+    saver.close()
+
+
+def test_training_goes_on_while_a_slow_disk_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """submit() returns at once; the next one waits for the running one, and both are there in the end."""
+    disk = SlowDisk()
+    monkeypatch.setattr(files, "disk", disk)
+    saver = saver_in(tmp_path, Sent())
+    began = time.monotonic()
+    submit(saver, 1)
+    assert disk.reached.wait(30) and saver.busy and time.monotonic() - began < 5
+    assert not saver.wait(0.05)
+    threading.Timer(0.2, disk.go.set).start()
+    submit(saver, 2)
+    saver.close()
+    assert not saver.busy
+    assert [m.step for m in CheckpointStore(tmp_path / "checkpoints" / "run").committed()] == [1, 2]
+
+
+def test_a_full_disk_is_told_and_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failed save says since when progress is unsaved and how many bytes are missing; the next success clears it."""
+    sent = Sent()
+    saver = saver_in(tmp_path, sent)
+    submit(saver, 1)
+    saver.wait()
+    saved_at = saver.last.at if saver.last else 0
+    monkeypatch.setattr(files, "disk", FailingDisk(lambda number, kind, name: kind == "write", errno.ENOSPC))
+    submit(saver, 2, request="r")
+    saver.wait()
+    (unsaved,) = sent.of(wire.UNSAVED)
+    assert abs(unsaved["since"] - saved_at) < 5 and unsaved["missing_bytes"] >= 1 and unsaved["request"] == "r"
+    assert "No space left" in unsaved["error"] and saver.failure == unsaved["error"]
+    monkeypatch.setattr(files, "disk", files.Disk())
+    submit(saver, 3)
+    saver.close()
+    assert sent.of(wire.UNSAVED)[1] == {"since": None, "missing_bytes": None, "error": None} and saver.failure is None
+    assert [event["step"] for event in sent.of(wire.CHECKPOINT)] == [1, 3]
+
+
+def test_an_unexpected_error_is_told_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A state that cannot be saved does not stop the training: it is named in the event, the traceback is in the log."""
+    sent = Sent()
+    saver = saver_in(tmp_path, sent)
+    facts: dict[str, Any] = {"epoch": 1, "best": None, "metrics": None, "metrics_bytes": 0, "about": {}}
+    saver.submit({"x": object()}, step=1, **facts)
+    saver.close()
+    assert "state['x'] is a builtins.object" in sent.of(wire.UNSAVED)[0]["error"] and sent.of(wire.UNSAVED)[0]["missing_bytes"] is None
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_what_was_set_aside_is_a_warning_to_the_person(tmp_path: Path) -> None:
+    """A quarantined checkpoint is an event and a warning that names it."""
+    sent = Sent()
+    saver = saver_in(tmp_path, sent)
+    submit(saver, 1)
+    submit(saver, 2)
+    saver.close()
+    (tmp_path / "checkpoints/run/checkpoint_epoch_1_step_2.pt").write_bytes(b"")
+    assert loaded_step(CheckpointStore(tmp_path / "checkpoints" / "run", note=note_to(sent))) == 1
+    assert sent.of(wire.NOTE)[0]["kind"] == "checkpoint_quarantine"
+    assert "checkpoint_epoch_1_step_2.pt" in sent.of(wire.WARNING)[0]["text"]
+
+
+# the schedule
+
+
+def schedule(**config: Any) -> SaveSchedule:
+    return SaveSchedule(CheckpointConfig(**config), now=0.0, cores=2)
+
+
+def steps_saved(plan: SaveSchedule, steps: int, step_seconds: float, blocked: float, cpu: float, size_bytes: int = 1000) -> list[int]:
+    saved = []
+    for step in range(1, steps + 1):
+        now = step * step_seconds
+        if plan.due(step, now):
+            saved.append(step)
+            plan.began(now)
+            plan.saved(size_bytes, blocked, cpu)
+    return saved
+
+
+def test_cheap_saves_happen_at_every_mark() -> None:
+    """A save that costs nothing is due at every mark of every_steps, and nowhere else."""
+    assert steps_saved(schedule(every_steps=50), 200, 0.1, 0.0, 0.0) == [50, 100, 150, 200]
+
+
+def test_saving_costs_at_most_one_percent() -> None:
+    """Blocked seconds and the saver's CPU per core stay within 1 % of the run's time, by spacing the saves out."""
+    plan = schedule(every_steps=10)
+    saved = steps_saved(plan, 20_000, 0.01, blocked=0.01, cpu=0.1)
+    assert saved[0] == 10 and len(saved) > 20
+    assert plan.cost_seconds <= 0.01 * 200 + 0.06
+
+
+def test_but_at_least_every_so_many_minutes() -> None:
+    """However dear, a save is due after every_minutes, also between the marks."""
+    saved = steps_saved(schedule(every_steps=1000, every_minutes=1), 400, 1.0, blocked=30.0, cpu=0.0)
+    assert saved == [60, 120, 180, 240, 300, 360]
+
+
+def test_the_disk_is_spared() -> None:
+    """Writing stays below max_write_per_day, apart from a first allowance."""
+    saved = steps_saved(schedule(every_steps=1, every_minutes=10**6, max_write_per_day="86.4GB"), 4000, 1.0, 0.0, 0.0, size_bytes=10**8)
+    assert len(saved) * 10**8 <= 10**6 * (4000 + 600)
+    assert len(saved) > 40
+
+
+def test_exact_saves_at_every_mark_whatever_it_costs() -> None:
+    """checkpoint.exact: true is a promise of every mark."""
+    assert steps_saved(schedule(every_steps=5, exact=True), 20, 0.01, 10.0, 10.0, 10**12) == [5, 10, 15, 20]
+
+
+def test_after_a_failure_it_tries_again_later_each_time() -> None:
+    """A failed save is tried again after 10 s, then 20 s …, at any step, and a success goes back to normal."""
+    plan = schedule(every_steps=50, every_minutes=5)
+    plan.began(100.0)
+    plan.failed(100.0, 0.0)
+    assert not plan.due(50, 109.0) and plan.due(51, 110.0)
+    plan.failed(110.0, 0.0)
+    assert not plan.due(100, 129.0) and plan.due(101, 130.0)
+    plan.saved(1, 0.0, 0.0)
+    assert not plan.due(102, 131.0) and plan.due(150, 132.0)
