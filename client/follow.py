@@ -140,7 +140,7 @@ def until_checked(home: Home, reading: Reading) -> Reading:
         phase = reading.status.phase.name if reading.status and reading.status.phase else "starting"
         if reading.state in (status.FAILED, status.CRASHED, status.UNREADABLE):
             raise RunFailed(f"{reading.state.capitalize()}: {reading.reason}", f"See {console.program()} logs")
-        if reading.state in (*status.END_STATES, status.WAITING, status.PAUSED) or phase != "starting":
+        if reading.state in (*status.END_STATES, status.RUNNING, status.WAITING, status.PAUSED) or phase != "starting":
             return reading
         time.sleep(0.05)
     return reading

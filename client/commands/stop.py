@@ -17,7 +17,7 @@ from ..cli import pass_home
 @pass_home
 def command(home: Home, now: bool, timeout: float) -> None:
     """Save a checkpoint and end. `resume` or `start` goes on from there."""
-    asked = ask.send(home, ask.live(home), "stop", {"now": now})
+    asked = ask.send(home, ask.live(home), "stop", {"now": now, "timeout_seconds": timeout})
     hint = f"Look again with: {console.program()} status     End it without saving with: {console.program()} stop --now"
     reading = ask.until(home, asked, lambda r: not r.alive and r.state in status.END_STATES, timeout, hint)
     step = reading.status.checkpoint.step if reading.status and reading.status.checkpoint else None

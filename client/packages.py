@@ -1,0 +1,59 @@
+"""What is installed, read from the packages' files: torch's build without importing torch. Must not import what it looks at."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+_CUDA_LINE = re.compile(r"^cuda\b[^=]*=\s*(?:'([^']*)'|\"([^\"]*)\"|None)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class TorchFacts:
+    """The version, and the CUDA version it was built for; None: a build for the CPU only."""
+
+    version: str
+    cuda: str | None
+
+
+def folder(package: str) -> Path | None:
+    """Where a package lies, without importing it; None when it is not installed."""
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
+
+
+def version(distribution: str) -> str | None:
+    """The installed version, None when it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def torch_facts(where: Path | None = None) -> TorchFacts | None:
+    """What torch/version.py says; None when torch is not installed."""
+    where = where or folder("torch")
+    if where is None:
+        return None
+    try:
+        text = (where / "version.py").read_text("utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = _CUDA_LINE.search(text)
+    cuda = (found[1] or found[2]) if found else None
+    return TorchFacts(version("torch") or "unknown", cuda or None)
+
+
+def bitsandbytes_cuda(where: Path | None = None) -> set[str] | None:
+    """The CUDA versions bitsandbytes has libraries for, like "128"; None when it is not installed."""
+    where = where or folder("bitsandbytes")
+    if where is None:
+        return None
+    names = (path.name for path in where.glob("libbitsandbytes_cuda*"))
+    return {match[1] for name in names if (match := re.match(r"libbitsandbytes_cuda(\d+)", name))}
