@@ -144,7 +144,7 @@ def main() -> int:
     parser.add_argument("--before-step", type=int)
     options = parser.parse_args()
     home = Home(options.home)
-    starts = home.root / "starts.txt"
+    starts = home.run(options.run).folder / "starts.txt"
     with open(starts, "a", encoding="utf-8") as file:
         file.write(f"{time.monotonic()} {os.getpid()} {options.before_step}\n")
     number = len(starts.read_text(encoding="utf-8").splitlines())

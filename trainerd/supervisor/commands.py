@@ -5,6 +5,7 @@ An outcome in the status is "accepted" (under way: the effect will show in the s
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,7 +87,7 @@ def resume(supervisor: Supervisor, request: Request) -> str:
     supervisor.journal.note("resume")
     supervisor.journal.save_record(wanted=runs.WANTED_RUNNING)
     if supervisor.trainer is None:
-        supervisor.start_soon()
+        supervisor.start_at = time.monotonic()
     return ACCEPTED  # when the trainer is still leaving, its end starts the next one
 
 

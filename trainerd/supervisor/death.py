@@ -27,7 +27,6 @@ _SIGNALS = {
     "SIGHUP": "its session was closed (SIGHUP)",
 }
 _WINDOWS_CODES = {
-    0x00000001: "somebody ended it (exit code 1, as Task Manager and taskkill do), or it failed without a word",
     0x40010004: "the system ended it, as at shutdown (0x40010004)",
     0xC0000005: "an access violation in native code (0xC0000005)",
     0xC0000017: "the system had no memory left (0xC0000017)",
@@ -77,7 +76,8 @@ def explain(code: int, exception: Mapping[str, Any] | None, log_tail: str, *, ou
         fatal = _FATAL.findall(log_tail)
         detail = last if "CUDA" in last else _shorten(fatal[-1]) if fatal else ""
         by_code = f"{by_code}: {_with_meaning(detail)}" if detail else by_code
-    return Death(by_code or _with_meaning(last) or f"exit code {code}")
+    silent = "somebody ended it (exit code 1, as taskkill does), or it failed without a word" if code == 1 else f"exit code {code}"
+    return Death(by_code or _with_meaning(last) or silent)
 
 
 def out_of_memory_kills(vmstat: Path = _VMSTAT) -> int | None:
@@ -91,7 +91,7 @@ def out_of_memory_kills(vmstat: Path = _VMSTAT) -> int | None:
 
 def _by_code(code: int, out_of_memory_killed: bool) -> str | None:
     if sys.platform == "win32":
-        return _WINDOWS_CODES.get(code & 0xFFFFFFFF) if code != 1 else None
+        return _WINDOWS_CODES.get(code & 0xFFFFFFFF)
     number = -code if code < 0 else code - 128 if 128 < code < 192 else 0
     if number == signal.SIGKILL:
         if out_of_memory_killed:

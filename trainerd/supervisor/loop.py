@@ -17,10 +17,11 @@ from trainerd.contract import clock, runs, status, wire
 from trainerd.contract.paths import Home
 from trainerd.contract.status import SupervisorInfo
 from trainerd.machine import priority
-from trainerd.supervisor import commands, death, events, journal, logs, opening, report, trainer
+from trainerd.supervisor import aftermath, commands, events, journal, opening, report
 from trainerd.supervisor.opening import Opening
-from trainerd.supervisor.restart import MAX_DEATHS, RestartPolicy
+from trainerd.supervisor.restart import RestartPolicy
 from trainerd.supervisor.sensors import Sensors
+from trainerd.supervisor.starter import Starter
 from trainerd.supervisor.trainer import Inbox, TrainerProcess
 
 
@@ -68,6 +69,10 @@ class Supervisor:
         self.journal = journal.Journal(home, start.record)
         self.report = report.Report(home, start.record, SupervisorInfo(os.getpid(), instance, clock.wall()))
         self.inbox: Inbox = queue.SimpleQueue()  # of what wakes us; None is a bare wake-up
+        self.starter = Starter(home, instance, command, mirror=mirror)
+        self.policy = RestartPolicy(self.timing.backoff_seconds)
+        self.start_at: float | None = time.monotonic()  # when the next trainer is due; None: not at all
+        self.before_step: int | None = None  # it shall go back before this step
         self.trainer: TrainerProcess | None = None
         self.leaving: Leaving | None = None
         self.saves_asked: set[str] = set()
@@ -76,16 +81,7 @@ class Supervisor:
         self.result: str | None = None
         self._arrived: list[tuple[TrainerProcess, dict[str, Any] | None] | None] = []
         self._signals_seen = 0
-        self._command = command or trainer.engine_command()
-        self._policy = RestartPolicy(self.timing.backoff_seconds)
         self._sensors = Sensors(start.record.config.get("memory") or {})
-        self._mirror = logs.Mirror() if mirror else None
-        self._start_at: float | None = time.monotonic()
-        self._before_step: int | None = None
-        self._starts = 0
-        self._can_wrap = True
-        self._result_before: tuple[int, int] | None = None
-        self._out_of_memory_kills = death.out_of_memory_kills()
         self._last_tick = time.monotonic()
         self._open(start)
 
@@ -101,8 +97,7 @@ class Supervisor:
                 time.sleep(min(1.0, self.timing.tick_seconds))
             self._rest()
         self.report.write_last()
-        if self._mirror is not None:
-            self._mirror.close()
+        self.starter.close()
         return self.result
 
     def tick(self) -> None:
@@ -141,16 +136,16 @@ class Supervisor:
         elif event == wire.EXCEPTION:
             sender.exception = message
         elif event == wire.FINISHED:
-            sender.said_finished = self._result_stamp() is not None
-            self.leaving = Leaving("finished", False, time.monotonic() + self.timing.leave_seconds)  # it may wedge in a driver on its way out
+            sender.said_finished = aftermath.result_stamp(self.home, self.journal.record.id) is not None
+            if sender.said_finished:  # a process may wedge in a driver on its way out, with all its work done
+                self.leaving = Leaving("finished", False, time.monotonic() + self.timing.leave_seconds)
         elif event == wire.WARNING and self.report.warn(str(message.get("text"))):
             self.journal.note("warning", text=str(message.get("text")))
         elif event in (wire.NOTE, wire.EXACT, wire.UNSAVED):
             facts = {k: v for k, v in message.items() if k not in ("event", "at", "monotonic", "kind")}
             self.journal.note(str(message.get("kind") or event), **facts)
-        elif event == wire.PLAN:
-            plan = message.get("record")
-            self.journal.save_record(plan=plan if isinstance(plan, dict) else None)
+        elif event == wire.PLAN and isinstance(message.get("record"), dict):
+            self.journal.save_record(plan=message["record"])
         if event in (wire.CHECKED, wire.PHASE):
             self._working(event == wire.CHECKED or message.get("name") != "starting")
 
@@ -163,14 +158,13 @@ class Supervisor:
         saved = self.report.status.checkpoint
         if saved is None:
             return
-        self._policy.acknowledged(saved.step)
+        self.policy.acknowledged(saved.step)
         self.journal.record.step = saved.step
         request = message.get("request")
         if request in self.saves_asked:
             self.saves_asked.discard(request)
             self.report.answer(request, "save", commands.DONE)
             self.journal.note("saved", step=saved.step, path=saved.path)
-            self.journal.save_record()
 
     def notice_death(self) -> None:
         """The trainer is gone: finished, left as asked, or died."""
@@ -180,69 +174,7 @@ class Supervisor:
         gone.drain()
         self.take_events()
         self.trainer, leaving, self.leaving = None, self.leaving, None
-        for ident in self.saves_asked:
-            self.report.answer(ident, "save", "refused: the trainer ended before it had saved.")
-        self.saves_asked.clear()
-        at_stake = report.at_stake_in(self.report.status)
-        self.report.trainer_gone()
-        if gone.said_finished or self._result_stamp() not in (None, self._result_before):
-            self.end(status.COMPLETED, f"Completed. The model is in models/{self.journal.record.id}.")
-        elif leaving is not None:
-            self._has_left(gone, leaving, at_stake)
-        else:
-            self._recover(gone)
-
-    def _result_stamp(self) -> tuple[int, int] | None:
-        """Tells one finished record from another: a run that was resumed for more epochs has an old one."""
-        try:
-            seen = self.home.run(self.journal.record.id).result.stat()
-        except OSError:
-            return None
-        return seen.st_mtime_ns, seen.st_ino
-
-    def _has_left(self, gone: TrainerProcess, leaving: Leaving, at_stake: str) -> None:
-        words = ""
-        if gone.exit_code != wire.EXIT_LEFT:
-            how = "did not leave in time and was killed" if leaving.killed_at is not None else self._explain(gone).words
-            words = f" The trainer ended before it could save: {how}. {at_stake and 'Computed again on resume: ' + at_stake}".rstrip()
-            self.journal.note("left badly", exit_code=gone.exit_code, how=how, at_stake=at_stake)
-            self.report.status.trainer.last_exit = how
-        if leaving.why == "pause":
-            if self.journal.record.wanted == runs.WANTED_RUNNING:
-                self.start_soon()  # resume came while it was leaving
-            else:
-                self.rest_paused(words)
-        else:
-            step = self.journal.record.step
-            where = "" if step is None else f" at step {step:,}"
-            self.end(status.STOPPED, f"Stopped{where}; start goes on from the last checkpoint.{words}")
-
-    def _recover(self, gone: TrainerProcess) -> None:
-        why = self._explain(gone)
-        self._can_wrap &= gone.said_hello  # systemd-run may have failed in place of the trainer
-        self.report.status.trainer.last_exit = why.words
-        committed = opening.committed_steps(self.home.run(self.journal.record.id).checkpoints)
-        restart = None if why.permanent else self._policy.died(committed)
-        self.journal.note("death", exit_code=gone.exit_code, why=why.words, log=gone.log_path.name, deaths=self._policy.deaths)
-        if restart is None:
-            often = "" if why.permanent else f" {self._policy.deaths} times without a new checkpoint"
-            self.end(status.FAILED, f"The trainer died{often}: {why.words}.")
-            return
-        self.report.status.trainer.restarts += 1
-        self._before_step = restart.before_step
-        self._start_at = time.monotonic() + restart.delay_seconds
-        if restart.before_step is not None:
-            self.journal.note("fallback", before_step=restart.before_step)
-        after = f"starting again in {restart.delay_seconds:.0f} s" if restart.delay_seconds else "starting again"
-        how = "" if restart.before_step is None else f" from the checkpoint before step {restart.before_step:,}"
-        count = f" (death {self._policy.deaths} of {MAX_DEATHS} without a new checkpoint)" if self._policy.deaths > 1 else ""
-        self.report.state(status.RECOVERING, f"The trainer died: {why.words}; {after}{how}{count}.")
-
-    def _explain(self, gone: TrainerProcess) -> death.Death:
-        kills = death.out_of_memory_kills()
-        killer = kills is not None and self._out_of_memory_kills is not None and kills > self._out_of_memory_kills
-        self._out_of_memory_kills = kills
-        return death.explain(gone.exit_code or 0, gone.exception, logs.tail(gone.log_path), out_of_memory_killed=killer)
+        aftermath.follow(self, gone, leaving)
 
     # --- what is asked -------------------------------------------------------------------------------------------------
 
@@ -304,59 +236,37 @@ class Supervisor:
 
     # --- what is done --------------------------------------------------------------------------------------------------
 
-    def start_soon(self) -> None:
-        """Start a trainer at the end of this tick."""
-        self._start_at = time.monotonic()
-
     def start_if_due(self) -> None:
         """Start the trainer when it is time."""
-        if self.trainer is not None or self.result is not None or self._start_at is None or time.monotonic() < self._start_at:
+        if self.trainer is not None or self.result is not None or self.start_at is None or time.monotonic() < self.start_at:
             return
-        self._start_at = None
+        self.start_at = None
         self.report.state(status.STARTING, "Starting the trainer.")
         self.report.write_if_due(self.timing.tick_seconds)
-        before, self._before_step = self._before_step, None
-        steps = opening.committed_steps(self.home.run(self.journal.record.id).checkpoints)
-        self._policy.started(next((step for step in reversed(steps) if before is None or step < before), None))
-        self._result_before = self._result_stamp()
+        before, self.before_step = self.before_step, None
+        record = self.journal.record
+        steps = opening.committed_steps(self.home.run(record.id).checkpoints)
+        self.policy.started(next((step for step in reversed(steps) if before is None or step < before), None))
         try:
-            self.trainer = self._spawn(before)
+            self.trainer = self.starter.start(record, before, self.inbox)
         except OSError as error:
             self._cannot_start(error)
             return
-        self._starts += 1
         self.report.trainer_started(self.trainer.pid, self.trainer.started_at, self.trainer.log_path)
         self.journal.note("trainer started", pid=self.trainer.pid, log=self.trainer.log_path.name, before_step=before)
 
-    def _spawn(self, before_step: int | None) -> TrainerProcess:
-        config = self.journal.record.config
-        command = [*self._command, "--home", str(self.home.root), "--run", self.journal.record.id]
-        if before_step is not None:
-            command += ["--before-step", str(before_step)]
-        if self._can_wrap:
-            level = str((config.get("polite") or {}).get("priority", priority.IDLE))
-            command = priority.wrap(command, level, f"{self.instance[:8]}-{self._starts}")
-        deterministic = (config.get("train") or {}).get("deterministic", "auto") is not False
-        environment = trainer.environment(int(config.get("seed") or 0), deterministic)
-        log = logs.open_new(self.home)
-        with log[1]:
-            started = TrainerProcess(command, environment, self.home, log, self.inbox)
-        if self._mirror is not None:
-            self._mirror.follow(log[0])
-        return started
-
     def _cannot_start(self, error: OSError) -> None:
-        restart = self._policy.died(())
+        restart = self.policy.died(())
         self.journal.note("cannot start", error=str(error))
         if restart is None:
             self.end(status.FAILED, f"The trainer cannot be started: {error}.")
             return
-        self._start_at = time.monotonic() + max(restart.delay_seconds, self.timing.backoff_seconds)
+        self.start_at = time.monotonic() + max(restart.delay_seconds, self.timing.backoff_seconds)
         self.report.state(status.RECOVERING, f"The trainer cannot be started: {error}; trying again.")
 
     def rest_paused(self, words: str = "") -> None:
         """Nothing runs; the supervisor stays, so that resume needs no start."""
-        self._start_at = None
+        self.start_at = None
         step = self.journal.record.step
         where = "" if step is None else f" at step {step:,}"
         self.report.state(status.PAUSED, f"Paused{where}: the trainer is gone, its memory is free; `resume` brings it back.{words}")
@@ -384,6 +294,8 @@ class Supervisor:
         saved = opening.newest_checkpoint(self.home, start.record.id)
         if saved is not None:
             events.apply(self.report.status, saved)
+        if self.report.status.checkpoint is not None:
+            self.journal.record.step = self.report.status.checkpoint.step
         for text in start.warnings:
             self.report.warn(text)
         if not journal.keep_ballast(self.home):
@@ -405,7 +317,7 @@ class Supervisor:
         """Until something happens, a deadline is due, or a second has passed."""
         if self.result is not None:
             return
-        due = [self._start_at if self.trainer is None else None, self.leaving.deadline if self.leaving else None]
+        due = [self.start_at if self.trainer is None else None, self.leaving.deadline if self.leaving else None]
         wait = min([self.timing.tick_seconds, *(at - time.monotonic() for at in due if at is not None)])
         try:
             self._arrived.append(self.inbox.get(timeout=max(0.005, wait)))

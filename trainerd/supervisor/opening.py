@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainerd.contract import clock, files, requests, runs
+from trainerd.contract import clock, files, requests, runs, wire
 from trainerd.contract.errors import Refused, TrainerdError, UsageError
 from trainerd.contract.paths import Home, RunPaths
 from trainerd.contract.runs import RunRecord
@@ -91,7 +91,8 @@ def newest_checkpoint(home: Home, run: str) -> dict[str, Any] | None:
         manifest = files.read_json(path, "The manifest", 1 << 20)
     except (OSError, TrainerdError):
         return None  # the trainer will find it too, and say so
-    return {**manifest, "event": "checkpoint", "path": path.with_suffix(".pt").relative_to(home.root).as_posix()}
+    place = path.with_suffix(".pt").relative_to(home.root).as_posix()
+    return {"event": wire.CHECKPOINT, "path": place, **{k: manifest.get(k) for k in ("epoch", "step", "at", "bytes", "seconds")}}
 
 
 def _take_over(record: RunRecord, arguments: dict[str, Any]) -> None:

@@ -126,6 +126,8 @@ def doing(current: Status) -> str:
 def at_stake_in(current: Status) -> str:
     """What would be computed again if the trainer were killed now; "" when nothing."""
     step, saved = current.progress.step, current.checkpoint
+    if current.phase is None or current.phase.name in ("starting", "preparing"):
+        return ""  # the numbers are those of the trainer before
     ahead = 0 if step is None else step - (saved.step if saved else 0)
     if ahead <= 0:
         return ""

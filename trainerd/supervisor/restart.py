@@ -36,13 +36,9 @@ class RestartPolicy:
         self._from_step = -1 if from_step is None else from_step
 
     def acknowledged(self, step: int) -> None:
-        """A checkpoint is on disk. Only one beyond where the trainer began is progress."""
-        if step <= self._from_step:
-            return
-        self.deaths = 0
-        self._from_step = step
-        if self._fell_back_from is not None and step > self._fell_back_from:
-            self._fell_back_from = None
+        """A checkpoint is on disk. Only one beyond where the trainer began, and beyond where it fell back from, is progress."""
+        if step > self._from_step and (self._fell_back_from is None or step > self._fell_back_from):
+            self.deaths, self._from_step, self._fell_back_from = 0, step, None
 
     def died(self, committed: Sequence[int]) -> Restart | None:
         """At once after progress, then 1, 2, 4 … 300 s; after five the checkpoint before, once; then None: give up."""

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from trainerd.contract import clock, interpreter, wire
+from trainerd.contract import clock, wire
 from trainerd.contract.paths import Home
 from trainerd.machine.process_group import ProcessGroup
 
@@ -23,27 +23,6 @@ _READ_BYTES = 64 * 1024
 _READ_PAUSE_SECONDS = 0.05
 _DRAIN_SECONDS = 1.0
 _SUPERSEDED = (b'"event":"progress"', b'"event":"memory"')
-
-
-def engine_command() -> list[str]:
-    """How a trainer is started; home and run are appended."""
-    return interpreter.command("trainerd.engine")
-
-
-def environment(seed: int, deterministic: bool) -> dict[str, str]:
-    """The trainer's environment: what must be set before torch is imported, and what must not differ between two starts."""
-    settings = {
-        **interpreter.environment(),
-        "PYTHONUTF8": "1",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONFAULTHANDLER": "1",  # a segmentation fault leaves its stack in the log
-        "PYTHONHASHSEED": str(seed),  # sets of words must have the same order after a restart
-        "OMP_WAIT_POLICY": "PASSIVE",  # spinning at barriers takes the person's core and is slower than one thread
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the driver's numbers are torch's numbers
-    }
-    if deterministic:
-        settings.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    return settings
 
 
 class TrainerProcess:
@@ -56,6 +35,8 @@ class TrainerProcess:
         self.started_at, self.started_monotonic = clock.wall(), time.monotonic()
         self.exception: dict[str, Any] | None = None
         self.said_hello = self.said_finished = False
+        self.result_before: tuple[int, int] | None = None
+        self.out_of_memory_kills: int | None = None
         self.exit_code: int | None = None
         self._inbox = inbox
         self._group = ProcessGroup(command, environment=environment, folder=home.root, log=log[1])

@@ -1,0 +1,161 @@
+"""A trainer that dies, in every way a script can make it, under a real supervisor with real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.supervised import QUICK, RUN, Daemon, alive, journal, starts, supervise_here, wait_for
+from trainerd.contract import runs, status
+from trainerd.contract.paths import Home
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals; tests/windows has its own")
+FAST = {"steps": 20, "every": 5, "pause": 0.001}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    return Home(tmp_path / "a home")
+
+
+def reasons(home: Home) -> list[str]:
+    return [str(line["why"]) for line in journal(home) if line["kind"] == "death"]
+
+
+@pytest.mark.parametrize(
+    ("do", "words"),
+    [
+        ("exit:3", "exit code 3"),
+        ("exit:0", "ended without having finished"),
+        (f"signal:{signal.SIGKILL}", "SIGKILL"),
+        (f"signal:{signal.SIGSEGV}", "segmentation fault"),
+        ("raise:bad batch", "ValueError: bad batch"),
+        ("crash-silently:no luck", "RuntimeError: no luck"),
+    ],
+)
+def test_a_dead_trainer_is_restarted_and_finishes(home: Home, do: str, words: str) -> None:
+    """Every kind of death after progress: restarted at once, from the last checkpoint, and the run completes."""
+    supervisor = supervise_here(home, {**FAST, "at": 12, "do": do}, FAST)
+    assert supervisor.result == status.COMPLETED
+    reading = status.read(Home(home.root))
+    assert reading.status is not None
+    assert (reading.state, reading.status.trainer.restarts, reading.status.progress.step) == (status.COMPLETED, 1, 20)
+    assert words in str(reading.status.trainer.last_exit)
+    assert [words in why for why in reasons(home)] == [True]
+    assert runs.read(home, RUN).outcome == "completed"
+
+
+def test_exit_zero_with_an_old_finished_record_is_still_a_crash(home: Home) -> None:
+    """A result left from before (fewer epochs) does not make a crash a success."""
+    result = home.run(RUN).result
+    result.parent.mkdir(parents=True)
+    result.write_text("{}", encoding="utf-8")
+    assert supervise_here(home, {**FAST, "at": 2, "do": "exit:0"}, FAST).result == status.COMPLETED
+    assert len(starts(home)) == 2
+
+
+def test_five_deaths_without_progress_try_the_checkpoint_before_then_fail(home: Home) -> None:
+    """The fifth death starts from before the newest checkpoint, once; then `failed` says how often and why."""
+    supervisor = supervise_here(home, {**FAST, "at": 12, "do": "exit:7"})
+    assert supervisor.result == status.FAILED
+    assert [before for _, _, before in starts(home)] == ["None"] * 5 + ["10"]
+    reading = status.read(home)
+    assert "6 times without a new checkpoint: exit code 7" in reading.reason
+    record = runs.read(home, RUN)
+    assert (record.outcome, record.wanted, record.step) == ("failed", "running", 10)
+    assert (home.run(RUN).checkpoints / "checkpoint_epoch_1_step_10.json").exists()
+
+
+def test_the_waits_between_deaths_double(home: Home) -> None:
+    """At once, then 1, 2, 4 units: measured between real starts."""
+    timing = type(QUICK)(tick_seconds=0.5, backoff_seconds=0.4)
+    supervisor = supervise_here(home, {"do": "exit-first"}, timing=timing)
+    assert supervisor.result == status.FAILED
+    assert "ImportError: no module named nonsense" in status.read(home).reason
+    when = [at for at, _, _ in starts(home)]
+    gaps = [later - before for before, later in pairwise(when)]
+    assert len(gaps) == 4
+    assert all(wanted <= gap < wanted + 0.9 for gap, wanted in zip(gaps, (0.0, 0.4, 0.8, 1.6), strict=True)), gaps
+
+
+def test_an_error_no_restart_can_mend_fails_at_once(home: Home) -> None:
+    """A permanent error is not tried five times."""
+    assert supervise_here(home, {**FAST, "at": 0, "do": "permanent:column 'x' is missing"}).result == status.FAILED
+    assert len(starts(home)) == 1
+    assert "ConfigError: column 'x' is missing" in status.read(home).reason
+
+
+def test_what_a_trainer_started_dies_with_it(home: Home) -> None:
+    """A killed trainer leaves no process behind, and a child that holds the pipes open does not delay the restart."""
+    supervisor = supervise_here(home, {**FAST, "at": 7, "do": f"grandchild:signal:{signal.SIGKILL}"}, FAST)
+    assert supervisor.result == status.COMPLETED
+    child = int((home.root / "grandchild.pid").read_text(encoding="ascii"))
+    wait_for(lambda: not alive(child), 5, "the grandchild to be gone")
+    death = next(line for line in journal(home) if line["kind"] == "death")
+    again = [line for line in journal(home) if line["kind"] == "trainer started"][1]
+    assert again["at"] - death["at"] < 1.0
+
+
+def test_a_chatty_trainer_does_not_wear_the_supervisor_out(home: Home) -> None:
+    """Twenty thousand events in a row arrive without a queue that grows, and the newest counts."""
+    supervisor = supervise_here(home, {**FAST, "at": 3, "do": "flood"})
+    assert supervisor.result == status.COMPLETED
+    assert supervisor.report.status.progress.step == 20
+
+
+def test_a_loss_that_is_no_number_leaves_a_readable_status(home: Home) -> None:
+    """NaN is shown as unknown; the status stays JSON."""
+    assert supervise_here(home, {**FAST, "do": "nan"}).result == status.COMPLETED
+    reading = status.read(home)
+    assert reading.status is not None
+    assert reading.status.progress.loss is None
+
+
+def test_each_warning_is_shown_once(home: Home) -> None:
+    """A warning is in the status and, once, in the events."""
+    supervise_here(home, {**FAST, "at": 1, "do": "warn:no deterministic kernel"}, FAST)
+    reading = status.read(home)
+    assert reading.status is not None
+    assert reading.status.warnings == ["no deterministic kernel"]
+    assert [line["text"] for line in journal(home) if line["kind"] == "warning"] == ["no deterministic kernel"]
+
+
+def test_a_trainer_that_cannot_be_started_is_tried_again_then_failed(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that is not there ends in words, not in a traceback."""
+    monkeypatch.setattr("tests.supervised.trainer_command", lambda *scripts: ["/nowhere/python"])
+    assert supervise_here(home, FAST).result == status.FAILED
+    assert "cannot be started" in status.read(home).reason
+
+
+def test_old_logs_are_thrown_away_and_the_newest_is_named(home: Home) -> None:
+    """One log per start, twenty kept, and `log` in the status is the one being written."""
+    home.logs.mkdir(parents=True)
+    for number in range(30):
+        path = home.logs / f"training_20200101_0000{number:02}.log"
+        path.touch()
+        os.utime(path, (number, number))
+    supervise_here(home, {**FAST, "at": 6, "do": "exit:1"}, FAST)
+    kept = sorted(path.name for path in home.logs.glob("training_*.log"))
+    assert len(kept) == 20
+    assert "training_20200101_000029.log" in kept and "training_20200101_000005.log" not in kept
+    reading = status.read(home)
+    assert reading.status is not None and reading.status.log is not None
+    assert (home.root / reading.status.log).exists()
+
+
+def test_death_is_noticed_within_a_second(home: Home) -> None:
+    """A real daemon: from SIGKILL to `recovering` or a new trainer in the status takes less than a second."""
+    with Daemon(home, {"steps": 100_000, "pause": 0.01}) as daemon:
+        reading = daemon.until_step(6)
+        assert reading.status is not None
+        pid = reading.status.trainer.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        again = daemon.until(lambda r: r.status is not None and r.status.trainer.pid != pid, 1.5)
+        assert again.status is not None
+        assert again.status.trainer.restarts == 1

@@ -1,0 +1,89 @@
+"""What follows the end of a trainer process: it finished, left as it was asked to, or died. Must not start or kill one.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from trainerd.contract import runs, status, wire
+from trainerd.contract.paths import Home
+from trainerd.supervisor import death, logs, opening, report
+from trainerd.supervisor.restart import MAX_DEATHS
+from trainerd.supervisor.trainer import TrainerProcess
+
+if TYPE_CHECKING:
+    from trainerd.supervisor.loop import Leaving, Supervisor
+
+
+def follow(supervisor: Supervisor, gone: TrainerProcess, leaving: Leaving | None) -> None:
+    """Bring record and state up to date with a trainer that is gone, and decide what comes next."""
+    for ident in supervisor.saves_asked:
+        supervisor.report.answer(ident, "save", "refused: the trainer ended before it had saved.")
+    supervisor.saves_asked.clear()
+    at_stake = report.at_stake_in(supervisor.report.status)
+    supervisor.report.trainer_gone()
+    run = supervisor.journal.record.id
+    if gone.said_finished or result_stamp(supervisor.home, run) not in (None, gone.result_before):
+        supervisor.end(status.COMPLETED, f"Completed. The model is in models/{run}.")
+    elif leaving is not None:
+        _left(supervisor, gone, leaving, at_stake)
+    else:
+        _died(supervisor, gone)
+
+
+def result_stamp(home: Home, run: str) -> tuple[int, int] | None:
+    """Tells one finished record from another: a run that was resumed for more epochs has an old one. None: there is none."""
+    try:
+        seen = home.run(run).result.stat()
+    except OSError:
+        return None
+    return seen.st_mtime_ns, seen.st_ino
+
+
+def _left(supervisor: Supervisor, gone: TrainerProcess, leaving: Leaving, at_stake: str) -> None:
+    words = ""
+    if gone.exit_code != wire.EXIT_LEFT:
+        how = "it did not leave in time and was killed" if leaving.killed_at is not None else _explain(supervisor, gone).words
+        words = f" The trainer ended before it could save ({how})."
+        if at_stake:
+            words += f" Computed again on resume: {at_stake}"
+        supervisor.journal.note("left badly", exit_code=gone.exit_code, how=how, at_stake=at_stake)
+        supervisor.report.status.trainer.last_exit = how
+    if leaving.why != "pause":
+        step = supervisor.journal.record.step
+        where = "" if step is None else f" at step {step:,}"
+        supervisor.end(status.STOPPED, f"Stopped{where}; start goes on from the last checkpoint.{words}")
+    elif supervisor.journal.record.wanted == runs.WANTED_RUNNING:
+        supervisor.start_at = time.monotonic()  # resume came while it was leaving
+    else:
+        supervisor.rest_paused(words)
+
+
+def _died(supervisor: Supervisor, gone: TrainerProcess) -> None:
+    why = _explain(supervisor, gone)
+    supervisor.starter.can_wrap &= gone.said_hello  # systemd-run may have failed in place of the trainer
+    supervisor.report.status.trainer.last_exit = why.words
+    run = supervisor.journal.record.id
+    restart = None if why.permanent else supervisor.policy.died(opening.committed_steps(supervisor.home.run(run).checkpoints))
+    deaths = supervisor.policy.deaths
+    supervisor.journal.note("death", exit_code=gone.exit_code, why=why.words, log=gone.log_path.name, deaths=deaths)
+    if restart is None:
+        often = "" if why.permanent else f" {deaths} times without a new checkpoint"
+        supervisor.end(status.FAILED, f"The trainer died{often}: {why.words}.")
+        return
+    supervisor.report.status.trainer.restarts += 1
+    supervisor.before_step = restart.before_step
+    supervisor.start_at = time.monotonic() + restart.delay_seconds
+    when = f"starting again in {restart.delay_seconds:.0f} s" if restart.delay_seconds else "starting again"
+    if restart.before_step is not None:
+        when += f" from the checkpoint before step {restart.before_step:,}"
+        supervisor.journal.note("fallback", before_step=restart.before_step)
+    count = f" (death {deaths} of {MAX_DEATHS} without a new checkpoint)" if deaths > 1 else ""
+    supervisor.report.state(status.RECOVERING, f"The trainer died: {why.words}; {when}{count}.")
+
+
+def _explain(supervisor: Supervisor, gone: TrainerProcess) -> death.Death:
+    before, now = gone.out_of_memory_kills, death.out_of_memory_kills()
+    killer = before is not None and now is not None and now > before
+    return death.explain(gone.exit_code or 0, gone.exception, logs.tail(gone.log_path), out_of_memory_killed=killer)

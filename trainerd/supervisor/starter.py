@@ -1,0 +1,62 @@
+"""How a trainer is started: command, environment, priority, log. Must not decide when.
+"""
+
+from __future__ import annotations
+
+from trainerd.contract import interpreter
+from trainerd.contract.paths import Home
+from trainerd.contract.runs import RunRecord
+from trainerd.machine import priority
+from trainerd.supervisor import death, logs
+from trainerd.supervisor.aftermath import result_stamp
+from trainerd.supervisor.trainer import Inbox, TrainerProcess
+
+
+class Starter:
+    """Starts the trainers of one supervisor, one after another. `command` stands in for the engine in tests."""
+
+    def __init__(self, home: Home, instance: str, command: list[str] | None, *, mirror: bool) -> None:
+        self.can_wrap = True
+        self._home, self._instance = home, instance
+        self._command = command or interpreter.command("trainerd.engine")
+        self._mirror = logs.Mirror() if mirror else None
+        self._starts = 0
+
+    def start(self, record: RunRecord, before_step: int | None, inbox: Inbox) -> TrainerProcess:
+        """A new trainer process for a run. Raises OSError."""
+        self._starts += 1
+        command = [*self._command, "--home", str(self._home.root), "--run", record.id]
+        if before_step is not None:
+            command += ["--before-step", str(before_step)]
+        if self.can_wrap:
+            level = str((record.config.get("polite") or {}).get("priority", priority.IDLE))
+            command = priority.wrap(command, level, f"{self._instance[:8]}-{self._starts}")
+        stamp, kills = result_stamp(self._home, record.id), death.out_of_memory_kills()
+        log = logs.open_new(self._home)
+        with log[1]:
+            started = TrainerProcess(command, environment(record), self._home, log, inbox)
+        started.result_before, started.out_of_memory_kills = stamp, kills
+        if self._mirror is not None:
+            self._mirror.follow(log[0])
+        return started
+
+    def close(self) -> None:
+        """Show the rest of the log."""
+        if self._mirror is not None:
+            self._mirror.close()
+
+
+def environment(record: RunRecord) -> dict[str, str]:
+    """The trainer's environment: what must be set before torch is imported, and what must not differ between two starts."""
+    settings = {
+        **interpreter.environment(),
+        "PYTHONUTF8": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",  # a segmentation fault leaves its stack in the log
+        "PYTHONHASHSEED": str(int(record.config.get("seed") or 0)),  # sets of words keep their order over a restart
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning at barriers takes the person's core and is slower than one thread
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the driver's numbers are torch's numbers
+    }
+    if (record.config.get("train") or {}).get("deterministic", "auto") is not False:
+        settings.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return settings
