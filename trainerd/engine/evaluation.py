@@ -128,7 +128,9 @@ class Evaluation:
         ctx = self._task.ctx
         training = [module for module in self._model.modules() if module.training]
         kept = ctx.epoch, ctx.step, ctx.sample_ids
-        self._model.eval()
+        for module in training:
+            # bitsandbytes repacks a weight for inference when it finds eval mode on a CPU, and cannot train with it again.
+            module.training = type(module).__module__.startswith("bitsandbytes")
         ctx.training = False
         ctx.pulse = pulse  # type: ignore[method-assign]
         try:
