@@ -1,0 +1,37 @@
+"""What every test gets: homes and state folders of its own, and the test data if they are there. Must not start processes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from trainerd.contract.paths import Home
+
+_SIBLING = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test waits for another's device lock, and none touches the person's own home."""
+    monkeypatch.setenv("TRAINERD_STATE", str(tmp_path / "state"))
+    monkeypatch.delenv("TRAINERD_HOME", raising=False)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    """An empty home; its path has a space and a letter outside ASCII, as many a person's has."""
+    root = tmp_path / "ein Zuhause für Läufe"
+    root.mkdir()
+    return Home(root)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The test data: TRAINERD_TEST_DATA, else a folder `shared/data` beside the checkout; the test is skipped without."""
+    given = os.environ.get("TRAINERD_TEST_DATA")
+    folder = Path(given) if given else _SIBLING / "data"
+    if not folder.is_dir():
+        pytest.skip("the test data are not here; set TRAINERD_TEST_DATA to their folder")
+    return folder
