@@ -19,7 +19,7 @@ from trainerd.contract import clock, wire
 _LATEST_WINS = frozenset({wire.PROGRESS, wire.MEMORY})
 _TICK_SECONDS = 0.25
 _QUEUE_LENGTH = 1000
-_LOG_PROGRESS_SECONDS = 10.0
+_LOG_EVERY_SECONDS = 10.0
 Message = dict[str, Any]
 
 
@@ -32,7 +32,7 @@ class Reporter:
         self._latest: dict[str, Message] = {}
         self._wake = threading.Event()
         self._closing = False
-        self._logged_progress_at = -math.inf
+        self._logged_at: dict[str, float] = {}
         self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
 
     def start(self) -> None:
@@ -81,11 +81,12 @@ class Reporter:
             self._descriptor = None
 
     def _log(self, message: Message) -> None:
-        if message["event"] == wire.PROGRESS:
+        if message["event"] in (wire.PROGRESS, wire.PHASE):
+            about = f"{message['event']} {message.get('name')}"
             now = time.monotonic()
-            if now - self._logged_progress_at < _LOG_PROGRESS_SECONDS:
+            if now - self._logged_at.get(about, -math.inf) < _LOG_EVERY_SECONDS:
                 return
-            self._logged_progress_at = now
+            self._logged_at[about] = now
         text = _words(message)
         if text:
             say(text)
@@ -147,6 +148,8 @@ def _words(message: Message) -> str:
         return f"error: {get('type')}: {get('text')}"
     if event in (wire.WAITING, wire.WARNING):
         return f"{event}: {get('reason') or get('text')}"
+    if event == wire.PHASE:
+        return str(get("name")) + (f": {get('done')} of {get('total') or '?'} {get('unit') or ''}" if get("done") is not None else "")
     if event == wire.MEMORY:
         return ""
     rest = {key: value for key, value in message.items() if key not in ("event", "at", "monotonic", "record")}

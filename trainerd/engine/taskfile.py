@@ -1,6 +1,6 @@
 """Finds and loads the task of a run, built in or a person's own file. Must not train, and runs no file but the one named.
 
-A person's file is imported from the run's copy by its plain name, from a folder on sys.path: so loader workers and spawned
+A person's file is imported from the run's copy, by its plain name from a folder on sys.path: so loader workers and spawned
 processes can import it too. Whatever is wrong with it here is wrong for good: no restart can mend it.
 """
 
@@ -88,16 +88,11 @@ def _class_in_file(task: str, folder: Path) -> type[Task]:
 
 def _import(path: Path) -> Any:
     name = path.stem
-    # At the end, and checked: in front, a file called random.py would become everybody's random.
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    importlib.invalidate_caches()
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or spec.origin is None or Path(spec.origin).resolve() != path:
+    if _is_taken(name, path):
         raise UsageError(f"The task file cannot be called {path.name}: Python has another module {name!r}.", "Rename it, like my_task.py.")
+    # In front: the file the person edits may be found too (PYTHONPATH, the current folder), and the copy is what counts.
+    sys.path.insert(0, str(path.parent))
+    importlib.invalidate_caches()
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -107,6 +102,20 @@ def _import(path: Path) -> Any:
     except Exception as error:
         traceback.print_exception(error)
         raise UsageError(f"The task file {path.name} cannot be loaded: {_last_line(error, path)}.") from None
+
+
+def _is_taken(name: str, path: Path) -> bool:
+    """Whether a module of that name belongs to Python, to an installed package or to us: it must not be shadowed."""
+    loaded = sys.modules.get(name)
+    if loaded is not None:
+        return getattr(loaded, "__file__", None) != str(path)
+    if name in sys.stdlib_module_names:
+        return True
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(spec.origin or "").parts)
 
 
 def _last_line(error: BaseException, path: Path | None) -> str:
