@@ -4,12 +4,14 @@
 the n-th script (the last one again and again):
 
     {"steps": 20, "every": 5, "pause": 0.01,   train that many steps, a checkpoint every so often
+     "polite": true, "save_bytes": 50000000,   steps back like the real one, writes as much
      "at": 7, "do": "exit:1" | "signal:9" | "raise:text" | "hang" | "finish-silently" | "permanent" | "deaf" | "grandchild" | ...}
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import queue
@@ -25,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from trainerd.contract import clock, wire
 from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home
+from trainerd.machine import priority
 
 
 class FakeTrainer:
@@ -62,7 +65,12 @@ class FakeTrainer:
         folder = self.paths.checkpoints
         folder.mkdir(parents=True, exist_ok=True)
         stem = f"checkpoint_epoch_1_step_{self.step}"
-        (folder / f"{stem}.pt").write_bytes(b"state")
+        content = os.urandom(int(str(self.script.get("save_bytes", 5))))
+        hashlib.sha256(content).digest()
+        with open(folder / f"{stem}.pt", "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         manifest = {"epoch": 1, "step": self.step, "at": clock.wall(), "bytes": 5, "seconds": 0.01}
         (folder / f"{stem}.json").write_text(json.dumps(manifest), encoding="utf-8")
         path = f"checkpoints/{self.paths.name}/{stem}.pt"
@@ -152,6 +160,8 @@ def main() -> int:
     if script.get("do") == "exit-first":
         print("Traceback (most recent call last):\nImportError: no module named nonsense", file=sys.stderr)
         return 1
+    if script.get("polite"):
+        priority.lower_self(priority.IDLE)
     trainer = FakeTrainer(home, options.run, script, options.before_step)
     trainer.send(wire.HELLO, pid=os.getpid())
     if hasattr(signal, "SIGTERM"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -61,6 +62,23 @@ def test_a_stop_is_noticed_at_once(home: Home) -> None:
             wait_for(lambda path=path: not path.exists(), 5, "the request to be deleted")  # type: ignore[misc]
             taken.append(time.monotonic() - began)
         assert sorted(taken)[2] < 0.3, taken
+
+
+def test_stop_is_quick_while_others_want_the_whole_machine(home: Home) -> None:
+    """A trainer that has stepped back behind everything writes 50 MB and is gone within five seconds, on saturated cores."""
+    hogs = [subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True) for _ in range(os.cpu_count() or 1)]
+    try:
+        with Daemon(home, {**LONG, "polite": True, "save_bytes": 50_000_000, "pause": 0.001}) as daemon:
+            daemon.until_step(3)
+            began = time.monotonic()
+            daemon.ask("stop")
+            assert daemon.process.wait(20) == 0
+            assert time.monotonic() - began < 5
+            assert len(committed(home)) == 1
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.wait()
 
 
 def test_stop_now_does_not_wait_for_a_save(home: Home) -> None:

@@ -120,6 +120,9 @@ class Supervisor:
         except queue.Empty:
             pass
         arrived, self._arrived = self._arrived, []
+        if self.trainer is not None:
+            latest, self.trainer.latest = self.trainer.latest, {}
+            arrived = [*((self.trainer, message) for message in latest.values()), *arrived]
         for sender, message in filter(None, arrived):
             if sender is self.trainer and message is not None:
                 self._heard(sender, message)

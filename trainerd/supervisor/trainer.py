@@ -22,11 +22,15 @@ _READ_BYTES = 64 * 1024
 # Between reads, so that a chatty trainer costs the supervisor nothing: what is superseded meanwhile is skipped unread.
 _READ_PAUSE_SECONDS = 0.05
 _DRAIN_SECONDS = 1.0
-_SUPERSEDED = (b'"event":"progress"', b'"event":"memory"')
+_LATEST_WINS = (wire.PROGRESS, wire.MEMORY)
+_MARKS = tuple(f'"event":"{name}"'.encode() for name in _LATEST_WINS)
 
 
 class TrainerProcess:
-    """A running trainer. Its events arrive in `inbox` as (this trainer, message); its end as (this trainer, None)."""
+    """A running trainer. Its events arrive in `inbox` as (this trainer, message), its end as (this trainer, None).
+
+    Progress wakes nobody: only the newest is kept, in `latest`, for whoever looks.
+    """
 
     def __init__(
         self, command: Sequence[str], environment: Mapping[str, str], home: Home, log: tuple[Path, IO[bytes]], inbox: Inbox
@@ -35,6 +39,7 @@ class TrainerProcess:
         self.started_at, self.started_monotonic = clock.wall(), time.monotonic()
         self.exception: dict[str, Any] | None = None
         self.said_hello = self.said_finished = False
+        self.latest: dict[str, dict[str, Any]] = {}
         self.result_before: tuple[int, int] | None = None
         self.out_of_memory_kills: int | None = None
         self.exit_code: int | None = None
@@ -76,7 +81,10 @@ class TrainerProcess:
                 content = b""
             *lines, rest = (rest + content).split(b"\n")
             for message in decode_newest(lines):
-                self._inbox.put((self, message))
+                if message.get("event") in _LATEST_WINS:
+                    self.latest[message["event"]] = message
+                else:
+                    self._inbox.put((self, message))
             if not content:
                 return
             if len(rest) > wire.MAX_LINE_BYTES:
@@ -92,7 +100,7 @@ def decode_newest(lines: Sequence[bytes]) -> list[dict[str, Any]]:
     seen: set[bytes] = set()
     messages: list[dict[str, Any]] = []
     for line in reversed(lines):
-        kind = next((mark for mark in _SUPERSEDED if mark in line[:200]), None)
+        kind = next((mark for mark in _MARKS if mark in line[:200]), None)
         if kind is not None and kind in seen:
             continue
         message = wire.decode(line)
