@@ -80,15 +80,15 @@ def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
 
     It changes no weight, and the counters start at zero again; an out-of-memory here costs nothing.
     """
-    rates = [group["lr"] for group in optimizer.param_groups]
+    kept = [{name: group[name] for name in ("lr", "weight_decay")} for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["lr"] = 0.0
+        group["lr"] = group["weight_decay"] = 0.0  # an L2 decay would be a gradient
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    for group, lr in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = lr
+    for group, values in zip(optimizer.param_groups, kept, strict=True):
+        group.update(values)
     for state in optimizer.state.values():
         step = state.get("step")
         if isinstance(step, torch.Tensor):
