@@ -6,7 +6,10 @@ spawned, never forked: a fork of a process that has threads or CUDA is not safe.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +91,7 @@ class Loader:
                 batch_size=None,  # a request is already a whole micro-batch
                 sampler=self._requests,
                 collate_fn=_as_it_is,
+                worker_init_fn=_end_with_the_trainer,
                 num_workers=num_workers,
                 prefetch_factor=_PREFETCH,
                 persistent_workers=True,
@@ -124,6 +128,19 @@ class Loader:
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
+
+
+def _end_with_the_trainer(worker: int) -> None:
+    """In a worker: end when the trainer does, however. (torch looks for another parent id; a forkserver's worker has the
+    server for a parent, and the server lives as long as its workers: after a kill -9 both would stay for ever.)"""
+    trainer = multiprocessing.parent_process()
+
+    def wait() -> None:
+        if trainer is not None:
+            trainer.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, name="trainer's end", daemon=True).start()
 
 
 def lengths_of(task: Task, dataset: MapDataset) -> Ids | None:
