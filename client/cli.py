@@ -85,6 +85,8 @@ def run(words: Sequence[str], home: Home) -> int:
         return int(result or 0)
     except click.exceptions.Exit as left:
         return left.exit_code
+    except SystemExit:
+        return 0  # click's own end when the reader of a pipe has enough, and after answering a completion
     except click.Abort:
         return 130
     except click.exceptions.NoArgsIsHelpError as error:

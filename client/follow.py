@@ -73,10 +73,10 @@ def start(home: Home, choice: Choice) -> Reading:
         raise TrainerdError(f"The supervisor could not be started: {error.strerror or error}.") from None
     if launched.tied:
         console.complain(f"Warning: {launched.tied}")
-    reading = _until_up(home, choice.run, instance, launched)
-    # The supervisor took the request while starting; whatever is left of it now must not take effect later.
-    requests.withdraw(path)
-    return reading
+    try:
+        return _until_up(home, choice.run, instance, launched)
+    finally:
+        requests.withdraw(path)  # taken by now, or refused: it must not take effect later
 
 
 def send_start(home: Home, choice: Choice) -> tuple[requests.Request, str]:

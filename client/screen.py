@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from textwrap import wrap
 from typing import Any
 
 from trainerd.contract.status import CRASHED, FAILED, NOT_ANSWERING, RUNNING, UNREADABLE, Reading, Status
@@ -50,7 +51,8 @@ class Scene:
 def frame(scene: Scene) -> list[Line]:
     """The lines from top to bottom, at most `height` of them, none longer than `width`."""
     found = scene.reading.status
-    lines = [_title(scene), [(clean(scene.reading.reason) or " ", "bold" if scene.reading.state in _ALARMING else "")]]
+    reason = wrap(clean(scene.reading.reason), scene.width) or [" "]
+    lines = [_title(scene), *([(part, "bold" if scene.reading.state in _ALARMING else "")] for part in reason[:2])]
     if found is not None:
         lines += [*_progress(found, scene), *_plot(scene), *_memory(found, scene), _gpu(found), *_safety(found, scene)]
     room = scene.height - len(lines) - 2
@@ -91,7 +93,7 @@ def _progress(status: Status, scene: Scene) -> list[Line]:
     loss = " · ".join(part for part in (view.loss(status), grad) if part)
     speed = view.speed(status, scene.now) if scene.reading.alive else ""
     return [
-        _labelled("progress", view.progress(status, scene.fancy) or NOT_KNOWN),
+        _labelled("progress", view.progress(status, scene.fancy, 12 if scene.width < 100 else 24) or NOT_KNOWN),
         _labelled("speed", speed or NOT_KNOWN),
         _labelled("loss", loss or NOT_KNOWN),
     ]

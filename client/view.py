@@ -27,6 +27,12 @@ def exit_code(reading: Reading) -> int:
     return _EXITS.get(reading.state, 0)
 
 
+def summary(reading: Reading) -> str:
+    """The state in one sentence; a reason that begins with it says it already."""
+    state, reason = reading.state.capitalize(), clean(reading.reason)
+    return reason if reason.startswith(state) else f"{state}: {reason}"
+
+
 def lines(reading: Reading, now: float, fancy: bool, program: str) -> list[str]:
     """The whole report."""
     head = reading.state.upper() if reading.status is None else f"{reading.state.upper()}  {clean(reading.status.run or '')}".rstrip()
@@ -76,9 +82,9 @@ def fraction(status: Status) -> float | None:
     return share(status.progress.step, status.progress.total_steps)
 
 
-def progress(status: Status, fancy: bool) -> str:
+def progress(status: Status, fancy: bool, bar_width: int = 24) -> str:
     done, phase, now = fraction(status), status.phase, status.progress
-    shown = f"{bar(done, 24, fancy)} {percent(done)}" if done is not None else ""
+    shown = f"{bar(done, bar_width, fancy)} {percent(done)}" if done is not None else ""
     parts = [shown] if shown else []
     if phase is not None and phase.name not in ("training", "starting"):
         of = f" {count(phase.done)} of {count(phase.total)}" if known(phase.total) else f" {count(phase.done)}" if known(phase.done) else ""
@@ -94,8 +100,9 @@ def loss(status: Status) -> str:
     now = status.progress
     parts = [number(now.loss)] if known(now.loss) else []
     for label, values in (("eval", now.eval), ("best", now.best)):
-        shown = [f"{clean(name, 30)} {number(v)}" for name, v in values.items() if known(v)][:4]
-        parts += [f"{label} {', '.join(shown)}"] if shown else []
+        shown = [f"{clean(name, 30)} {number(v)}" for name, v in values.items() if known(v) and name != "step"][:4]
+        at = f" at step {count(values['step'])}" if known(values.get("step")) else ""
+        parts += [f"{label} {', '.join(shown)}{at}"] if shown else []
     parts += [f"lr {number(now.lr)}"] if known(now.lr) else []
     return " · ".join(parts)
 

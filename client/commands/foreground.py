@@ -5,6 +5,7 @@ Ctrl-C reaches the supervisor too: it commits a checkpoint and stops. Must not e
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
 
 import click
@@ -13,7 +14,7 @@ from trainerd.contract import errors, requests, status
 from trainerd.contract.errors import TrainerdError
 from trainerd.contract.paths import Home
 
-from .. import choose, console, follow, launch, options
+from .. import choose, console, follow, launch, options, view
 from ..cli import pass_home
 
 
@@ -35,15 +36,19 @@ def command(home: Home, /, **words: Any) -> int:
         supervisor = launch.attached(home, instance, request.id)
     except OSError as error:
         raise TrainerdError(f"The supervisor could not be started: {error.strerror or error}.") from None
-    path = home.control / f"{request.id}.json"
+    try:
+        code = _wait(supervisor)
+    finally:
+        requests.withdraw(home.control / f"{request.id}.json")
+    return _result(home, instance, code)
+
+
+def _wait(supervisor: subprocess.Popen[bytes]) -> int:
     while True:
         try:
-            code = supervisor.wait()
-            break
+            return supervisor.wait()
         except KeyboardInterrupt:
             continue  # the supervisor got it as well; a second Ctrl-C makes it leave without saving
-    requests.withdraw(path)
-    return _result(home, instance, code)
 
 
 def _result(home: Home, instance: str, code: int) -> int:
@@ -53,5 +58,5 @@ def _result(home: Home, instance: str, code: int) -> int:
     if code == errors.EXIT_REFUSED and not mine:
         raise follow.already_running(home, reading)
     if mine:
-        console.say(f"{reading.state.capitalize()}: {reading.reason}")
+        console.say(view.summary(reading))
     return code

@@ -158,7 +158,7 @@ class Monitor:
             self.note, self.asked = error.message, None
             return
         if answered:
-            self.note, self.asked = f"{self.asked.verb}: done. {reading.reason}", None
+            self.note, self.asked = f"{self.asked.verb}: done. {view.summary(reading)}", None
         elif time.monotonic() - self.asked.at > _GIVE_UP_SECONDS:
             self.asked.withdraw()
             self.note, self.asked = f"{self.asked.verb}: the supervisor did not answer.", None

@@ -7,7 +7,7 @@ import click
 from trainerd.contract import status
 from trainerd.contract.paths import Home
 
-from .. import ask, console
+from .. import ask, console, view
 from ..cli import pass_home
 
 
@@ -20,6 +20,6 @@ def command(home: Home, timeout: float) -> None:
     hint = f"Look again with: {console.program()} status"
     ended = (status.PAUSED, *status.END_STATES)
     reading = ask.until(home, asked, lambda r: r.state in ended, timeout, hint)
-    console.say(f"{reading.state.capitalize()}: {reading.reason}")
+    console.say(view.summary(reading))
     if reading.state == status.PAUSED:
         console.say(f"Go on with: {console.program()} resume")

@@ -8,7 +8,7 @@ from trainerd.contract import lock, status
 from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home
 
-from .. import ask, choose, console, follow
+from .. import ask, choose, console, follow, view
 from ..cli import pass_home
 from .start import begin
 
@@ -38,5 +38,5 @@ def _wake(home: Home, run: str | None, timeout: float) -> int:
         raise Refused(f"{paused} is paused here, not {run}.", f"End it first: {console.program()} stop")
     asked = ask.send(home, before, "resume")
     reading = ask.until(home, asked, lambda r: r.state in _GOES_ON, timeout, f"Look again with: {console.program()} status")
-    console.say(f"{reading.state.capitalize()}: {reading.reason}")
+    console.say(view.summary(reading))
     return 0

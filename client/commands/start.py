@@ -44,7 +44,7 @@ def begin(home: Home, choice: choose.Choice, warnings: list[str], wait: bool, as
         reading = follow.until_end(home)
         code = view.exit_code(reading)
         if not as_json:
-            console.say(f"{reading.state.capitalize()}: {reading.reason}")
+            console.say(view.summary(reading))
     if as_json:
         console.say(json.dumps({**reading.to_dict(), "resumed": choice.resume, "changes": choice.changes}, indent=1))
     return code

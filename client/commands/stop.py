@@ -7,7 +7,7 @@ import click
 from trainerd.contract import status
 from trainerd.contract.paths import Home
 
-from .. import ask, console
+from .. import ask, console, view
 from ..cli import pass_home
 
 
@@ -20,6 +20,4 @@ def command(home: Home, now: bool, timeout: float) -> None:
     asked = ask.send(home, ask.live(home), "stop", {"now": now, "timeout_seconds": timeout})
     hint = f"Look again with: {console.program()} status     End it without saving with: {console.program()} stop --now"
     reading = ask.until(home, asked, lambda r: not r.alive and r.state in status.END_STATES, timeout, hint)
-    step = reading.status.checkpoint.step if reading.status and reading.status.checkpoint else None
-    saved = f" The last checkpoint is of step {step:,}." if step is not None and reading.state == status.STOPPED else ""
-    console.say(f"{reading.state.capitalize()}: {reading.reason}{saved}")
+    console.say(view.summary(reading))
