@@ -86,7 +86,7 @@ def test_what_json_cannot_say_does_not_stop_the_events(pipe: Pipe) -> None:
     assert wire.FINISHED in by_event
 
 
-def test_nobody_reading_costs_nothing(pipe: Pipe) -> None:
+def test_nobody_reading_costs_nothing(pipe: Pipe, capfd: pytest.CaptureFixture[str]) -> None:
     """With a full pipe (a stopped supervisor) a send stays in the microseconds, the memory bounded, and close() returns."""
     reporter = Reporter(pipe[1])
     reporter.start()
@@ -118,7 +118,8 @@ def test_a_closed_pipe_is_no_error(pipe: Pipe, capfd: pytest.CaptureFixture[str]
 
 def test_commands_wait_for_the_loop_and_stray_lines_are_ignored(pipe: Pipe) -> None:
     """Commands come whole however they are cut, in order; nonsense is skipped; the end of the pipe is a LEAVE with save."""
-    commands = Commands(pipe[0], lambda command: pytest.fail("left at once"))
+    hurried: list[bool] = []
+    commands = Commands(pipe[0], lambda command: pytest.fail("left at once"), lambda: hurried.append(True))
     assert commands.next() is None
     commands.start()
     line = wire.encode({"do": wire.SAVE, "id": "1"})
@@ -131,6 +132,7 @@ def test_commands_wait_for_the_loop_and_stray_lines_are_ignored(pipe: Pipe) -> N
     until(lambda: found.append(commands.next()) or found[-1] is not None)  # type: ignore[func-returns-value]
     wanted = [{"do": wire.SAVE, "id": "1"}, {"do": wire.SAVE, "id": "2"}]
     assert [c for c in found if c][:2] == wanted and found[-1]["do"] == wire.LEAVE and found[-1]["save"] is True
+    until(lambda: hurried == [True])
 
 
 def test_before_the_loop_asks_a_leave_is_obeyed_at_once(pipe: Pipe) -> None:

@@ -18,11 +18,13 @@ Command = dict[str, Any]
 
 
 class Commands:
-    """Commands wait here until next() takes them. `leave_at_once` is called for a LEAVE that comes before the first next()."""
+    """Commands wait here until next() takes them. `leave_at_once` is called for a LEAVE that comes before the first next(),
+    `hurry` for one that comes later: whoever leaves should no longer be the last in the queue for the CPU."""
 
-    def __init__(self, descriptor: int, leave_at_once: Callable[[Command], None]) -> None:
+    def __init__(self, descriptor: int, leave_at_once: Callable[[Command], None], hurry: Callable[[], None] = lambda: None) -> None:
         self._descriptor = descriptor
         self._leave_at_once = leave_at_once
+        self._hurry = hurry
         self._waiting: deque[Command] = deque()
         self._lock = threading.Lock()
         self.training = False
@@ -47,6 +49,8 @@ class Commands:
                 self._waiting.append(command)
         if at_once:
             self._leave_at_once(command)
+        elif command.get("do") == wire.LEAVE:
+            self._hurry()
 
     def _read(self) -> None:
         line = b""

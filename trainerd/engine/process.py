@@ -35,7 +35,7 @@ class TrainerProcess:
     def __init__(self, home: Path, run: str, before_step: int | None, commands: int, events: int | None) -> None:
         self.before_step = before_step
         self.reporter = Reporter(events)
-        self.commands = Commands(commands, self._leave_at_once)
+        self.commands = Commands(commands, self._leave_at_once, _hurry)
         self.child: PreparingChild | None = None
         """The preparing process while there is one: it must not outlive us."""
         self._home = home
@@ -109,6 +109,12 @@ class TrainerProcess:
         atexit._run_exitfuncs()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _hurry() -> None:
+    from trainerd.machine import priority
+
+    priority.raise_process(os.getpid())
 
 
 def _set_environment(run: entry.Run) -> None:
