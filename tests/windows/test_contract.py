@@ -100,11 +100,12 @@ def _removed(path: Path) -> bool:
 
 
 def test_a_reader_never_sees_half_a_status(home: Home) -> None:
-    """While the status is written all the time, another process reads it 300 times: whole and readable each time."""
+    """While the status is written all the time, another process reads it 100 times: whole and readable each time."""
     reading = (
-        "from pathlib import Path\nfrom trainerd.contract import files\nfrom trainerd.contract.paths import Home\n"
+        "import time\nfrom pathlib import Path\nfrom trainerd.contract import files\nfrom trainerd.contract.paths import Home\n"
         "path = Home(Path(sys.argv[1])).status\nprint('reading', flush=True)\nnumbers = set()\n"
-        "for _ in range(300):\n"
+        "for _ in range(100):\n"
+        "    time.sleep(0.01)\n"
         "    try: numbers.add(files.read_json(path, 'The status')['trainer']['restarts'])\n"
         "    except PermissionError: pass\n"
         "print(len(numbers), flush=True)\n"
@@ -126,7 +127,7 @@ def test_a_reader_never_sees_half_a_status(home: Home) -> None:
             except PermissionError:
                 refused += 1  # the supervisor's next tick writes again
         listening.join()
-    assert counted and int(counted[0]) > 1 and written > refused
+    assert counted and int(counted[0]) > 1 and written > 10 * refused
 
 
 def test_the_status_is_true_about_who_lives(home: Home) -> None:

@@ -1,0 +1,157 @@
+"""Windows, end to end: start_training.bat in a real console of Wine's cmd.exe, real torch, a real small training.
+
+What Wine cannot show is listed in docs/windows.md. Skipped, with the reason, where there is no such prefix (tests/winpy.py).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import winpy
+from tests.person import SMALL
+from trainerd.contract import requests
+from trainerd.contract.paths import Home
+
+if sys.platform != "linux":
+    pytest.skip("Windows under Wine is for Linux; on Windows everything runs natively", allow_module_level=True)
+
+from tests.wine import ROOT, WindowsComputer, windows_path
+
+# One prefix is one Windows: its tests run one after the other, in one worker.
+pytestmark = [pytest.mark.windows, pytest.mark.xdist_group("windows"), pytest.mark.timeout(400)]
+LONG = ("--epochs", "200")
+
+
+@pytest.fixture(scope="module")
+def prefix() -> Iterator[Path]:
+    """Wine's Windows, for us alone; every process of it ends with the tests."""
+    where = winpy.root()
+    reason = winpy.missing(where)
+    if reason:
+        pytest.skip(f"no Windows here: {reason}")
+    with open(where / "trainerd-tests.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield where
+        subprocess.run([where / "winstop"], env={**os.environ, "WINPY_ROOT": str(where)}, check=False, timeout=60)
+
+
+@pytest.fixture
+def computer(prefix: Path, tmp_path: Path) -> Iterator[WindowsComputer]:
+    found = WindowsComputer(prefix, tmp_path)
+    yield found
+    if not found.nobody_is_left():
+        found.types("stop", "--now")
+
+
+def test_contract_and_processes_under_a_windows_python(prefix: Path, tmp_path: Path) -> None:
+    """Locks, status, requests, job objects and priorities hold under Windows' own rules (tests/windows)."""
+    environment = {**os.environ, "WINPY_ROOT": str(prefix), "WINPYTHONPATH": windows_path(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [
+        prefix / "winpy",
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--basetemp={windows_path(tmp_path / 'there')}",
+        "tests/windows",
+    ]
+    with open(tmp_path / "stderr", "wb") as errors:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, check=False
+        )
+    said = done.stdout.decode("utf-8", "replace")
+    assert done.returncode == 0 and " passed" in said, said[-6000:]
+
+
+def test_the_menu_from_double_click_to_stop(computer: WindowsComputer) -> None:
+    """The menu starts a training, the window is closed, it trains on; a second start is refused; the menu of a new window stops it."""
+    window = computer.opens_window()
+    window.shows("Quick test", "Your choice")
+    window.types("5")
+    window.shows("NEVER STARTED", "Your choice")
+    window.types("1")
+    window.shows("is starting in the background")
+    seen = computer.waits_for_step(1)
+    assert seen["state"] == "running" and seen["preset"] == "quick", computer.log()
+    window.closes()
+    computer.waits_for_step(seen["progress"]["step"] + 3)
+    second = computer.types("start", *SMALL)
+    assert second.returncode == 5 and "already" in (second.stdout + second.stderr), second
+    glance = computer.types("monitor", "--once")
+    assert glance.returncode == 0 and "loss" in glance.stdout and "\x1b" not in glance.stdout, glance
+    window = computer.opens_window()
+    window.shows("Your choice")
+    window.types("5")
+    window.shows("RUNNING", "Your choice")
+    window.types("7")
+    computer.waits_for_state("stopped", 60)
+    window.shows("Stopped")
+    window.types("9")
+    assert window.exit_code() == 0
+    assert list((computer.checkout / "checkpoints").glob("*/*.pt")), "the stop left no checkpoint"
+    assert computer.nobody_is_left()
+
+
+def test_a_killed_trainer_is_restarted_and_the_training_ends(computer: WindowsComputer) -> None:
+    """taskkill on the trainer: the supervisor starts another one, which goes on from the checkpoint; the result is usable."""
+    started = computer.types("start", *SMALL, "--name", "small")
+    assert started.returncode == 0, started
+    seen = computer.waits_for(lambda seen: seen.get("checkpoint") or seen.get("state") in ("failed", "completed"), "a checkpoint")
+    assert seen["state"] == "running", computer.log()
+    computer.kills(seen["trainer"]["pid"])
+    computer.waits_for(lambda seen: (seen.get("trainer") or {}).get("restarts", 0) >= 1, "the restart")
+    seen = computer.waits_for_state("completed", 180)
+    assert seen["trainer"]["restarts"] == 1
+    assert (computer.checkout / "models" / "small" / "model.safetensors").stat().st_size > 10_000
+    shown = computer.types("status")
+    assert shown.returncode == 0 and "COMPLETED" in shown.stdout and "my trainer (1) ü" in shown.stdout, shown
+    answer = computer.types("suggest", "--model", "models\\small", "a")
+    assert answer.returncode == 0 and answer.stdout.strip(), answer
+    assert computer.nobody_is_left()
+
+
+def test_stop_by_request_file_pause_and_resume(computer: WindowsComputer) -> None:
+    """pause lets the trainer go and resume brings it back; a request file from anybody of this user stops it, with a checkpoint."""
+    assert computer.types("start", *SMALL, *LONG).returncode == 0
+    computer.waits_for_step(3)
+    paused = computer.types("pause")
+    assert paused.returncode == 0 and computer.sees()["state"] == "paused", paused
+    assert computer.sees()["trainer"]["pid"] is None
+    step = computer.sees()["checkpoint"]["step"]
+    resumed = computer.types("resume")
+    assert resumed.returncode == 0, resumed
+    seen = computer.waits_for_step(step + 1)
+    requests.send(Home(computer.checkout), requests.Request("stop", seen["supervisor"]["instance"]))
+    seen = computer.waits_for_state("stopped", 60)
+    assert seen["checkpoint"]["step"] > step
+    nothing = computer.types("stop")
+    assert nothing.returncode == 3, nothing
+    assert computer.nobody_is_left()
+
+
+def test_what_goes_wrong_before_anything_runs(computer: WindowsComputer) -> None:
+    """A wrong TRAINERD_PYTHON is said in words; a double-clicked window stays open with the reason until a key is pressed."""
+    wrong = computer.types("status", TRAINERD_PYTHON="C:\\no such\\python.exe")
+    assert wrong.returncode == 2 and "C:\\no such\\python.exe" in wrong.stdout and "What to do" in wrong.stdout, wrong
+    window = computer.opens_window(TRAINERD_PYTHON="C:\\no such\\python.exe")
+    window.shows("What to do", "Press any key")
+    window.types("")
+    assert window.exit_code() == 2
+    given = computer.types("status", TRAINERD_PYTHON="C:\\Python\\python.exe")
+    assert given.returncode == 3 and "NEVER STARTED" in given.stdout, given
+
+
+def test_without_a_python_the_remedy_is_said(computer: WindowsComputer) -> None:
+    """No .venv and no Python on this Windows: what was looked for and where to get one."""
+    (computer.checkout / ".venv").rename(computer.folder / "elsewhere")
+    nothing = computer.types("status", WINEPATH="C:\\windows")
+    assert nothing.returncode == 4 and "no 64-bit Python from 3.10 to 3.14" in nothing.stdout, nothing
+    assert "winget install" in nothing.stdout
