@@ -133,7 +133,9 @@ class FakeTrainer:
         elif what == "crash-silently":
             raise RuntimeError(value)
         elif what == "grandchild":
-            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], stdin=subprocess.DEVNULL)
+            # It holds the event pipe open, as a forked loader worker would.
+            words, null = [sys.executable, "-c", "import time; time.sleep(600)"], subprocess.DEVNULL
+            child = subprocess.Popen(words, stdin=null, stdout=self.events, stderr=null)
             (self.home.root / "grandchild.pid").write_text(str(child.pid), encoding="ascii")
             self.script["do"] = value
             self.act()

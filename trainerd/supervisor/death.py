@@ -27,6 +27,7 @@ _SIGNALS = {
     "SIGHUP": "its session was closed (SIGHUP)",
 }
 _WINDOWS_CODES = {
+    0x0000000F: "somebody ended it (exit code 15)",
     0x40010004: "the system ended it, as at shutdown (0x40010004)",
     0xC0000005: "an access violation in native code (0xC0000005)",
     0xC0000017: "the system had no memory left (0xC0000017)",
