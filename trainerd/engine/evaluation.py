@@ -16,7 +16,7 @@ from trainerd.engine import guard, rng
 from trainerd.engine.batches import Ids, split
 from trainerd.engine.loader import Fetch, move
 from trainerd.engine.precision import Precision
-from trainerd.engine.step import weighted
+from trainerd.engine.step import uncounted
 from trainerd.engine.task import MapDataset, Task
 
 
@@ -50,7 +50,7 @@ class Evaluation:
         self.last_step = 0
         self.values: dict[str, float] = {}
         self.best: dict[str, float] = {}
-        """The values of the best evaluation, with its "step"."""
+        """The values of the best evaluation, with its "step". A value here may be no finite number: see shown()."""
         self.best_value: float | None = None
         self._without_better = 0
 
@@ -65,14 +65,14 @@ class Evaluation:
         """Whether early stopping has had enough."""
         return self._patience is not None and self._without_better >= self._patience
 
-    def run(self, step: int, leaving: Callable[[], bool], shrunk: Callable[[int, str], None]) -> bool | None:
+    def run(self, step: int, epoch: int, leaving: Callable[[], bool], shrunk: Callable[[int, str], None]) -> bool | None:
         """Evaluate the model now. True: better than ever; None: asked to leave, and nothing was remembered."""
         values: dict[str, float] | None = None
         while values is None:
             text = ""
             try:
-                with rng.preserved(), self._mode(leaving):
-                    values = self._values(leaving)
+                with rng.preserved(), self._mode(step, leaving):
+                    values = self._values(epoch, leaving)
             except Leaving:
                 return None
             except (MemoryError, RuntimeError) as error:
@@ -85,10 +85,10 @@ class Evaluation:
                 shrunk(self.batch_size, text)
         return self._remember(step, values)
 
-    def _values(self, leaving: Callable[[], bool]) -> dict[str, float]:
+    def _values(self, epoch: int, leaving: Callable[[], bool]) -> dict[str, float]:
         """sum / N per name over the whole split, their weighted sum as "loss", and what the task adds.
 
-        ctx.epoch is 0 meanwhile: what a sample draws by its id is the same in every evaluation.
+        ctx.epoch is 0 for the losses: what a sample draws by its id is the same in every evaluation.
         """
         assert self._dataset is not None
         fetch, ctx = Fetch(self._task, self._dataset), self._task.ctx
@@ -106,19 +106,22 @@ class Evaluation:
             with self._precision.autocast():
                 losses, more = self._task.loss(self._model, move(batch, self._precision.device), ctx)
             for name, (value, weight) in losses.items():
+                if name not in counts:
+                    raise uncounted(name)
                 sums[name] = sums.get(name, 0.0) + value.detach().double()
                 weights[name] = weight
             for name, metric in more.items():
                 metrics[name] = metrics.get(name, 0.0) + (metric.detach() if isinstance(metric, Tensor) else metric) * len(ids)
-        total = float(weighted({name: (value, weights[name]) for name, value in sums.items()}, counts))
         means = {name: float(value) / max(1, counts[name]) for name, value in sums.items()}
+        total = sum(weights[name] * mean for name, mean in means.items())
         means |= {name: float(value) / len(order) for name, value in metrics.items()}
+        ctx.epoch = epoch
         with self._precision.autocast():
             values = self._task.evaluate(self._model, ctx, {**means, "loss": total})
         return {str(name): float(value) for name, value in values.items()}
 
     @contextmanager
-    def _mode(self, leaving: Callable[[], bool]) -> Iterator[None]:
+    def _mode(self, step: int, leaving: Callable[[], bool]) -> Iterator[None]:
         """Eval mode without gradients; afterwards each module is as it was."""
 
         def pulse() -> None:
@@ -126,8 +129,8 @@ class Evaluation:
                 raise Leaving
 
         ctx = self._task.ctx
+        ctx.step = step
         training = [module for module in self._model.modules() if module.training]
-        kept = ctx.epoch, ctx.step, ctx.sample_ids
         for module in training:
             # bitsandbytes repacks a weight for inference when it finds eval mode on a CPU, and cannot train with it again.
             module.training = type(module).__module__.startswith("bitsandbytes")
@@ -139,7 +142,6 @@ class Evaluation:
         finally:
             ctx.training = True
             del ctx.pulse  # the class's own does nothing
-            ctx.epoch, ctx.step, ctx.sample_ids = kept
             for module in training:
                 module.training = True
 
@@ -154,6 +156,10 @@ class Evaluation:
         if better:
             self.best_value, self.best = value, {**values, "step": step}
         return better
+
+    def shown(self) -> tuple[dict[str, float | None], dict[str, float | None]]:
+        """The last values and the best for status and result: JSON knows no NaN."""
+        return _finite(self.values), _finite(self.best)
 
     def document(self) -> dict[str, Any]:
         """What a resume needs, in plain values."""
@@ -170,3 +176,7 @@ class Evaluation:
         self.last_step, self.values = document["last_step"], dict(document["values"])
         self.best, self.best_value = dict(document["best"]), document["best_value"]
         self._without_better, self.batch_size = document["without_better"], document["batch_size"]
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}

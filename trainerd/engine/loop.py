@@ -201,7 +201,7 @@ def evaluate(t: Training) -> bool:
     _phase(t, "evaluating")
     began = time.monotonic()
     t.metrics.flush()
-    better = t.evaluation.run(t.step, t.asked.to_leave, t.evaluated_smaller)
+    better = t.evaluation.run(t.step, t.epoch - 1, t.asked.to_leave, t.evaluated_smaller)
     if better is None:
         return False
     t.metrics.add_evaluation(t.step, t.evaluation.values)
@@ -219,15 +219,14 @@ def save(t: Training) -> None:
         return
     began = time.perf_counter()
     t.metrics.flush()
-    if t.saved != position and t.saved[0] == t.step and len(t.store.committed()) > 1:
-        # It was saved before its evaluation; the state that knows how good it is takes its place.
-        t.store.supersede(t.step - 1)
+    # Left in the middle of an evaluation, this step was saved without it; a committed name is never written again.
+    again = t.saved[0] == t.step and t.saved != position
     state = t.states.capture(t.facts())
     blocked_seconds = time.perf_counter() - began
     for request in t.asked.saves or [None]:
         t.saver.submit(
             state,
-            epoch=t.epoch,
+            epoch=t.epoch + again,
             step=t.step,
             best=t.evaluation.best_value,
             metrics=t.metrics.path,
@@ -250,6 +249,7 @@ def report(t: Training) -> None:
     if last and last["loss"] is None and not t.warned:
         t.warned = True
         t.link.send(wire.WARNING, text=f"The loss is not a finite number any more (step {t.step}). A lower learning rate may help.")
+    values, best = t.evaluation.shown()
     left = (t.total_steps - t.step) * t.config.train.batch_size
     t.link.send(
         wire.PROGRESS,
@@ -259,8 +259,8 @@ def report(t: Training) -> None:
         total_steps=t.total_steps,
         samples=t.samples,
         loss=last.get("loss"),
-        eval=t.evaluation.values,
-        best=t.evaluation.best,
+        eval=values,
+        best=best,
         lr=last.get("lr"),
         grad_norm=last.get("grad_norm"),
         samples_per_second=per_second,
@@ -276,11 +276,12 @@ def _phase(t: Training, name: str) -> None:
 
 def summary(t: Training) -> dict[str, Any]:
     """The numbers of a result."""
+    values, best = t.evaluation.shown()
     return {
         "step": t.step,
         "epoch": t.epoch,
         "samples": t.samples,
         "loss": t.metrics.last.get("loss"),
-        "eval": dict(t.evaluation.values),
-        "best": dict(t.evaluation.best),
+        "eval": values,
+        "best": best,
     }

@@ -168,12 +168,16 @@ def weighted(losses: Losses, counts: Mapping[str, int]) -> Tensor:
     total: Tensor | None = None
     for name, (value, weight) in losses.items():
         if name not in counts:
-            raise TrainerdError(f"loss() returned {name!r}, which counts() does not name.", "Both must use the same names.")
+            raise uncounted(name)
         part = value.float() * (weight / max(1, counts[name]))
         total = part if total is None else total + part
     if total is None:
         raise TrainerdError("loss() returned no loss.", "It returns ({name: (sum, weight)}, metrics).")
     return total
+
+
+def uncounted(name: str) -> TrainerdError:
+    return TrainerdError(f"loss() returned {name!r}, which counts() does not name.", "Both must use the same names.")
 
 
 def _detached(value: float | Tensor) -> Number:

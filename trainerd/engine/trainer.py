@@ -37,7 +37,7 @@ class PrintingLink(Link):
     def send(self, event: str, **fields: Any) -> None:
         if event == wire.PROGRESS and fields["eval"] != getattr(self, "_shown", {}):
             self._shown = dict(fields["eval"])
-            values = ", ".join(f"{name} {value:.4g}" for name, value in self._shown.items())
+            values = ", ".join(f"{name} {'n/a' if value is None else format(value, '.4g')}" for name, value in self._shown.items())
             print(f"epoch {fields['epoch']}/{fields['epochs']}, step {fields['step']}/{fields['total_steps']}: {values}", flush=True)
         elif event == wire.WARNING:
             print(f"warning: {fields['text']}", flush=True)
