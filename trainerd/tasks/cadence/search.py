@@ -2,7 +2,7 @@
 
 Dynamic: the first words more probable than p1 branch out, each of their next words more probable than p2 founds a group, and every
 group is searched with a narrow beam of its own. So the first words differ, and the later ones are good: no penalty is needed.
-Where the thresholds leave fewer branches than completions are wanted, the most probable below them are taken too.
+Where the thresholds leave fewer groups than completions are wanted, the beams are wider: improbable words would be no diversity.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trainerd.tasks.cadence.settings import SearchSettings
 from trainerd.tasks.cadence.text import words
 from trainerd.tasks.cadence.vocabulary import NUM_SPECIAL, Vocabulary
 
-_FEWEST_FIRST_WORDS = 2
+_LEAST_SHARE = 0.02
 _NEVER = float("-inf")
 
 
@@ -60,6 +60,7 @@ class _Path:
 class _Group:
     """Continuations in a beam of their own."""
 
+    width: int
     alive: list[_Path]
     done: list[_Path] = field(default_factory=list)
 
@@ -94,7 +95,7 @@ def complete(
 def likely_categories(
     model: QueryModel, vocabulary: Vocabulary, context: tuple[int, ...], rest: str, at_most: int
 ) -> list[tuple[int, float]]:
-    """The categories in which a prefix is most probable, each with the log-probability of itself and the complete words.
+    """The categories in which a prefix is by far most probable, each with the log-probability of itself and the complete words.
 
     Added to a completion's own score it makes completions of different categories comparable.
     """
@@ -110,8 +111,9 @@ def likely_categories(
         chance = chance + after[:, token]
         after, state = model.next_words(torch.full_like(begins, token), everywhere, state)
     begun = torch.logsumexp(after[:, torch.from_numpy(vocabulary.continuing(rest)).to(device)], 1)
-    best = torch.topk(chance + begun, min(at_most, len(everywhere))).indices.tolist()
-    return [(number, float(chance[number])) for number in best]
+    share = torch.softmax(chance + begun, 0)
+    best = torch.topk(share, min(at_most, len(everywhere))).indices.tolist()
+    return [(number, float(chance[number])) for number in best if share[number] >= _LEAST_SHARE * share[best[0]]]
 
 
 class _Search:
@@ -131,30 +133,29 @@ class _Search:
         scores = self._step(inputs, roots)
         settings = self._settings
         if settings.method == "plain":
-            width = max(settings.width, self._n)
-            beams = [[_Group([root])] for root in roots]
-            self._follow(beams, scores, width, 0.0, settings.delta)
+            beams = [[_Group(max(settings.width, self._n), [root])] for root in roots]
+            self._follow(beams, scores, 0.0, settings.delta)
         else:
             beams = self._founded(roots, scores)
             alive = [path for groups in beams for group in groups for path in group.alive]
-            self._follow(beams, self._advance(alive), settings.gamma, settings.p3, settings.delta - 2)
+            self._follow(beams, self._advance(alive), settings.p3, settings.delta - 2)
         return [self._chosen(groups) for groups in beams]
 
     def _founded(self, roots: list[_Path], scores: Tensor) -> list[list[_Group]]:
         """The groups of each root: its probable first words, and their probable second ones."""
         settings = self._settings
-        first = [_over(children, settings.p1, _FEWEST_FIRST_WORDS) for children in self._children(roots, scores, settings.groups)]
+        first = [_over(children, settings.p1) for children in self._children(roots, scores, settings.groups)]
         alive = [path for some in first for path in some]
         second = iter(self._children(alive, self._advance(alive), settings.groups))
-        enough = -(-self._n // settings.gamma) + 1
         founded = []
         for some in first:
-            found = sorted((child for _ in some for child in next(second)), key=lambda path: -path.score)
-            kept = _over(found, settings.p2, enough)[: settings.groups]
-            founded.append([_Group([], [path]) if path.done else _Group([path]) for path in kept])
+            found = sorted((child for _ in some for child in _over(next(second), settings.p2)), key=lambda path: -path.score)
+            found = found[: settings.groups]
+            width = max(settings.gamma, -(-self._n // max(len(found), 1)) + 1)
+            founded.append([_Group(width, [], [path]) if path.done else _Group(width, [path]) for path in found])
         return founded
 
-    def _follow(self, beams: list[list[_Group]], scores: Tensor, width: int, threshold: float, steps: int) -> None:
+    def _follow(self, beams: list[list[_Group]], scores: Tensor, threshold: float, steps: int) -> None:
         """Advances all groups until they are done, or `steps` words are added. `scores` are those after the paths alive now."""
         for step in range(steps):
             living = [group for groups in beams for group in groups if group.alive]
@@ -163,13 +164,13 @@ class _Search:
             alive = [path for group in living for path in group.alive]
             if step:
                 scores = self._advance(alive)
-            families = iter(self._children(alive, scores, width))
+            families = iter(self._children(alive, scores, max(group.width for group in living)))
             for group in living:
-                children = [child for _ in group.alive for child in _over(next(families), threshold, 1)]
-                children.sort(key=lambda path: -path.score)
-                group.done += [path for path in children[:width] if path.done]
-                bound = _NEVER if len(group.done) < width else sorted(path.score for path in group.done)[-width]
-                group.alive = [path for path in children[:width] if not path.done and path.score > bound]
+                children = [child for _ in group.alive for child in _over(next(families)[: group.width], threshold)]
+                children = sorted(children, key=lambda path: -path.score)[: group.width]
+                group.done += [path for path in children if path.done]
+                bound = _NEVER if len(group.done) < group.width else sorted(path.score for path in group.done)[-group.width]
+                group.alive = [path for path in children if not path.done and path.score > bound]
 
     def _advance(self, paths: list[_Path]) -> Tensor:
         """What follows each path, one word further than the step that made it."""
@@ -237,9 +238,6 @@ class _Search:
         return sorted(chosen.values(), key=lambda completion: -completion.score)
 
 
-def _over(paths: list[_Path], threshold: float, at_least: int) -> list[_Path]:
-    """Those whose last word is more probable than the threshold, and the first others where those are too few. Keeps the order."""
-    over = {number for number, path in enumerate(paths) if path.share > threshold}
-    spare = (number for number in range(len(paths)) if number not in over)
-    over.update(number for number, _ in zip(spare, range(at_least - len(over)), strict=False))
-    return [path for number, path in enumerate(paths) if number in over]
+def _over(paths: list[_Path], threshold: float) -> list[_Path]:
+    """Those whose last word is more probable than the threshold, and in any case the most probable. `paths`: best first."""
+    return [path for number, path in enumerate(paths) if number == 0 or path.share > threshold]
