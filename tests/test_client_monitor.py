@@ -1,0 +1,264 @@
+"""The monitor: in a real terminal of 80x24 with every key, printed once, and piped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client import curve, screen, tail
+from tests.person import DOOR, Person
+from tests.supervised import RUN, Daemon
+from trainerd.contract import files, lock, status
+from trainerd.contract.lock import FileLock
+from trainerd.contract.paths import Home
+
+LONG = {"steps": 5000, "pause": 0.02}
+FROZEN = json.loads((Path(__file__).with_name("data") / "status_schema1.json").read_text("utf-8"))
+
+
+class Terminal:
+    """An 80x24 terminal with the monitor in it; what it shows is rendered, not guessed."""
+
+    def __init__(self, home: Home, *, lang: str = "C.UTF-8") -> None:
+        import pexpect
+        import pyte
+
+        self.screen = pyte.Screen(80, 24)
+        self.stream = pyte.ByteStream(self.screen)
+        environment = {"PATH": "/usr/bin:/bin", "TERM": "xterm-256color", "LC_ALL": lang, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+        words = [str(DOOR), "--home", str(home.root), "monitor", "--interval", "0.3"]
+        self.child = pexpect.spawn(sys.executable, words, dimensions=(24, 80), env=environment, timeout=20)
+        self.raw = b""
+
+    def look(self, seconds: float = 0.05) -> str:
+        import pexpect
+
+        try:
+            content = self.child.read_nonblocking(65536, timeout=seconds)
+            self.raw += content
+            self.stream.feed(content)
+        except (pexpect.TIMEOUT, pexpect.EOF):
+            pass
+        return "\n".join(self.screen.display)
+
+    def until(self, words: str, seconds: float = 20.0) -> str:
+        deadline = time.monotonic() + seconds
+        while words not in (shown := self.look()):
+            assert time.monotonic() < deadline, f"{words!r} did not appear in\n{shown}"
+        return shown
+
+    def left(self) -> int:
+        import pexpect
+
+        self.child.expect(pexpect.EOF)
+        self.raw += self.child.before or b""
+        self.child.close()
+        code: int = self.child.exitstatus
+        return code
+
+
+@pytest.fixture
+def terminal(home: Home) -> Iterator[Callable[..., Terminal]]:
+    pytest.importorskip("pexpect")
+    pytest.importorskip("pyte")
+    if sys.platform == "win32":
+        pytest.skip("pseudo-terminals of POSIX; the Windows tier has a console")
+    opened: list[Terminal] = []
+
+    def open_one(**words: Any) -> Terminal:
+        opened.append(Terminal(home, **words))
+        return opened[-1]
+
+    yield open_one
+    for one in opened:
+        one.child.close(force=True)
+
+
+def metrics(home: Home, run: str, losses: list[float]) -> None:
+    path = home.run(run).metrics
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps({"step": n + 1, "epoch": 1, "loss": loss}) for n, loss in enumerate(losses)]
+    path.write_text("\n".join([*rows, json.dumps({"step": len(rows), "eval": {"loss": 1}})]) + "\n", encoding="utf-8")
+
+
+def test_every_key_in_a_real_terminal(home: Home, terminal: Callable[..., Terminal]) -> None:
+    """p pauses, r resumes, c saves, s asks once and stops, ? helps, q leaves; the screen fits 80x24 and is given back."""
+    metrics(home, RUN, [10 - n / 20 for n in range(100)])
+    with Daemon(home, LONG) as daemon:
+        daemon.until_step(2)
+        monitor = terminal()
+        shown = monitor.until("q quit")
+        for words in ("trainerd", RUN, "RUNNING", "progress", "of 5,000", "RAM", "checkpoint", "restarts", "none", "log"):
+            assert words in shown, f"{words!r} is missing in\n{shown}"
+        assert any("⠀" < c <= "⣿" for c in shown), shown  # the curve
+        monitor.child.send("?")
+        monitor.until("asks once")
+        monitor.child.send("?")
+        monitor.child.send("c")
+        monitor.until("save: done")
+        monitor.child.send("p")
+        assert "PAUSED" in monitor.until("pause: done")
+        monitor.child.send("r")
+        monitor.until("resume: done")
+        daemon.until_state(status.RUNNING)
+        monitor.child.send("s")
+        monitor.until("s again: yes")
+        monitor.child.send("n")
+        monitor.until("q quit")
+        assert daemon.reading().state == status.RUNNING
+        monitor.child.send("s")
+        monitor.until("s again: yes")
+        monitor.child.send("s")
+        monitor.until("STOPPED")
+        monitor.child.send("p")
+        monitor.until("Nothing is running")
+        monitor.child.send("q")
+        assert monitor.left() == 0
+        assert b"\x1b[?1049h" in monitor.raw and b"\x1b[?1049l" in monitor.raw and b"\x1b[?25h" in monitor.raw
+
+
+def test_leaving_never_stops_the_training(home: Home, terminal: Callable[..., Terminal]) -> None:
+    """q and Ctrl-C leave the screen, nothing else."""
+    with Daemon(home, LONG) as daemon:
+        daemon.until_step(1)
+        for key in ("q", "\x03"):
+            monitor = terminal()
+            monitor.until("RUNNING")
+            monitor.child.send(key)
+            assert monitor.left() == 0
+        before = daemon.reading().status
+        daemon.until_step((before.progress.step or 0) + 2 if before else 1)
+
+
+def test_a_terminal_without_unicode_gets_ascii(home: Home, terminal: Callable[..., Terminal]) -> None:
+    """Bars, rules and the curve have forms that any encoding carries."""
+    metrics(home, FROZEN["run"], [10 - n / 20 for n in range(100)])
+    files.write_json(home.status, {**FROZEN, "state": "completed", "reason": "Completed."})
+    monitor = terminal(lang="C")
+    shown = monitor.until("q quit")
+    assert "#" in shown and "*" in shown and "COMPLETED" in shown
+    assert not [c for c in shown if ord(c) > 127], shown
+    monitor.child.send("q")
+    assert monitor.left() == 0
+
+
+def test_piped_it_is_plain_lines_until_the_end(home: Home, tmp_path: Path) -> None:
+    """One line per interval, no escape codes, the exit code of the end; --once is the screen as text."""
+    person = Person(home.root, tmp_path / "state")
+    with Daemon(home, {"steps": 60, "pause": 0.02}) as daemon:
+        daemon.until_step(1)
+        once = person.types("monitor", "--once")
+        done = person.types("monitor", "--interval", "0.2")
+        daemon.until_state(status.COMPLETED)
+    assert once.returncode == 0 and once.stdout.startswith("trainerd  fake-1  RUNNING") and "checkpoint" in once.stdout
+    assert done.returncode == 0 and "running" in done.stdout.splitlines()[0] and "completed" in done.stdout.splitlines()[-1]
+    assert "\x1b" not in once.stdout + done.stdout + once.stderr + done.stderr
+    assert person.types("monitor", "--once").returncode == 0
+    assert Person(tmp_path / "other").types("monitor", "--once").returncode == 3
+
+
+def test_what_is_old_is_said_to_be_old(home: Home) -> None:
+    """A supervisor that does not answer is said so, in words, with for how long."""
+    held = FileLock(home.supervisor_lock)
+    assert held.acquire()
+    status.write(home, status.from_dict(FROZEN))
+    document = json.loads(home.status.read_text("utf-8"))
+    document["updated_monotonic"] -= 60
+    files.write_json(home.status, document)
+    reading = status.read(home)
+    shown = screen.frame(screen.Scene(reading))
+    assert any("NOT ANSWERING" in text and "red" in style for text, style in shown[0])
+    assert any("60 seconds" in text for text, _ in shown[1])
+    held.release()
+    assert not lock.is_held(home.supervisor_lock)
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (40, 10), (200, 60), (20, 3), (10, 1)])
+def test_the_screen_fits_any_terminal(width: int, height: int) -> None:
+    """Never more lines than there are, none longer than fits; the keys stay at the bottom."""
+    found = status.from_dict({**FROZEN, "reason": "Because " * 40, "warnings": ["w" * 300] * 5})
+    reading = status.Reading(found.state, found.reason, found, True)
+    losses = [(n, float(n % 10)) for n in range(500)]
+    rows = screen.frame(screen.Scene(reading, losses, ["log line " * 30] * 50, width=width, height=height))
+    assert len(rows) <= height
+    assert all(len("".join(text for text, _ in row)) <= width for row in rows)
+    assert rows[-1][0][0] == screen.KEYS[:width]
+
+
+def test_a_number_that_can_be_bad_has_a_word() -> None:
+    """VRAM near its limit, heat, battery: said, not only coloured."""
+    hot = {**FROZEN["gpu"], "temperature_c": 90}
+    found = status.from_dict({**FROZEN, "gpu": hot, "power": {"plugged": False, "percent": 41}})
+    rows = screen.frame(screen.Scene(status.Reading("running", "", found, True), width=120))
+    text = "\n".join("".join(piece for piece, _ in row) for row in rows)
+    for words in ("88.6 % high", "43.6 % ok", "90 °C hot", "on battery, battery 41 %", "a kill now would repeat 26 steps"):
+        assert words in text, f"{words!r} is missing in\n{text}"
+
+
+def test_the_curve_shows_the_shape() -> None:
+    """High is up, low is down, both in the given space; one value and none draw, too."""
+    falling = curve.draw([10.0, 8.0, 6.0, 4.0], 4, 4, braille=False)
+    assert falling == ["*   ", " *  ", "  * ", "   *"]
+    dots = curve.draw([float(n) for n in range(1000)], 20, 3, braille=True)
+    assert len(dots) == 3 and all(len(row) == 20 for row in dots) and dots[2][0] != " " and dots[0][-1] != " "
+    assert curve.draw([], 3, 2, braille=True) == ["   ", "   "] and curve.draw([1.0], 3, 1, braille=False) == ["*  "]
+    assert curve.draw([1.0], 0, 5, braille=True) == []
+
+
+def test_losses_are_read_as_they_grow_and_anew_after_a_resume(tmp_path: Path) -> None:
+    """Only what was added is read; a torn line waits; a file cut back starts over; a long one is thinned."""
+    path = tmp_path / "metrics.jsonl"
+    losses = tail.Losses(path)
+    losses.read()
+    assert losses.points == []
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\nnonsense\n{"step": 2, "lo')
+    losses.read()
+    assert losses.points == [(1, 2.0)]
+    with open(path, "ab") as file:
+        file.write(b'ss": 1.5}\n{"step": 3, "loss": null}\n')
+    losses.read()
+    assert losses.points == [(1, 2.0), (2, 1.5)]
+    path.write_bytes(b'{"step": 1, "loss": 9.0}\n')
+    losses.read()
+    assert losses.points == [(1, 9.0)]
+    with open(path, "ab") as file:
+        file.writelines(b'{"step": %d, "loss": %d.5, "filler": "%s"}\n' % (n, n, b"x" * 100) for n in range(2, 60_000))
+    begun = time.monotonic()
+    losses.read()
+    assert time.monotonic() - begun < 1.0
+    steps = [step for step, _ in losses.points]
+    assert steps == sorted(steps) and 200 < len(steps) <= 2048 and steps[-1] > 59_000
+
+
+def test_the_monitor_costs_next_to_nothing(home: Home) -> None:
+    """A frame with its reads takes a few milliseconds of CPU: at the usual interval of 5 s, 0.5 % is 25."""
+    from client.commands.monitor import Monitor
+
+    metrics(home, FROZEN["run"], [1.0] * 1000)
+    status.write(home, status.from_dict(FROZEN))
+    home.logs.mkdir()
+    (home.logs / "training_20261121_120000.log").write_text("line\n" * 10_000, encoding="utf-8")
+    monitor = Monitor(home, 5)
+    screen.frame(monitor.look(80, 24))
+    begun = time.process_time()
+    for _ in range(20):
+        screen.frame(monitor.look(80, 24))
+    assert (time.process_time() - begun) / 20 < 0.015
+
+
+def test_keys_are_not_read_where_nobody_types(home: Home) -> None:
+    """A terminal without a keyboard (input from /dev/null) shows the screen; the words at the bottom say how to leave."""
+    code = (
+        "from client import keys, console\nimport sys, time\n"
+        "keyboard = keys.Keyboard()\nbegun = time.monotonic()\n"
+        "with keyboard: key = keyboard.read(0.2)\nprint(keyboard.works, key, time.monotonic() - begun > 0.15)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, cwd=DOOR.parent, check=True)
+    assert done.stdout.split() == ["False", "None", "True"]
