@@ -58,7 +58,7 @@ def build(
     model.train()
     optimizer = optimizers.build(model, task, config.train)
     plan["optimizer"] = optimizers.kernel(optimizer)
-    model = mixed.prepare(model, optimizer)
+    model = mixed.prepare(model)
     dropout.attach(model, task.ctx)
     loader = Loader(task, dataset, batches, num_workers=plan["num_workers"], seed=config.seed, pin_memory=device.type == "cuda")
     stack.callback(loader.close)

@@ -91,10 +91,10 @@ class MetricsLog:
 
 
 def _resolve(numbers: list[Number]) -> list[float | None]:
-    """Plain floats, None where not finite; tensors cost one transfer together."""
-    tensors = [n.detach().reshape(()).to(torch.float64) for n in numbers if isinstance(n, Tensor)]
-    resolved = iter(torch.stack(tensors).tolist() if tensors else [])
-    return [_finite(next(resolved)) if isinstance(n, Tensor) else _finite(float(n)) for n in numbers]
+    """Plain floats, None where not finite; all that is on a GPU costs one transfer together."""
+    far = [n.detach().reshape(()).double() for n in numbers if isinstance(n, Tensor) and n.device.type != "cpu"]
+    fetched = iter(torch.stack(far).tolist() if far else [])
+    return [_finite(next(fetched) if isinstance(n, Tensor) and n.device.type != "cpu" else float(n)) for n in numbers]
 
 
 def _finite(value: float) -> float | None:

@@ -62,9 +62,13 @@ class Precision:
         self._own_fp16 = name == "fp16" and device.type == "cpu"
         self.scaler: torch.amp.GradScaler | None = torch.amp.GradScaler("cpu") if self._own_fp16 else self._accelerator.scaler
 
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
-        """The model on the device. The optimizer stays the one given: accelerate's wrapper looks up packages in every step."""
-        prepared: nn.Module = self._accelerator.prepare(model, optimizer)[0]
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model on the device, its forward under autocast.
+
+        The optimizer is not given to accelerate: its wrapper looks for packages in every step (0.1 ms), and moves counters
+        to the GPU that torch wants on the CPU.
+        """
+        prepared: nn.Module = self._accelerator.prepare(model)
         return prepared
 
     def autocast(self) -> AbstractContextManager[Any]:
