@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def main() -> object:
+def main() -> int:
     return _client_main()()
 
 
-def _client_main() -> Callable[[], object]:
+def _client_main() -> Callable[[], int]:
     try:
         module = importlib.import_module("trainerd.client.main")
     except ModuleNotFoundError as error:
@@ -25,7 +25,7 @@ def _client_main() -> Callable[[], object]:
             raise
         sys.path.insert(0, str(checkout))
         module = importlib.import_module("client.main")
-    opened: Callable[[], object] = module.main
+    opened: Callable[[], int] = module.main
     return opened
 
 
