@@ -260,5 +260,6 @@ def test_keys_are_not_read_where_nobody_types(home: Home) -> None:
         "keyboard = keys.Keyboard()\nbegun = time.monotonic()\n"
         "with keyboard: key = keyboard.read(0.2)\nprint(keyboard.works, key, time.monotonic() - begun > 0.15)"
     )
-    done = subprocess.run([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, cwd=DOOR.parent, check=True)
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, cwd=DOOR.parent, check=True)
     assert done.stdout.split() == ["False", "None", "True"]

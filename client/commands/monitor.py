@@ -1,7 +1,7 @@
 """`monitor`: a live screen over the files, for a person; plain lines for a pipe. Must not keep the training from anything.
 
-Drawn with rich, not textual: both were tried. textual takes 200 ms of CPU to import and its event loop wakes all the time;
-one screen without widgets needs neither, and rich is a dependency already. Keys are read by keys.py.
+Drawn with rich, not textual: both were tried with this very screen at 5 s. rich: 0.07 s of CPU to start, then 0.05 %, 23 MB;
+textual: 0.17 s, 0.25 %, 36 MB, and one more dependency for one screen without widgets. Keys are read by keys.py.
 """
 
 from __future__ import annotations
