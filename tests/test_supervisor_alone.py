@@ -213,6 +213,9 @@ def test_a_full_disk_does_not_silence_the_status(home: Home, monkeypatch: pytest
 
     journals.write_even_when_full(home, write)
     assert written == [True] and not home.ballast.exists()
+    record = opening.open_run(home, start_arguments(run="other")).record
+    journals.Journal(home, record).retry()
+    assert home.ballast.exists()  # there was room again
 
     start = opening.open_run(home, start_arguments())
     supervisor = Supervisor(home, "i" * 32, start, command=trainer_command({}))

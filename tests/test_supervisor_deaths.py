@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from tests.supervised import QUICK, RUN, Daemon, alive, journal, starts, supervise_here, wait_for
+from tests.supervised import RUN, Daemon, alive, journal, starts, supervise_here, wait_for
 from trainerd.contract import runs, status
 from trainerd.contract.paths import Home
+from trainerd.supervisor.loop import Timing
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals; tests/windows has its own")
 FAST = {"steps": 20, "every": 5, "pause": 0.001}
@@ -73,7 +75,7 @@ def test_five_deaths_without_progress_try_the_checkpoint_before_then_fail(home: 
 
 def test_the_waits_between_deaths_double(home: Home) -> None:
     """At once, then 1, 2, 4 units: measured between real starts."""
-    timing = type(QUICK)(tick_seconds=0.5, backoff_seconds=0.4)
+    timing = Timing(tick_seconds=0.5, backoff_seconds=0.4)
     supervisor = supervise_here(home, {"do": "exit-first"}, timing=timing)
     assert supervisor.result == status.FAILED
     assert "ImportError: no module named nonsense" in status.read(home).reason
@@ -146,6 +148,14 @@ def test_old_logs_are_thrown_away_and_the_newest_is_named(home: Home) -> None:
     reading = status.read(home)
     assert reading.status is not None and reading.status.log is not None
     assert (home.root / reading.status.log).exists()
+
+
+def test_nothing_waits_for_the_next_tick(home: Home) -> None:
+    """Death wakes the supervisor by itself: with a tick of a minute a crash and a finish are still seen at once."""
+    began = time.monotonic()
+    timing = Timing(tick_seconds=60.0)
+    assert supervise_here(home, {**FAST, "at": 12, "do": "exit:3"}, FAST, timing=timing).result == status.COMPLETED
+    assert time.monotonic() - began < 20
 
 
 def test_death_is_noticed_within_a_second(home: Home) -> None:

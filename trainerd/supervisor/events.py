@@ -35,6 +35,7 @@ def _checkpoint(status: Status, message: _Message) -> None:
     if isinstance(step, int) and isinstance(epoch, int) and isinstance(path, str):
         size, at = message.get("bytes"), _value(message.get("at"))
         status.checkpoint = Checkpoint(path, epoch, step, at or 0.0, size if isinstance(size, int) else 0, _value(message.get("seconds")))
+        status.progress.step = max(step, status.progress.step or 0)  # progress is told now and then, a checkpoint always
 
 
 def _memory(status: Status, message: _Message) -> None:

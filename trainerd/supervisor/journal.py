@@ -9,14 +9,18 @@ import errno
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 from trainerd.contract import clock, files, runs
 from trainerd.contract.paths import Home
 from trainerd.contract.runs import RunRecord
+from trainerd.machine.filesystem import free_bytes
 
 BALLAST_BYTES = 1 << 20
+_BALLAST_SECONDS = 60.0
+_ROOM_BYTES = 64 << 20  # below this the ballast would only take from what others need
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _DISK_FULL_ON_WINDOWS = (39, 112)
 
@@ -65,6 +69,7 @@ class Journal:
         self._home = home
         self.record = record
         self._unwritten_record = False
+        self._ballast_due = 0.0
 
     def note(self, kind: str, **facts: Any) -> None:
         """Append to events.jsonl: what happened, and why."""
@@ -87,6 +92,10 @@ class Journal:
             say(f"cannot write run.json of {self.record.id}: {error}")
 
     def retry(self) -> None:
-        """Write run.json if the last attempt failed."""
+        """Write run.json if the last attempt failed, and once a minute put the ballast back if there is room again."""
         if self._unwritten_record:
             self.save_record()
+        if time.monotonic() >= self._ballast_due:
+            self._ballast_due = time.monotonic() + _BALLAST_SECONDS
+            if not self._home.ballast.exists() and (free_bytes(self._home.root) or 0) > _ROOM_BYTES:
+                keep_ballast(self._home)

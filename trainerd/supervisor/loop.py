@@ -144,7 +144,7 @@ class Supervisor:
                 self.leaving = Leaving("finished", False, time.monotonic() + self.timing.leave_seconds)
         elif event == wire.WARNING and self.report.warn(str(message.get("text"))):
             self.journal.note("warning", text=str(message.get("text")))
-        elif event in (wire.NOTE, wire.EXACT, wire.UNSAVED):
+        elif event in (wire.NOTE, wire.UNSAVED) or (event == wire.EXACT and message.get("now") is False):
             facts = {k: v for k, v in message.items() if k not in ("event", "at", "monotonic", "kind")}
             self.journal.note(str(message.get("kind") or event), **facts)
         elif event == wire.PLAN and isinstance(message.get("record"), dict):
