@@ -33,9 +33,16 @@ def _character(cell: int, braille: bool) -> str:
 
 
 def _columns(values: Sequence[float], across: int) -> list[float]:
-    """At most `across` means over equal stretches of the values."""
+    """`across` values: means over equal stretches where there are more, straight lines between them where there are fewer."""
     total = len(values)
+    if total < 2 or across < 2:
+        return list(values[:across])
     if total <= across:
-        return list(values)
+        return [_between(values, x * (total - 1) / (across - 1)) for x in range(across)]
     edges = [i * total // across for i in range(across + 1)]
     return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+
+
+def _between(values: Sequence[float], position: float) -> float:
+    left = min(int(position), len(values) - 2)
+    return values[left] + (values[left + 1] - values[left]) * (position - left)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from trainerd.contract.status import (
+    COMPLETED,
     CRASHED,
     FAILED,
     NEVER_STARTED,
@@ -99,8 +100,8 @@ def progress(status: Status, fancy: bool, bar_width: int = 24) -> str:
 def loss(status: Status) -> str:
     now = status.progress
     parts = [number(now.loss)] if known(now.loss) else []
-    for label, values in (("eval", now.eval), ("best", now.best)):
-        shown = [f"{clean(name, 30)} {number(v)}" for name, v in values.items() if known(v) and name != "step"][:4]
+    for label, values, most in (("eval", now.eval, 4), ("best", now.best, 1)):
+        shown = [f"{clean(name, 30)} {number(v)}" for name, v in values.items() if known(v) and name != "step"][:most]
         at = f" at step {count(values['step'])}" if known(values.get("step")) else ""
         parts += [f"{label} {', '.join(shown)}{at}"] if shown else []
     parts += [f"lr {number(now.lr)}"] if known(now.lr) else []
@@ -177,6 +178,8 @@ def what_next(reading: Reading, program: str) -> str:
         return f"Start with: {program} start"
     if reading.state == PAUSED:
         return f"Go on with: {program} resume"
+    if reading.state == COMPLETED and reading.status and reading.status.task == "cadence":
+        return f"Ask the model with: {program} suggest PREFIX"
     if reading.state in (STOPPED, CRASHED):
         return f"Go on from the last checkpoint with: {program} resume"
     if reading.state == FAILED:
