@@ -6,6 +6,7 @@ Memory stays constant whatever the file's size and however long its lines are.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import io
@@ -43,9 +44,8 @@ class Input:
             yield from self._parquet(columns)
             return
         with self.path.open("rb") as raw:
-            stream = _uncompressed(raw, self.path)
             try:
-                for number, record in enumerate(self._parse(stream)):
+                for number, record in enumerate(self._parse(_uncompressed(raw, self.path))):
                     if number % 1024 == 0:
                         self.done_bytes = raw.tell()
                     yield record
@@ -109,16 +109,12 @@ def known(path: Path) -> bool:
     return any(name.endswith(suffix) for suffix in _SUFFIXES)
 
 
-def _uncompressed(raw: io.BufferedReader, path: Path) -> IO[bytes]:
+def _uncompressed(raw: io.BufferedReader, path: Path) -> io.BufferedReader:
     """The content's bytes; gzip is known by its first two bytes, whatever the name says."""
-    stream: IO[bytes] = raw
+    stream = raw
     if raw.peek(2)[:2] == b"\x1f\x8b":
         stream = io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw)), 1 << 18)
-    try:
-        start = stream.peek(4)[:4] if isinstance(stream, io.BufferedReader) else b""
-    except (EOFError, gzip.BadGzipFile, zlib.error):
-        return stream  # damaged from the start: met again, and counted, while reading
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise UsageError(f"{path} is UTF-16.", "Save it again as UTF-8.")
     return stream
 
@@ -193,14 +189,14 @@ def _json_records(stream: IO[bytes], dropped: Counter[str]) -> Iterator[Record]:
     """The objects of a JSON array (or of a row of objects), decoded one by one from a window on the file."""
     decoder = json.JSONDecoder()
     window, position, ended = "", 0, False
-    reader = io.TextIOWrapper(cast(io.BufferedReader, stream), encoding="utf-8-sig", errors="surrogateescape")
+    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
     while True:
         while position < len(window) and window[position] in " \t\r\n,[]":
             position += 1
         if not ended and len(window) - position < MAX_LINE_BYTES:
-            chunk = reader.read(MAX_LINE_BYTES)
+            chunk = stream.read(MAX_LINE_BYTES)
             ended = not chunk
-            window, position = window[position:] + chunk, 0
+            window, position = window[position:] + decode(chunk, final=ended), 0
             continue
         if position >= len(window):
             return

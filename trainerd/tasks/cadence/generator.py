@@ -41,7 +41,7 @@ def row(number: int) -> tuple[str, str]:
     text = _query(rng, SHELVES[category])
     if rng.random() < TYPO_SHARE:
         text = _typo(rng, text)
-    return category, text
+    return category, " ".join(text.split())
 
 
 def _query(rng: Random, shelf: Shelf) -> str:
@@ -95,7 +95,7 @@ def _typo(rng: Random, text: str) -> str:
     at = int(rng.random() * max(len(text) - 1, 1))
     slip = rng.random()
     if slip < 0.3:
-        return (text[:at] + text[at + 1 :]).strip() or text
+        return text[:at] + text[at + 1 :] or text
     if slip < 0.55:
         return text[:at] + text[at] + text[at:]
     if slip < 0.8:
