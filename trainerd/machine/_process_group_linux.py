@@ -40,7 +40,10 @@ class ProcessGroup:
 
     def wait(self) -> int:
         """Block until the leader is dead, kill what it left, and return its exit code (negative: the signal)."""
-        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        try:
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        except ChildProcessError:
+            pass  # reaped by somebody else: it is dead all the same
         self.kill()
         with self._reaping:
             return self._popen.wait()

@@ -69,6 +69,8 @@ def _settle_in(home: Home, *, detached: bool) -> None:
     if sys.platform != "win32":
         os.umask(0o077)  # the home holds a person's data
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored by whoever called, deaths could not be waited for
+        signal.pthread_sigmask(signal.SIG_SETMASK, [])
     home.root.mkdir(parents=True, exist_ok=True)
     os.chdir(home.root)
     if not detached:

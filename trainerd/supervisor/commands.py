@@ -31,12 +31,14 @@ def answer_all(supervisor: Supervisor) -> None:
             supervisor.report.answer(path.stem[:64], "?", f"refused: {error}")
             _delete(path)
             continue
-        if request.instance == supervisor.instance and not _seen(supervisor, request):
-            handle = _HANDLERS.get(request.verb)
-            outcome = handle(supervisor, request) if handle else f"refused: a running supervisor does not {request.verb}."
-            if outcome is not None:
-                supervisor.report.answer(request.id, request.verb, outcome)
-        _delete(path)  # of another supervisor, or seen before: gone without effect
+        try:
+            if request.instance == supervisor.instance and not _seen(supervisor, request):
+                handle = _HANDLERS.get(request.verb)
+                outcome = handle(supervisor, request) if handle else f"refused: a running supervisor does not {request.verb}."
+                if outcome is not None:
+                    supervisor.report.answer(request.id, request.verb, outcome)
+        finally:
+            _delete(path)  # whatever came of it: of another supervisor or seen before, it is gone without effect
 
 
 def _seen(supervisor: Supervisor, request: Request) -> bool:

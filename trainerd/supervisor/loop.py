@@ -94,6 +94,7 @@ class Supervisor:
                 # One of three places that catch everything: a supervisor that dies of a surprise keeps nobody alive.
                 journal.say(traceback.format_exc())
                 self.report.warn("The supervisor met an error it did not expect; see its log in training_logs.")
+                self.report.write_if_due(0.0)
                 time.sleep(min(1.0, self.timing.tick_seconds))
             self._rest()
         self.report.write_last()
@@ -252,13 +253,13 @@ class Supervisor:
         self.policy.started(next((step for step in reversed(steps) if before is None or step < before), None))
         try:
             self.trainer = self.starter.start(record, before, self.inbox)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._cannot_start(error)
             return
         self.report.trainer_started(self.trainer.pid, self.trainer.started_at, self.trainer.log_path)
         self.journal.note("trainer started", pid=self.trainer.pid, log=self.trainer.log_path.name, before_step=before)
 
-    def _cannot_start(self, error: OSError) -> None:
+    def _cannot_start(self, error: Exception) -> None:
         restart = self.policy.died(())
         self.journal.note("cannot start", error=str(error))
         if restart is None:

@@ -16,6 +16,7 @@ from trainerd.contract import clock, files, requests, runs, wire
 from trainerd.contract.errors import Refused, TrainerdError, UsageError
 from trainerd.contract.paths import Home, RunPaths
 from trainerd.contract.runs import RunRecord
+from trainerd.memory.limits import resolve_limit
 
 _MANIFEST = re.compile(r"checkpoint_epoch_(\d+)_step_(\d+)\.json")
 _PLAIN_KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -101,9 +102,21 @@ def _take_over(record: RunRecord, arguments: dict[str, Any]) -> None:
         return  # resumed as it was recorded
     if not isinstance(config, dict) or not isinstance(config.get("task"), str):
         raise UsageError("The request to start carries no configuration.")
+    _check(config)
     record.config, record.task = config, config["task"]
     if isinstance(identity, dict):
         record.identity = identity
+
+
+def _check(config: dict[str, Any]) -> None:
+    """The few values the supervisor itself lives by; the client has checked them all, but a file can be edited."""
+    try:
+        for name in ("ram_limit", "vram_limit"):
+            resolve_limit(str((config.get("memory") or {}).get(name, "auto")), 1)
+        if not 0 <= int(config.get("seed") or 0) < 2**32:
+            raise ValueError(f"{config['seed']} is not between 0 and 2^32")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"The configuration cannot be used: {error}.") from None
 
 
 def _copy_task(paths: RunPaths, record: RunRecord, task_file: Any) -> list[str]:
