@@ -121,9 +121,15 @@ class SplitWriter:
         self._lengths.append(lengths.astype(np.uint16))
         self._categories.append(chunk.category.astype(np.uint16))
 
-    def close(self) -> int:
-        """Writes where rows begin; returns how many there are."""
+    def __enter__(self) -> SplitWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._file.close()
+
+    def finish(self) -> int:
+        """Writes where rows begin; returns how many there are."""
+        self._file.flush()
         lengths = np.concatenate([np.zeros(1, dtype=np.uint16), *self._lengths])
         np.save(self._folder / f"{self.name}.offsets.npy", np.cumsum(lengths, dtype=np.int64))
         np.save(self._folder / f"{self.name}.categories.npy", np.concatenate([np.zeros(0, dtype=np.uint16), *self._categories]))

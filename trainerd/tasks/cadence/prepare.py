@@ -54,18 +54,18 @@ def _write(
     dropped: Counter[str],
     progress: Progress,
 ) -> int:
-    writers = {TRAIN: SplitWriter(folder, "train", encoder, vocabulary), EVAL: SplitWriter(folder, "eval", encoder, vocabulary)}
-    for done, chunk in rows.chunks():
-        if cleaner is not None:
-            before = len(chunk.lengths)
-            chunk = cleaner.clean(chunk)
-            dropped["nothing left after cleaning"] += before - len(chunk.lengths)
-        for which, writer in writers.items():
-            writer.add(chunk.where(chunk.split == which))
-        progress(done, rows.total, "rows")
-    used = {writer.name: writer.close() for writer in writers.values()}
-    np.save(folder / "word_categories.npy", writers[TRAIN].word_categories)
-    write_json(folder / "splits.json", {"schema": 1, "dtype": writers[TRAIN].dtype.name, "rows": used})
+    with SplitWriter(folder, "train", encoder, vocabulary) as train, SplitWriter(folder, "eval", encoder, vocabulary) as held:
+        for done, chunk in rows.chunks():
+            if cleaner is not None:
+                before = len(chunk.lengths)
+                chunk = cleaner.clean(chunk)
+                dropped["nothing left after cleaning"] += before - len(chunk.lengths)
+            train.add(chunk.where(chunk.split == TRAIN))
+            held.add(chunk.where(chunk.split == EVAL))
+            progress(done, rows.total, "rows")
+        used = {writer.name: writer.finish() for writer in (train, held)}
+    np.save(folder / "word_categories.npy", train.word_categories)
+    write_json(folder / "splits.json", {"schema": 1, "dtype": train.dtype.name, "rows": used})
     return sum(used.values())
 
 
