@@ -20,10 +20,10 @@ DOOR = ROOT / "run_optimized_training.py"
 
 # Small enough that a run takes seconds after torch's import, real enough to have every part.
 SMALL = (
-    "--dataset-size", "600", "--epochs", "2",
-    "--set", "train.batch_size=16", "--set", "settings.vocabulary=600", "--set", "settings.gru.hidden=48",
+    "--dataset-size", "2000", "--epochs", "12",
+    "--set", "train.batch_size=64", "--set", "settings.vocabulary=2000", "--set", "settings.gru.hidden=192",
     "--set", "settings.eval_prefixes=4", "--set", "settings.min_frequency=1",
-    "--set", "checkpoint.every_steps=5", "--set", "checkpoint.exact=true", "--set", "train.threads=1",
+    "--set", "polite.priority=normal", "--set", "checkpoint.every_steps=10", "--set", "checkpoint.exact=true", "--set", "train.threads=1",
 )  # fmt: skip
 
 
