@@ -110,9 +110,10 @@ def test_the_best_checkpoint_is_kept(tmp_path):
 
 def test_leaving_in_the_best_evaluation_does_not_lose_the_best(tmp_path):
     """The step was saved before its evaluation was done: after the resume it is the best one, and the same run comes out."""
-    asked = config({"epochs": 30, "scheduler": "constant", "early_stopping": 2})
+    often = {"every_steps": 7, "exact": True}
+    asked = config({"epochs": 30, "scheduler": "constant", "early_stopping": 5}, checkpoint=often)
     run(tmp_path / "whole", asked, task=Overfits())
-    for look in (9, 18, 19, 20):
+    for look in (9, 17, 18, 19):
         home = tmp_path / str(look)
         assert run(home, asked, Script({look: LEAVE}), Overfits()).outcome == "left"
         run(home, asked, task=Overfits())

@@ -15,6 +15,7 @@ from trainerd.contract.errors import ConfigError, TrainerdError
 from trainerd.engine import dropout, optimizers, precision, rng, schedules
 from trainerd.engine.batches import Batches, split
 from trainerd.engine.dropout import SampleDropout
+from trainerd.engine.step import weighted
 from trainerd.engine.task import Task, TaskContext
 
 # The order of samples
@@ -139,6 +140,14 @@ def test_names_are_weighted_and_divided_each_by_its_own_count(tmp_path):
         losses.append([line["loss"] for line in lines(tmp_path / str(micro_batch)) if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert lines(tmp_path / "8")[0]["metrics"] == {"size": 8.0}
+
+
+def test_the_loss_is_the_sum_over_names_of_weight_times_mean(tmp_path):
+    """As one would compute it by hand for the whole batch; a name without items adds nothing."""
+    losses = {"a": (torch.tensor(6.0), 1.0), "b": (torch.tensor(8.0, dtype=torch.bfloat16), 0.5), "c": (torch.tensor(0.0), 9.0)}
+    assert weighted(losses, {"a": 3, "b": 2, "c": 0}).item() == 4.0
+    with pytest.raises(TrainerdError, match="no loss"):
+        weighted({}, {})
 
 
 def test_a_loss_that_is_not_counted_is_an_error(tmp_path):

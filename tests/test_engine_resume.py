@@ -153,3 +153,12 @@ def test_a_save_is_acknowledged_with_its_request(tmp_path):
     link = Script({4: {"do": "save", "id": "abc"}})
     run(tmp_path, config(), link)
     assert [e["step"] for e in link.of("checkpoint") if e["request"] == "abc"] == [4]
+
+
+def test_a_large_batch_is_broken_off_to_leave_soon(tmp_path):
+    """Between two micro-batches the trainer looks up: the step is not done, and nothing of it is left."""
+    asked = config({"micro_batch": 1})
+    run(tmp_path / "whole", asked)
+    assert run(tmp_path / "parts", asked, Script({12: LEAVE})).step == 1
+    run(tmp_path / "parts", asked)
+    assert same(tmp_path / "whole", tmp_path / "parts")

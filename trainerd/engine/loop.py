@@ -149,7 +149,8 @@ def train(training: Training) -> Result:
     t, asked, checkpoint = training, training.asked, training.config.checkpoint
     _phase(t, "training")
     report(t)
-    evaluate(t)  # due already when the training was left in the middle of it
+    if evaluate(t):  # due already when the training was left in the middle of it
+        save(t)
 
     while t.step < t.total_steps and not t.evaluation.should_stop:
         # 1. Step: all samples of one effective batch, whatever the micro-batch.
@@ -172,12 +173,11 @@ def train(training: Training) -> Result:
         t.memory.look(now)
 
         # 3. Evaluate, when due.
-        better = evaluate(t)
+        best = evaluate(t)
 
         # 4. Save: when asked, when best, when the schedule says it is worth its cost.
-        worth_keeping = better and (checkpoint.keep_best or t.config.train.early_stopping is not None)
         due = t.saver.schedule.due(t.step, now) and (checkpoint.exact or not t.saver.busy)
-        if asked.saves or worth_keeping or due:
+        if asked.saves or best or due:
             save(t)
 
     # 5. Stop: asked to, or done.
@@ -195,7 +195,10 @@ def train(training: Training) -> Result:
 
 
 def evaluate(t: Training) -> bool:
-    """Evaluate if it is due; whether it was better than ever. Being asked to leave breaks it off without a trace."""
+    """Evaluate if it is due; whether it was better than ever and that is worth a checkpoint.
+
+    Being asked to leave breaks it off without a trace.
+    """
     if not t.evaluation.due(t.step, t.steps_per_epoch, t.total_steps):
         return False
     _phase(t, "evaluating")
@@ -208,7 +211,7 @@ def evaluate(t: Training) -> bool:
     t.rate.idle(time.monotonic() - began)
     _phase(t, "training")
     report(t)
-    return better
+    return better and (t.config.checkpoint.keep_best or t.config.train.early_stopping is not None)
 
 
 def save(t: Training) -> None:
