@@ -80,7 +80,9 @@ def test_without_held_out_samples_nothing_is_evaluated(tmp_path):
         def dataset(self, split):
             return super().dataset(split) if split == "train" else None
 
-    assert run(tmp_path, config(), task=Blind()).metrics["eval"] == {}
+    link = Script()
+    assert run(tmp_path, config({"early_stopping": 2}), link, Blind()).metrics["eval"] == {}
+    assert "early_stopping does nothing" in link.of("warning")[0]["text"]
 
 
 class Overfits(Toy):

@@ -1,5 +1,8 @@
 """A run that was interrupted is, to the last bit, the run that was not."""
 
+import multiprocessing
+import threading
+
 import pytest
 
 from tests.toy import LEAVE, Script, Toy, config, lines, run, same
@@ -146,6 +149,13 @@ def test_asked_to_leave_without_saving_it_saves_nothing(tmp_path):
     """`stop --now` leaves at once; the run stays where its last checkpoint is."""
     assert run(tmp_path, config(), Script({5: {**LEAVE, "save": False}})).outcome == "left"
     assert not list(Home(tmp_path).run("toy").checkpoints.glob("*.json"))
+
+
+def test_no_thread_and_no_process_is_left_behind(tmp_path):
+    """After train() a library user's process is as before: no saving thread, no loader worker."""
+    before = set(threading.enumerate())
+    run(tmp_path, config({"num_workers": 1, "epochs": 1}))
+    assert set(threading.enumerate()) <= before and not multiprocessing.active_children()
 
 
 def test_a_save_is_acknowledged_with_its_request(tmp_path):

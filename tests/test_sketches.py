@@ -10,6 +10,7 @@ from tests.sketches.cadence import CadenceSketch
 from tests.sketches.diffusion import DiffusionSketch
 from tests.sketches.fusion import FusionSketch
 from trainerd.config.model import RunConfig
+from trainerd.contract.errors import TrainerdError
 from trainerd.contract.paths import Home
 from trainerd.engine.loop import Link
 from trainerd.engine.task import Task
@@ -79,3 +80,15 @@ def test_frozen_weights_are_written_nowhere(sketch, tmp_path):
     assert all("base" not in name and "embed" not in name for name in load_file(folder / "model.safetensors"))
     described = json.loads((folder / "config.json").read_text("utf-8"))
     assert any("base" in name for name in described["frozen_sha256"])
+
+
+def test_another_base_is_refused(tmp_path):
+    """The frozen weights are compared by sha256 on every resume: an adapter is worth nothing on another base."""
+    sketch = _llm()
+    assert Trainer(sketch, _config("llm"), home=tmp_path, link=LeaveAfter(20)).train().outcome == "left"
+    path = sketch.ctx.cache_dir / "base.pt"
+    weights = torch.load(path, weights_only=True)
+    weights["layers"][0][0, 0] += 1
+    torch.save(weights, path)
+    with pytest.raises(TrainerdError, match=r"frozen weight layers\.0\.base\.weight"):
+        Trainer(_llm(), _config("llm"), home=tmp_path, link=Link()).train()

@@ -83,6 +83,9 @@ def build(
         total_steps=min(total_steps, config.train.max_steps or total_steps),
         about=_about(config, device),
     )
+    stack.callback(_close, training)
+    if config.train.early_stopping is not None and held_out is None:
+        link.send(wire.WARNING, text="train.early_stopping does nothing: the task holds out no sample to evaluate on.")
     rng.seed(config.seed + _TRAINING_STREAM)
     if plan["deterministic"] is False:
         training.exact.lost(0, "deterministic is off")
@@ -93,10 +96,11 @@ def build(
 
 
 def _datasets(task: Task) -> tuple[MapDataset, MapDataset | None]:
+    """What to train on, and what is held out: None also for an empty one."""
     dataset, held_out = task.dataset("train"), task.dataset("eval")
     if dataset is None or len(dataset) == 0:
         raise UsageError("The task has no sample to train on.", "Look at the data, and at what prepare() has kept of it.")
-    return dataset, held_out
+    return dataset, held_out if held_out is not None and len(held_out) else None
 
 
 def _evaluation(
@@ -107,7 +111,7 @@ def _evaluation(
         model,
         mixed,
         held_out,
-        lengths_of(task, held_out) if held_out is not None and len(held_out) else None,
+        lengths_of(task, held_out) if held_out is not None else None,
         batch_size=plan["micro_batch"],
         every_steps=config.train.eval_every_steps,
         patience=config.train.early_stopping,
@@ -127,6 +131,12 @@ def _metrics(config: RunConfig, paths: RunPaths, link: Link, state: State | None
         text = f"{paths.metrics} is {metrics.missing_bytes:,} bytes shorter than the checkpoint says: some steps are missing from it."
         link.send(wire.WARNING, text=text)
     return metrics
+
+
+def _close(training: Training) -> None:
+    """End the saving thread; told to leave without saving, we do not wait for a save that is under way either."""
+    if not training.asked.leaves_unsaved:
+        training.saver.close()
 
 
 def _put_back(training: Training, state: State) -> None:

@@ -42,7 +42,7 @@ class Evaluation:
         self._task = task
         self._model = model
         self._precision = precision
-        self._dataset = dataset if dataset is not None and len(dataset) else None
+        self._dataset = dataset
         self._order = np.argsort(lengths, kind="stable").tolist() if lengths is not None else None
         self._every_steps = every_steps
         self._patience = patience

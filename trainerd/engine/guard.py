@@ -63,7 +63,7 @@ class MemoryWatch:
         self._vram_limit: int | None = None
         if device.type == "cuda":
             self._vram_limit = resolve_limit(config.vram_limit, torch.cuda.mem_get_info(device)[1])
-        self._next_look = self._next_cap = self._next_cleaning = 0.0
+        self._next_look = self._next_cap = self._next_cleaning = 0.0  # the first look, before the first step, caps at once
         self._pause_seconds = _LOOK_SECONDS
         self.cleanups = 0
         self.oom_recoveries = 0

@@ -57,6 +57,10 @@ class Asked:
         self.saves: list[str | None] = []
         self.leave: dict[str, Any] | None = None
 
+    @property
+    def leaves_unsaved(self) -> bool:
+        return self.leave is not None and not self.leave.get("save", True)
+
     def to_leave(self) -> bool:
         """Take in the pending commands; whether one of them was to leave."""
         while (command := self._command()) is not None:
@@ -149,6 +153,7 @@ def train(training: Training) -> Result:
     t, asked, checkpoint = training, training.asked, training.config.checkpoint
     _phase(t, "training")
     report(t)
+    t.memory.look(time.monotonic())
     if evaluate(t):  # due already when the training was left in the middle of it
         save(t)
 
@@ -183,7 +188,7 @@ def train(training: Training) -> Result:
     # 5. Stop: asked to, or done.
     if asked.leave is not None:
         t.metrics.flush()
-        if asked.leave.get("save", True):
+        if not asked.leaves_unsaved:
             _phase(t, "checkpointing")
             save(t)
             t.saver.wait()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -46,7 +45,7 @@ class MetricsLog:
         self._pending: list[StepRecord] = []
         self._file = open(path, "ab")  # noqa: SIM115 - lives as long as the run
         if self._file.tell() > resume_bytes:
-            os.truncate(path, resume_bytes)
+            self._file.truncate(resume_bytes)
         self.bytes = min(self._file.tell(), resume_bytes)
         self.missing_bytes = resume_bytes - self.bytes
         self.last: dict[str, Any] = {}
