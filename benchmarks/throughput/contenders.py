@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.throughput.workload import Workload
 from trainerd.config.model import RunConfig
+from trainerd.engine.loop import Link
 from trainerd.engine.trainer import Trainer
 
 WARM = 5
@@ -159,6 +160,9 @@ def huggingface(form: Form) -> Contender:
             def _get_train_sampler(self, *args: Any) -> Any:
                 return torch.utils.data.SequentialSampler(work.batches)
 
+            def _prepare_inputs(self, inputs: Any) -> Any:
+                return inputs  # everything is on the CPU already, and it cannot take a named tuple apart
+
         collate = lambda items: {"ids": work.batch(items[0])}  # noqa: E731
         Ordered(Wrapped(work), arguments, train_dataset=work.batches, data_collator=collate, callbacks=[clock]).train()
         shutil.rmtree(folder, ignore_errors=True)
@@ -216,7 +220,7 @@ def engine(workload: Workload, batches: Callable[[int], Iterator[list[int]]], st
     words["train"].update(max_steps=steps, batch_size=batch_size, precision=precision, scheduler="constant", warmup_steps=0)
     config = RunConfig.model_validate(words)
     name = f"engine-{time.monotonic_ns()}"
-    Trainer(type(workload.task)(workload.task.settings), config, home=workload.home, run=name).train()
+    Trainer(type(workload.task)(workload.task.settings), config, home=workload.home, run=name, link=Link()).train()
     rows = [json.loads(line) for line in (workload.home / "runs" / name / "metrics.jsonl").read_text("utf-8").splitlines()]
     stamps = {row["step"]: row["t"] for row in rows if "loss" in row}
     for kind in ("runs", "checkpoints", "models"):

@@ -14,6 +14,7 @@ from torch import nn
 from benchmarks.throughput.contenders import WARM
 from trainerd.config.model import RunConfig
 from trainerd.engine.task import Task
+from trainerd.engine.loop import Link
 from trainerd.engine.trainer import Trainer
 
 ROWS, BATCH = 4096, 4
@@ -50,7 +51,7 @@ def engine(home: Path, steps: int) -> float:
         checkpoint={"every_steps": 10**9, "every_minutes": 10**6},
     )  # fmt: skip
     name = f"tiny-{time.monotonic_ns()}"
-    Trainer(Tiny(), config, home=home, run=name).train()
+    Trainer(Tiny(), config, home=home, run=name, link=Link()).train()
     lines = (home / "runs" / name / "metrics.jsonl").read_text("utf-8").splitlines()
     stamps = {row["step"]: row["t"] for row in map(json.loads, lines) if "loss" in row}
     for kind in ("runs", "checkpoints", "models"):

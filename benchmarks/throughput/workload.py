@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from trainerd.config.model import RunConfig
+from trainerd.contract.paths import Home
 from trainerd.engine.batches import Batches
 from trainerd.engine.preparing import cache_folder, prepare_here
 from trainerd.engine.task import TaskContext
@@ -37,6 +38,16 @@ class Workload:
 
     def batch(self, ids: list[int]) -> Any:
         return self.task.collate(self.dataset.__getitems__(ids))
+
+    def sizes(self) -> tuple[int, int]:
+        """How many tokens and categories a plain model needs."""
+        vocabulary = self.task.vocabulary
+        return vocabulary.num_tokens, vocabulary.num_marks
+
+    def row(self, index: int) -> tuple[list[int], int]:
+        """A sample as a person's own dataset would give it: its tokens and its category."""
+        tokens = self.dataset[index].tolist()
+        return tokens, tokens[0] - self.task.vocabulary.begin(0)
 
     def bucketed(self, batch_size: int) -> Iterator[list[int]]:
         """The engine's own batches, in its own order."""
@@ -65,7 +76,7 @@ def prepare(folder: Path | None = None, data: str | None = None, size: int | Non
     )
     task = CadenceTask(config.settings)
     fingerprint = check(config.data, task.settings)
-    cache = cache_folder(home, task, config, fingerprint)
+    cache = cache_folder(Home(home), task, config, fingerprint)
     prepare_here(task, config, cache, lambda event, **fields: None)
     task.bind(TaskContext(torch.device("cpu"), torch.float32, SEED, cache, config.data))
     return Workload(home, config, task, task.dataset("train"))
