@@ -26,7 +26,7 @@ Pipe = tuple[int, int]
 def pipe() -> Any:
     reading, writing = os.pipe()
     yield reading, writing
-    for descriptor in (reading, writing):
+    for descriptor in (writing, reading):  # in this order: on Windows a pipe that is being read cannot be closed
         try:
             os.close(descriptor)
         except OSError:
@@ -100,6 +100,7 @@ def test_nobody_reading_costs_nothing(pipe: Pipe, capfd: pytest.CaptureFixture[s
     reporter.close(0.2)
     assert time.monotonic() - began < 5 and slowest < 0.05
     assert len(reporter._queue) <= 1000
+    os.close(pipe[0])
 
 
 def test_a_closed_pipe_is_no_error(pipe: Pipe, capfd: pytest.CaptureFixture[str]) -> None:

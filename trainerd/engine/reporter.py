@@ -150,7 +150,7 @@ def _words(message: Message) -> str:
         return f"{event}: {get('reason') or get('text')}"
     if event == wire.PHASE:
         return str(get("name")) + (f": {get('done')} of {get('total') or '?'} {get('unit') or ''}" if get("done") is not None else "")
-    if event == wire.MEMORY:
+    if event in (wire.MEMORY, wire.NOTE):
         return ""
     rest = {key: value for key, value in message.items() if key not in ("event", "at", "monotonic", "record")}
     return f"{event}: " + ", ".join(f"{key} {value}" for key, value in rest.items() if value is not None) if rest else event
