@@ -79,7 +79,11 @@ def unfinished(home: Home, name: str | None) -> Choice:
     record = next((record for record in records if not record.finished), None)
     if record is None:
         raise NothingRunning(f"There is no unfinished run in {home.root}.", f"Start one with: {console.program()} start")
-    return Choice(record.id, True, RunConfig.model_validate(record.config), record.identity, None)
+    try:
+        config = RunConfig.model_validate(record.config)
+    except ValueError:
+        raise _another_version(record) from None
+    return Choice(record.id, True, config, record.identity, None)
 
 
 def _fingerprint(asked: Resolved) -> dict[str, Any]:
@@ -109,7 +113,10 @@ def _named(home: Home, name: str, asked: Resolved, wanted: Mapping[str, Any], re
 
 
 def _go_on(record: RunRecord, asked: Resolved) -> Choice:
-    resumption = resumed(record.config, asked.config, asked.explicit)
+    try:
+        resumption = resumed(record.config, asked.config, asked.explicit)
+    except ValueError:
+        raise _another_version(record) from None
     if resumption.forbidden:
         raise Refused(
             f"{'; '.join(resumption.forbidden)}: cannot change while the run {record.id} goes on.",
@@ -119,6 +126,11 @@ def _go_on(record: RunRecord, asked: Resolved) -> Choice:
     at = f" from step {record.step:,}" if record.step else ""
     told = f"Going on with the unfinished run {record.id}{at}.{changed} (--no-resume begins a new one.)"
     return Choice(record.id, True, resumption.config, record.identity, None, resumption.changes, told)
+
+
+def _another_version(record: RunRecord) -> Refused:
+    message = f"The configuration recorded for {record.id} is not one this trainerd knows; another version wrote it."
+    return Refused(message, "Go on with that version, or begin a new run with --no-resume.")
 
 
 def _records(home: Home) -> list[RunRecord]:

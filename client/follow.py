@@ -62,8 +62,11 @@ def prepare_home(home: Home) -> list[str]:
     return found
 
 
-def start(home: Home, choice: Choice) -> Reading:
-    """Spawn a supervisor for `choice`; returns when the status shows it. Raises AlreadyRunning, TrainerdError."""
+def start(home: Home, choice: Choice) -> tuple[Reading, str]:
+    """Spawn a supervisor for `choice`; returns when the status shows it, with why it may end with this terminal, if it may.
+
+    Raises AlreadyRunning, TrainerdError.
+    """
     request, instance = send_start(home, choice)
     path = home.control / f"{request.id}.json"
     try:
@@ -71,10 +74,8 @@ def start(home: Home, choice: Choice) -> Reading:
     except OSError as error:
         requests.withdraw(path)
         raise TrainerdError(f"The supervisor could not be started: {error.strerror or error}.") from None
-    if launched.tied:
-        console.complain(f"Warning: {launched.tied}")
     try:
-        return _until_up(home, choice.run, instance, launched)
+        return _until_up(home, choice.run, instance, launched), launched.tied
     finally:
         requests.withdraw(path)  # taken by now, or refused: it must not take effect later
 

@@ -91,7 +91,7 @@ def _progress(status: Status, scene: Scene) -> list[Line]:
     made = status.progress
     grad = f"gradient {number(made.grad_norm)}" if known(made.grad_norm) else ""
     loss = " · ".join(part for part in (view.loss(status), grad) if part)
-    speed = view.speed(status, scene.now) if scene.reading.alive else ""
+    speed = view.speed(status, scene.now) if scene.reading.state == RUNNING else ""
     return [
         _labelled("progress", view.progress(status, scene.fancy, 12 if scene.width < 100 else 24) or NOT_KNOWN),
         _labelled("speed", speed or NOT_KNOWN),
@@ -165,7 +165,7 @@ def line(reading: Reading, now: float) -> str:
     parts += [percent(done)] if done is not None else []
     parts += [f"step {count(made.step)}/{count(made.total_steps)}"] if known(made.step) else []
     parts += [f"loss {number(made.loss)}"] if known(made.loss) else []
-    if reading.alive:
+    if reading.state == RUNNING:
         parts += [f"{count(made.samples_per_second)} samples/s"] if known(made.samples_per_second) else []
         parts += [f"ETA {duration(made.eta_seconds)}"] if known(made.eta_seconds) else []
         parts += [f"RAM {size(ram.used_bytes)}/{size(ram.limit_bytes)}"] if known(ram.used_bytes) else []

@@ -12,6 +12,7 @@ from trainerd.contract.status import (
     NEVER_STARTED,
     NOT_ANSWERING,
     PAUSED,
+    RUNNING,
     STOPPED,
     UNREADABLE,
     Reading,
@@ -41,20 +42,20 @@ def lines(reading: Reading, now: float, fancy: bool, program: str) -> list[str]:
     if reading.reason:
         report.append(f"  {clean(reading.reason)}")
     if reading.status is not None:
-        report += [f"  {label:<11}{text}" for label, text in rows(reading.status, reading.alive, now, fancy)]
+        report += [f"  {label:<11}{text}" for label, text in rows(reading.status, reading, now, fancy)]
         report += [f"  ! {clean(warning)}" for warning in reading.status.warnings[-5:]]
     hint = what_next(reading, program)
     return [*report, f"  {hint}"] if hint else report
 
 
-def rows(status: Status, alive: bool, now: float, fancy: bool) -> list[tuple[str, str]]:
+def rows(status: Status, reading: Reading, now: float, fancy: bool) -> list[tuple[str, str]]:
     """What is known, as (label, text); what nobody knows yet is left out."""
     found = [
         ("task", task(status)),
         ("progress", progress(status, fancy)),
         ("loss", loss(status)),
-        ("speed", speed(status, now) if alive else ""),
-        ("memory", memory(status) if alive else ""),
+        ("speed", speed(status, now) if reading.state == RUNNING else ""),
+        ("memory", memory(status) if reading.alive else ""),
         ("checkpoint", checkpoint(status, now)),
         ("unsaved", unsaved(status, now)),
         ("trainer", trainer(status)),
@@ -112,7 +113,7 @@ def speed(status: Status, now: float) -> str:
     made = status.progress
     parts = [f"{count(made.samples_per_second)} samples/s"] if known(made.samples_per_second) else []
     parts += [f"{count(made.tokens_per_second)} tokens/s"] if known(made.tokens_per_second) else []
-    if made.eta_seconds is not None and known(made.eta_seconds) and status.state != PAUSED:
+    if made.eta_seconds is not None and known(made.eta_seconds):
         parts.append(f"done in {duration(made.eta_seconds)}, at {moment(now + made.eta_seconds, now)}")
     return " · ".join(parts)
 

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from client import choose, follow
 from tests.person import DOOR, Person
+from trainerd.config.load import load
 from trainerd.contract import lock, runs, status
+from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home
 from trainerd.contract.runs import RunRecord
 
@@ -142,9 +145,6 @@ def test_of_fifty_concurrent_starts_exactly_one_supervises(person: Person, home:
 
 def test_a_full_disk_refuses_a_start(person: Person, home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit 5 with how much is free and what to do."""
-    from client import follow
-    from trainerd.contract.errors import Refused
-
     monkeypatch.setattr("trainerd.machine.filesystem.free_bytes", lambda _: 5_000_000)
     with pytest.raises(Refused, match="Only 5 MB are free"):
         follow.prepare_home(home)
@@ -152,8 +152,6 @@ def test_a_full_disk_refuses_a_start(person: Person, home: Home, monkeypatch: py
 
 def test_an_unsafe_place_is_named(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     """A network file system or a synced folder is a warning of `start`."""
-    from client import follow
-
     monkeypatch.setattr("trainerd.machine.filesystem.network_filesystem", lambda _: "nfs4")
     monkeypatch.setattr("trainerd.machine.filesystem.synced_folder", lambda _: "OneDrive")
     warnings = follow.prepare_home(home)
@@ -162,9 +160,6 @@ def test_an_unsafe_place_is_named(home: Home, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_newest_unfinished_run_is_resumed_as_recorded(home: Home) -> None:
     """`resume` without a name: the configuration as recorded, the run's own copy of the task file."""
-    from client import choose
-    from trainerd.config.load import load
-
     config = load(overrides={"train.epochs": 8}).model_dump(mode="json")
     for number, name in enumerate(("a", "b", "c")):
         outcome = "completed" if name == "c" else None
@@ -172,6 +167,9 @@ def test_the_newest_unfinished_run_is_resumed_as_recorded(home: Home) -> None:
     found = choose.unfinished(home, None)
     assert (found.run, found.resume, found.config.train.epochs, found.task_file) == ("b", True, 8, None)
     assert choose.unfinished(home, "a").run == "a"
+    runs.write(home, RunRecord("b", "cadence", 1.0, {"train": {"unheard_of": 1}}, {"task": "cadence"}))
+    with pytest.raises(Refused, match="another version"):
+        choose.unfinished(home, "b")
 
 
 @LINUX_ONLY

@@ -141,6 +141,13 @@ def test_the_report_says_what_a_person_asks() -> None:
         assert words in report, f"{words!r} is missing in\n{report}"
 
 
+def test_a_number_of_a_moment_that_is_over_is_not_shown() -> None:
+    """Paused or not answering: no speed, no time of arrival; they would be frozen."""
+    for state in ("paused", status.NOT_ANSWERING):
+        report = "\n".join(view.lines(Reading(state, "", frozen(), True), 0.0, True, "trainerd"))
+        assert "samples/s" not in report and "done in" not in report and "4.812" in report
+
+
 def test_text_from_a_file_cannot_move_the_cursor(home: Home) -> None:
     """Escape sequences in a status are shown as blanks."""
     hostile = status.from_dict({**DOCUMENT, "state": "failed", "reason": "\x1b[2J\x07gone", "warnings": ["\x1b]0;title\x07"]})

@@ -34,14 +34,16 @@ def begin(home: Home, choice: choose.Choice, warnings: list[str], wait: bool, as
         console.complain(f"Warning: {warning}")
     if choice.told and not as_json:
         console.say(choice.told)
-    reading = follow.start(home, choice)
+    reading, tied = follow.start(home, choice)
+    if tied:
+        console.complain(f"Warning: {tied}")
     if choice.task_file is not None:
         reading = follow.until_checked(home, reading)
     if not as_json:
-        _tell(reading)
+        _tell(reading, tied)
     code = 0
     if wait:
-        reading = follow.until_end(home)
+        reading = _until_end(home)
         code = view.exit_code(reading)
         if not as_json:
             console.say(view.summary(reading))
@@ -50,10 +52,18 @@ def begin(home: Home, choice: choose.Choice, warnings: list[str], wait: bool, as
     return code
 
 
-def _tell(reading: status.Reading) -> None:
+def _until_end(home: Home) -> status.Reading:
+    try:
+        return follow.until_end(home)
+    except KeyboardInterrupt:
+        console.complain("No longer waiting; the training goes on in the background.")
+        raise
+
+
+def _tell(reading: status.Reading, tied: str) -> None:
     shown, program = reading.status, console.program()
     run = shown.run if shown else "The run"
-    console.say(f"{run} is {reading.state} in the background; this window may be closed.")
+    console.say(f"{run} is {reading.state} in the background{'' if tied else '; this window may be closed'}.")
     if reading.state == status.WAITING:
         console.say(reading.reason)
     console.say(f"Look: {program} status     Watch: {program} monitor     End: {program} stop")
