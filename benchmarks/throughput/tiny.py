@@ -13,8 +13,8 @@ from torch import nn
 
 from benchmarks.throughput.contenders import WARM
 from trainerd.config.model import RunConfig
-from trainerd.engine.task import Task
 from trainerd.engine.loop import Link
+from trainerd.engine.task import Task
 from trainerd.engine.trainer import Trainer
 
 ROWS, BATCH = 4096, 4
