@@ -21,7 +21,7 @@ from trainerd.contract.errors import NoGoodCheckpoint
 from trainerd.engine import checkpoints
 from trainerd.engine.checkpoints import CheckpointStore
 
-posix = pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
+posix = pytest.mark.skipif(sys.platform == "win32", reason="needs fork, SIGKILL, and folders that can be synced")
 LAST_STEP = 4
 
 
@@ -118,12 +118,14 @@ def bad_power_cuts(folder: Path) -> tuple[int, int]:
     return examined, bad
 
 
+@posix
 def test_a_power_cut_anywhere_loses_nothing_acknowledged(tmp_path: Path) -> None:
     """Whatever part of what was not synced reaches the disk, in every state of the model the acknowledged checkpoint loads."""
     examined, bad = bad_power_cuts(tmp_path)
     assert examined > 40 and bad == 0
 
 
+@posix
 @pytest.mark.parametrize("mutant", ["no file sync", "no folder sync"])
 def test_the_power_cut_model_notices_a_missing_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutant: str) -> None:
     """The same model finds the loss when a sync is taken out: it is able to fail."""
@@ -132,6 +134,7 @@ def test_the_power_cut_model_notices_a_missing_sync(tmp_path: Path, monkeypatch:
     assert bad_power_cuts(tmp_path)[1] > 0
 
 
+@posix
 def test_without_the_hash_half_written_states_would_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the hash taken out, and the file sync, the model finds checkpoints that load and are wrong."""
     monkeypatch.setattr(Trace, "sync", lambda self, what: None)

@@ -65,11 +65,16 @@ def replace(source: Path, target: Path, busy_seconds: float = _BUSY_SECONDS) -> 
 
     Raises OSError when it cannot be done, PermissionError when somebody held the file all along.
     """
+    _once_free(lambda: disk.rename(source, target), busy_seconds)
+
+
+def _once_free(action: Callable[[], None], busy_seconds: float) -> None:
+    """Do something with a file that somebody else may be holding for a moment (Windows). Raises OSError."""
     deadline = time.monotonic() + busy_seconds
     pause = 0.005
     while True:
         try:
-            disk.rename(source, target)
+            action()
             return
         except OSError as error:
             busy = _WINDOWS and getattr(error, "winerror", None) in _BUSY_ON_WINDOWS
@@ -83,6 +88,14 @@ def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable. Windows has no such call and journals them itself."""
     if not _WINDOWS:
         disk.sync_folder(folder)
+
+
+def _sync_rename(target: Path) -> None:
+    """Make a rename onto `target` durable. NTFS writes its journal when a file is flushed, so there it is the file's turn again."""
+    if _WINDOWS:
+        _once_free(lambda: sync_file(target), _BUSY_SECONDS)
+    else:
+        sync_folder(target.parent)
 
 
 def sync_file(path: Path) -> None:
@@ -126,7 +139,7 @@ def write_atomic(path: Path, content: bytes, *, durable: bool = False, busy_seco
         _discard(temporary)
         raise
     if durable:
-        sync_folder(path.parent)
+        _sync_rename(path)
 
 
 class Sink:
@@ -172,7 +185,7 @@ def write_stream(path: Path, produce: Callable[[Sink], object]) -> tuple[int, st
     except BaseException:
         _discard(temporary)
         raise
-    sync_folder(path.parent)
+    _sync_rename(path)
     return sink.bytes, sink.sha256
 
 

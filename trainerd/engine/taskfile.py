@@ -92,7 +92,6 @@ def _import(path: Path) -> Any:
         raise UsageError(f"The task file cannot be called {path.name}: Python has another module {name!r}.", "Rename it, like my_task.py.")
     # In front: the file the person edits may be found too (PYTHONPATH, the current folder), and the copy is what counts.
     sys.path.insert(0, str(path.parent))
-    importlib.invalidate_caches()
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
