@@ -27,6 +27,7 @@ class WindowsComputer:
 
     def __init__(self, prefix: Path, folder: Path) -> None:
         self.prefix, self.folder = prefix, folder
+        self.windows: list[Console] = []
         self.checkout = folder / "my trainer (1) ü"
         self.checkout.mkdir()
         for part in PARTS:
@@ -71,9 +72,9 @@ class WindowsComputer:
 
     def opens_window(self, *words: str, **extra: str) -> Console:
         """start_training.bat in a console window, as a double-click opens it."""
-        return Console(
-            [str(self.prefix / "winrun"), "wine", "cmd", "/c", "start_training.bat", *words], self.checkout, {**self.environment, **extra}
-        )
+        command = [str(self.prefix / "winrun"), "wine", "cmd", "/c", "start_training.bat", *words]
+        self.windows.append(Console(command, self.checkout, {**self.environment, **extra}))
+        return self.windows[-1]
 
     def kills(self, pid: int) -> None:
         """What Task Manager's "End task" does."""
@@ -106,6 +107,13 @@ class WindowsComputer:
     def log(self) -> str:
         logs = sorted((self.checkout / "training_logs").glob("*.log"))
         return "\n".join(path.read_text("utf-8", "replace")[-2000:] for path in logs)
+
+    def is_left_by_all(self, seconds: float = 20) -> None:
+        """Wait until no Python of ours runs any more."""
+        deadline = time.monotonic() + seconds
+        while not self.nobody_is_left():
+            assert time.monotonic() < deadline, self.wine("tasklist").stdout
+            time.sleep(0.1)
 
     def nobody_is_left(self) -> bool:
         return "python" not in self.wine("tasklist").stdout.lower()
