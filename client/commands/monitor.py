@@ -24,6 +24,7 @@ from ..cli import pass_home
 _SOON_SECONDS = 0.25
 _GIVE_UP_SECONDS = 60.0
 _LOG_LINES = 40
+_TALLEST_WINDOW = 100
 _VERBS = {"p": "pause", "r": "resume", "c": "save"}
 
 
@@ -84,6 +85,8 @@ class Monitor:
         from rich.text import Text
 
         terminal = Console(highlight=False)
+        if terminal.legacy_windows and terminal.height > _TALLEST_WINDOW:
+            terminal.height = 24  # Windows' old console may tell the height of its buffer: the top would scroll away
         with keys.Keyboard() as keyboard, Live(console=terminal, screen=True, auto_refresh=False) as live:
             while True:
                 scene = self.look(terminal.width, terminal.height)
