@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from trainerd.contract import interpreter, lock, requests, status
 from trainerd.contract.paths import Home
 from trainerd.contract.status import Reading
@@ -22,6 +24,7 @@ from trainerd.supervisor.loop import Supervisor, Timing
 FAKE = str(Path(__file__).with_name("fake_trainer.py"))
 QUICK = Timing(tick_seconds=0.05, backoff_seconds=0.02, leave_seconds=0.5, leave_now_seconds=0.3, unkillable_seconds=3.0)
 RUN = "fake-1"
+_OWN_HIDDEN_CONSOLE = getattr(subprocess, "CREATE_NO_WINDOW", 0) | getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
 
 
 def trainer_command(*scripts: dict[str, Any]) -> list[str]:
@@ -61,6 +64,7 @@ class Daemon:
                 stderr=errors,
                 env=interpreter.environment(),
                 start_new_session=True,
+                creationflags=_OWN_HIDDEN_CONSOLE,
             )
 
     def __enter__(self) -> Daemon:
@@ -68,7 +72,8 @@ class Daemon:
 
     def __exit__(self, *exc: object) -> None:
         if self.process.poll() is None:
-            os.kill(self.process.pid, signal.SIGCONT)
+            if sys.platform != "win32":
+                os.kill(self.process.pid, signal.SIGCONT)
             self.process.kill()
         self.process.wait(10)
         if self.home.trainer_lock.exists():
@@ -130,6 +135,8 @@ def journal(home: Home) -> list[dict[str, Any]]:
 
 def alive(pid: int) -> bool:
     """Whether a process runs; a zombie is dead."""
+    if sys.platform == "win32":
+        return psutil.pid_exists(pid)
     try:
         state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except OSError:
