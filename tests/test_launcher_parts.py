@@ -139,7 +139,8 @@ def test_every_python_can_read_every_file(version: str) -> None:
 
 def interpreter(version: str) -> str | None:
     """A Python of this version: on the PATH, or one of pyenv's."""
-    kept = sorted(Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv").glob(f"versions/{version}.*/bin/python"))
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    kept = sorted(pyenv.glob(f"versions/{version}.*/" + ("python.exe" if sys.platform == "win32" else "bin/python")))
     for candidate in [shutil.which(f"python{version}"), *map(str, kept)]:
         asking = f"import sys; sys.exit(sys.version_info[:2] != tuple(map(int, '{version}'.split('.'))))"
         if candidate and subprocess.run([candidate, "-I", "-c", asking], capture_output=True, check=False).returncode == 0:

@@ -27,6 +27,14 @@ from tests.wine import ROOT, WindowsComputer, windows_path
 # One prefix is one Windows: its tests run one after the other, in one worker.
 pytestmark = [pytest.mark.windows, pytest.mark.xdist_group("windows"), pytest.mark.timeout(400)]
 LONG = ("--epochs", "200")
+# Tests written for every system, of what differs most between systems.
+PORTABLE = [
+    f"tests/{name}.py"
+    for name in (
+        "test_config", "test_config_identity", "test_contract_files", "test_contract_requests", "test_machine",
+        "test_checkpoints", "test_cadence_prepare", "test_launcher_parts",
+    )
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +65,10 @@ def computer(prefix: Path, tmp_path: Path) -> Iterator[WindowsComputer]:
 
 
 def test_contract_and_processes_under_a_windows_python(prefix: Path, tmp_path: Path) -> None:
-    """Locks, status, requests, job objects and priorities hold under Windows' own rules (tests/windows)."""
+    """Locks, status, requests, job objects and priorities hold under Windows' own rules; files, checkpoints and settings as elsewhere."""
     environment = {**os.environ, "WINPY_ROOT": str(prefix), "WINPYTHONPATH": windows_path(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [
-        prefix / "winpy",
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--basetemp={windows_path(tmp_path / 'there')}",
-        "tests/windows",
-    ]
+    options = ["-q", "-p", "no:cacheprovider", f"--basetemp={windows_path(tmp_path / 'there')}"]
+    command = [prefix / "winpy", "-m", "pytest", *options, "tests/windows", *PORTABLE]
     with open(tmp_path / "stderr", "wb") as errors:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, check=False

@@ -38,7 +38,8 @@ def process_tree_bytes(pid: int) -> int | None:
 def _bytes(process: psutil.Process) -> int | None:
     try:
         if sys.platform == "win32":
-            return int(process.memory_info().private)  # the full information walks every page, and can be refused
+            # vms is the commit charge there: the private bytes. The full information walks every page, and can be refused.
+            return int(process.memory_info().vms)
         full = process.memory_full_info()
         return int(getattr(full, "pss", 0) or full.uss)
     except psutil.AccessDenied:
