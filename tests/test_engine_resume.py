@@ -2,6 +2,7 @@
 
 import multiprocessing
 import threading
+import time
 
 import pytest
 
@@ -155,7 +156,10 @@ def test_no_thread_and_no_process_is_left_behind(tmp_path):
     """After train() a library user's process is as before: no saving thread, no loader worker."""
     before = set(threading.enumerate())
     run(tmp_path, config({"num_workers": 1, "epochs": 1}))
-    assert set(threading.enumerate()) <= before and not multiprocessing.active_children()
+    deadline = time.monotonic() + 20  # a closed queue's feeder thread ends by itself, a moment later
+    while not set(threading.enumerate()) <= before or multiprocessing.active_children():
+        assert time.monotonic() < deadline, f"left: {set(threading.enumerate()) - before}, {multiprocessing.active_children()}"
+        time.sleep(0.02)
 
 
 def test_a_save_is_acknowledged_with_its_request(tmp_path):

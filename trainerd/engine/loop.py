@@ -186,14 +186,13 @@ def train(training: Training) -> Result:
             save(t)
 
     # 5. Stop: asked to, or done.
+    report(t)
     if asked.leave is not None:
-        t.metrics.flush()
         if not asked.leaves_unsaved:
             _phase(t, "checkpointing")
             save(t)
             t.saver.wait()
         return Result(LEFT, t.step, summary(t))
-    report(t)
     save(t)
     t.saver.wait()
     return Result(FINISHED, t.step, summary(t))

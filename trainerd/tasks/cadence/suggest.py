@@ -9,6 +9,7 @@ import argparse
 import difflib
 import io
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -154,6 +155,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except TrainerdError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        # Who read our answers has gone (`| head`): there is nobody to tell, and Python must not flush at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
