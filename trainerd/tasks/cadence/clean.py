@@ -1,7 +1,8 @@
 """Cleaning of product titles: words that say nothing about their category are taken out. Must not import torch or touch files.
 
 A word spread evenly over the categories (high entropy), or seldomer in the title's own than elsewhere (low pointwise mutual
-information), goes; rare words, mostly article numbers, go too. With one category there is nothing to tell apart.
+information), goes. Rare words, mostly article numbers, name one product and stay, but give way first where a title is too long.
+With one category there is nothing to tell apart.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class TitleCleaner:
             train = chunk.where(chunk.split == TRAIN)
             np.add.at(table, (self._place[train.words], np.repeat(train.category, train.lengths)), 1)
         self._scores = word_scores(table, settings)
-        self._scores[-1] = -np.inf
+        self._scores[-1] = settings.min_pmi
 
     def clean(self, chunk: Chunk) -> Chunk:
         """The rows with only their best words; rows with none left are gone."""
