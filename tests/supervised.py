@@ -123,8 +123,9 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None
 
 
 def starts(home: Home, run: str = RUN) -> list[tuple[float, int, str]]:
-    """(when, pid, before step) of every start of the fake trainer."""
-    lines = (home.run(run).folder / "starts.txt").read_text(encoding="utf-8").splitlines()
+    """(when, pid, before step) of every start of the fake trainer; none before the first one has said so."""
+    told = home.run(run).folder / "starts.txt"
+    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
     return [(float(when), int(pid), before) for when, pid, before in (line.split() for line in lines)]
 
 
