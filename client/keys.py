@@ -51,6 +51,10 @@ class Keyboard:
 
                 self._before = termios.tcgetattr(sys.stdin.fileno())
                 tty.setcbreak(sys.stdin.fileno())
+                # Ctrl-C comes as a key: as a signal it may land where Python drops exceptions (a finaliser), and be lost.
+                mode = termios.tcgetattr(sys.stdin.fileno())
+                mode[6][termios.VINTR] = b"\0"
+                termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, mode)
             return self
 
         def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -74,4 +78,6 @@ class Keyboard:
             if not typed:
                 self.works = False  # the terminal is gone
                 return None
+            if b"\x03" in typed:
+                raise KeyboardInterrupt
             return typed.decode("utf-8", "replace").lower() if len(typed) == 1 else None
