@@ -3,7 +3,10 @@
 import sys
 from pathlib import Path
 
-from client.main import main
+from launcher.hand_over import hand_over
 
 if __name__ == "__main__":
+    hand_over(__file__)
+    from client.main import main
+
     sys.exit(main(checkout=Path(__file__).resolve().parent))

@@ -30,13 +30,15 @@ def complain(text: str) -> None:
 
 
 def program() -> str:
-    """How this program is called here, for hints: `trainerd`, or `python run_optimized_training.py` from a checkout."""
+    """How this program is called here, for hints: `trainerd`, or the checkout's script or launcher."""
     name = Path(sys.argv[0] or "trainerd").name
     if name == "optimized_train.py":
         name = "run_optimized_training.py"
     if name in ("__main__.py", "-c", "-m"):
         return "trainerd"
-    return f"python {name}" if name.endswith(".py") else name.removesuffix(".exe")
+    if name == "start_training.sh":
+        return f"./{name}"
+    return f"python {name}" if name.endswith(".py") else name.removesuffix(".exe").removesuffix(".bat")
 
 
 def is_terminal(stream: TextIO | None) -> bool:

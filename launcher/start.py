@@ -6,12 +6,11 @@ Must not know what any command does: no words are the menu, a preset's name alon
 from __future__ import annotations
 
 import os
-import runpy
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SCRIPT = f"{ROOT}/run_optimized_training.py"
+ROOT = Path(os.path.abspath(__file__)).parent.parent
 PRESETS = ("quick", "standard", "extended")
 _NEEDED = ("click", "pydantic", "psutil", "rich", "torch", "tokenizers")
 _EXIT_USAGE = 2
@@ -31,16 +30,18 @@ def lacking() -> list[str]:
     return [name for name in _NEEDED if find_spec(name) is None] if os.environ.get("TRAINERD_PYTHON") else []
 
 
-def main() -> None:
+def main() -> int:
     missing = lacking()
     if missing:
         print(f"TRAINERD_PYTHON names {sys.executable}, which has no {', '.join(missing)}.", file=sys.stderr)
-        print(f"What to do: install them there ({ROOT}/pyproject.toml lists all), or unset TRAINERD_PYTHON.", file=sys.stderr)
-        sys.exit(_EXIT_USAGE)
-    sys.argv = [SCRIPT, *command(sys.argv[1:])]
-    sys.path[0] = ROOT
-    runpy.run_path(SCRIPT, run_name="__main__")
+        print(f"What to do: install them there ({ROOT / 'pyproject.toml'} lists all), or unset TRAINERD_PYTHON.", file=sys.stderr)
+        return _EXIT_USAGE
+    sys.path[0] = str(ROOT)
+    sys.argv[0] = str(ROOT / ("start_training.bat" if sys.platform == "win32" else "start_training.sh"))  # hints name it
+    from client.main import main as client
+
+    return client(command(sys.argv[1:]), checkout=ROOT)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

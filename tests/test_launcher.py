@@ -17,7 +17,13 @@ import pytest
 from tests.stub_index import StubIndex
 
 ROOT = Path(__file__).resolve().parents[1]
-CLIENT = "import json, sys\nprint(json.dumps({'words': sys.argv[1:], 'python': sys.executable, 'path': sys.path[0]}))\n"
+CLIENT = """
+import json, sys
+def main(words=None, checkout=None):
+    words = sys.argv[1:] if words is None else words
+    print(json.dumps({"words": words, "python": sys.executable, "checkout": str(checkout), "called": sys.argv[0]}))
+    return 0
+"""
 NOWHERE = "http://127.0.0.1:9"  # nobody listens on the discard port
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the shell's launcher; the .bat has its own tests")
@@ -39,9 +45,10 @@ class Machine:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / "launcher", self.checkout / "launcher", ignore=ignored)
         shutil.copytree(ROOT / "trainerd" / "contract", self.checkout / "trainerd" / "contract", ignore=ignored)
-        for name in ("pyproject.toml", "start_training.sh"):
+        for name in ("pyproject.toml", "start_training.sh", "run_optimized_training.py", "optimized_train.py"):
             shutil.copy(ROOT / name, self.checkout)
-        (self.checkout / "run_optimized_training.py").write_text(CLIENT)
+        (self.checkout / "client").mkdir()
+        (self.checkout / "client" / "main.py").write_text(CLIENT)
         self.python_named("python3")
         self.environment = {
             "PATH": str(self.bin),
@@ -87,7 +94,8 @@ def test_first_start_installs_and_shows_the_menu_later_ones_are_instant(machine:
     first = machine.start()
     told = client_of(first)
     assert told["words"] == ["menu"]
-    assert told["python"] == str(machine.checkout / ".venv" / "bin" / "python") and told["path"] == str(machine.checkout)
+    assert told["python"] == str(machine.checkout / ".venv" / "bin" / "python") and told["checkout"] == str(machine.checkout)
+    assert told["called"] == str(machine.checkout / "start_training.sh")
     assert "PyTorch: the cpu build (no NVIDIA driver answers)" in first.stdout
     assert "Installed: torch 2.13.0+cpu, computing on the CPU." in first.stdout
     seconds = []
@@ -106,6 +114,21 @@ def test_first_start_installs_and_shows_the_menu_later_ones_are_instant(machine:
         check=False,
     )
     assert client_of(folder)["words"] == ["logs"]
+
+
+def test_the_scripts_go_on_in_the_environment_whatever_python_starts_them(machine: Machine) -> None:
+    """`python run_optimized_training.py status` with a bare system Python: says how to install, then works by the .venv."""
+
+    def typed(script: str, *words: str) -> subprocess.CompletedProcess[str]:
+        command = [getattr(sys, "_base_executable", sys.executable), "-S", machine.checkout / script, *words]
+        return subprocess.run(command, env=machine.environment, capture_output=True, text=True, check=False)
+
+    before = typed("run_optimized_training.py", "status")
+    assert before.returncode == 4 and "./start_training.sh" in before.stderr and "Traceback" not in before.stderr
+    client_of(machine.start("status"))
+    told = client_of(typed("run_optimized_training.py", "start", "--set", "train.lr=1e-3"))
+    assert told["words"] == ["start", "--set", "train.lr=1e-3"] and told["python"] == str(machine.checkout / ".venv" / "bin" / "python")
+    assert client_of(typed("optimized_train.py", "--epochs", "5"))["words"] == ["foreground", "--epochs", "5"]
 
 
 def test_what_the_checkout_newly_asks_for_is_installed(machine: Machine, index: StubIndex) -> None:
