@@ -15,10 +15,10 @@ WIDTH = 132
 def first_sentence(path: Path) -> str:
     """What a file says it does, in its first sentence."""
     if path.suffix != ".py":
-        return {".sh": "install on the first start, then the menu or a command (Linux)", ".bat": "the same on Windows"}[path.suffix]
+        return {".sh": "Install on the first start, then the menu or a command (Linux)", ".bat": "The same on Windows"}[path.suffix]
     text = " ".join((ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").split("\n\n")[0].split())
     sentence = re.split(r"(?<=[^.][^.])\.(?:\s|$)", text, maxsplit=1)[0].rstrip(".:")
-    return sentence[0].lower() + sentence[1:] if sentence[1:2].islower() else sentence
+    return sentence
 
 
 def tree() -> str:
