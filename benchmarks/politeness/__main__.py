@@ -1,6 +1,6 @@
 """How much of the machine a person keeps while trainerd trains, and what training keeps when nobody else wants the CPU.
 
-    python -m benchmarks.politeness [--rounds 5] [--seconds 8]
+    python -m benchmarks.politeness [--rounds 5] [--seconds 8] [--data FILE]
 
 Three trainings of the default model are started through the client, each in a home of its own, and all but the one being
 measured are frozen (SIGSTOP), so that the conditions interleave (A B C D A B C D …) on one machine state:
@@ -47,7 +47,7 @@ class Training:
     def __init__(self, folder: Path, name: str, *words: str) -> None:
         self.name, self.home = name, folder / name
         self.home.mkdir()
-        common = ("--epochs", "1000", "--dataset-size", "50000", "--set", "train.eval_every_steps=1000000")
+        common = ("--epochs", "1000", "--set", "train.eval_every_steps=1000000", "--set", "settings.eval_prefixes=0")
         done = client(self.home, "start", *common, *words)
         if done.returncode != 0:
             raise SystemExit(f"start of {name} failed: {done.stdout}{done.stderr}")
@@ -129,15 +129,17 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--seconds", type=float, default=8.0)
+    options.add_argument("--data", help="queries or titles; without it the built-in ones, whose vocabulary is small")
     asked = options.parse_args()
     rows: dict[str, list[dict[str, float]]] = {"alone": [], "polite": [], "cgroup": [], "rude": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["TRAINERD_STATE"] = str(folder / "state-a")  # device locks of their own: two trainings on one CPU, on purpose
         probe, job = compile_probes(folder)
-        polite = Training(folder, "polite")
+        data = ("--data", asked.data) if asked.data else ("--dataset-size", "50000")
+        polite = Training(folder, "polite", *data)
         os.environ["TRAINERD_STATE"] = str(folder / "state-b")
-        rude = Training(folder, "rude", "--set", "polite.priority=normal", "--set", f"train.threads={os.cpu_count()}")
+        rude = Training(folder, "rude", *data, "--set", "polite.priority=normal", "--set", f"train.threads={os.cpu_count()}")
         try:
             for number in range(asked.rounds):
                 rows["alone"].append(measure(None, asked.seconds, probe, job))
