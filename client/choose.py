@@ -16,7 +16,7 @@ from trainerd.config import catalogue
 from trainerd.config.identity import differences, fingerprint, identity, resumed
 from trainerd.config.load import Resolved
 from trainerd.config.model import RunConfig
-from trainerd.contract import runs
+from trainerd.contract import runs, status
 from trainerd.contract.errors import NothingRunning, Refused, Unreadable
 from trainerd.contract.paths import Home
 from trainerd.contract.runs import RunRecord
@@ -58,8 +58,9 @@ def choose(home: Home, asked: Resolved, resume: bool) -> Choice:
     if same is not None:
         return _go_on(same, asked)
     told = ""
-    if resume and unfinished:
-        latest = unfinished[0]
+    started = [record for record in unfinished if not _never_began(record)]
+    if resume and started:
+        latest = started[0]
         unlike = differences(latest.identity, wanted)
         why = "; ".join(unlike[:4]) if unlike else "it has another name"
         told = f"A new run: the unfinished {latest.id} differs ({why}). Go on with that one: {console.program()} resume {latest.id}"
@@ -68,7 +69,7 @@ def choose(home: Home, asked: Resolved, resume: bool) -> Choice:
 
 
 def unfinished(home: Home, name: str | None) -> Choice:
-    """The newest unfinished run, or the one named, as it was recorded. Raises NothingRunning, Refused."""
+    """The unfinished run that was last worked on, or the one named, as it was recorded. Raises NothingRunning, Refused."""
     records = _records(home)
     if name is not None:
         records = [record for record in records if record.id == name]
@@ -76,7 +77,8 @@ def unfinished(home: Home, name: str | None) -> Choice:
             raise NothingRunning(f"There is no run {name!r} in {home.root}.", f"See them with: {console.program()} runs")
         if records[0].finished:
             raise Refused(f"The run {name} is completed: there is nothing to resume.", f"Start a new one: {console.program()} start")
-    record = next((record for record in records if not record.finished), None)
+    left = [record for record in records if not record.finished]
+    record = max(left, key=lambda r: (not _never_began(r), r.id == _shown(home), r.ended_at or r.created_at), default=None)
     if record is None:
         raise NothingRunning(f"There is no unfinished run in {home.root}.", f"Start one with: {console.program()} start")
     try:
@@ -131,6 +133,17 @@ def _go_on(record: RunRecord, asked: Resolved) -> Choice:
 def _another_version(record: RunRecord) -> Refused:
     message = f"The configuration recorded for {record.id} is not one this trainerd knows; another version wrote it."
     return Refused(message, "Go on with that version, or begin a new run with --no-resume.")
+
+
+def _never_began(record: RunRecord) -> bool:
+    """It failed before its first checkpoint: going on with it would most likely fail again."""
+    return record.outcome == "failed" and record.step is None
+
+
+def _shown(home: Home) -> str | None:
+    """The run that the status is about."""
+    shown = status.read(home).status
+    return shown.run if shown else None
 
 
 def _records(home: Home) -> list[RunRecord]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -31,6 +32,19 @@ def complain(text: str) -> None:
 
 def program() -> str:
     """How this program is called here, for hints: `trainerd`, or the checkout's script or launcher."""
+    return _name() + _home_typed()
+
+
+def _home_typed() -> str:
+    """` --home DIR` when it was typed: a hint must lead to the same home."""
+    for place, word in enumerate(sys.argv):
+        given = word.partition("=")[2] if word.startswith("--home=") else " ".join(sys.argv[place + 1 : place + 2]) if word == "--home" else ""
+        if given:
+            return f" --home {shlex.quote(given) if not _WINDOWS else given}"
+    return ""
+
+
+def _name() -> str:
     name = Path(sys.argv[0] or "trainerd").name
     if name == "optimized_train.py":
         name = "run_optimized_training.py"

@@ -6,7 +6,7 @@ import time
 import uuid
 
 from trainerd.contract import errors, lock, requests, status
-from trainerd.contract.errors import AlreadyRunning, Refused, RunFailed, TrainerdError
+from trainerd.contract.errors import AlreadyRunning, ConfigError, Refused, RunFailed, TrainerdError, UsageError
 from trainerd.contract.paths import Home
 from trainerd.contract.status import Reading
 from trainerd.machine import filesystem
@@ -134,11 +134,14 @@ def _forget(launched: launch.Launched) -> None:
 
 
 def until_checked(home: Home, reading: Reading) -> Reading:
-    """Wait until the trainer has loaded the task file and said whether it can be trained. Raises RunFailed."""
+    """Wait until the trainer has loaded the task file and said whether it can be trained. Raises UsageError, RunFailed."""
     deadline = time.monotonic() + _VERDICT_SECONDS
     while time.monotonic() < deadline:
         reading = status.read(home)
         phase = reading.status.phase.name if reading.status and reading.status.phase else "starting"
+        wrong, _, words = ((reading.status.trainer.last_exit if reading.status else None) or "").partition(": ")
+        if reading.state == status.FAILED and wrong in (UsageError.__name__, ConfigError.__name__):
+            raise UsageError(words)
         if reading.state in (status.FAILED, status.CRASHED, status.UNREADABLE):
             raise RunFailed(f"{reading.state.capitalize()}: {reading.reason}", f"See {console.program()} logs")
         if reading.state in (*status.END_STATES, status.RUNNING, status.WAITING, status.PAUSED) or phase != "starting":

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from trainerd.contract import interpreter
-from trainerd.contract.errors import UsageError
+from trainerd.contract import files, interpreter
+from trainerd.contract.errors import TrainerdError, UsageError
 from trainerd.contract.paths import Home
 
 from ..cli import pass_home
@@ -34,9 +34,9 @@ def _with_model(home: Home, words: list[str]) -> list[str]:
         return words
     places = [i for i, word in enumerate(words) if word == "--model" or word.startswith("--model=")]
     if not places:
-        results = sorted(home.models.glob("*/result.json"), key=lambda path: path.stat().st_mtime)
+        results = sorted(filter(_is_cadence, home.models.glob("*/result.json")), key=lambda path: path.stat().st_mtime)
         if not results:
-            raise UsageError(f"There is no finished model in {home.models}.", "Name one with --model models/RUN.")
+            raise UsageError(f"There is no finished CADENCE model in {home.models}.", "Name one with --model models/RUN.")
         return ["--model", str(results[-1].parent), *words]
     at, word = places[-1], words[places[-1]]
     if "=" in word:
@@ -44,6 +44,13 @@ def _with_model(home: Home, words: list[str]) -> list[str]:
     if at + 1 < len(words):
         words[at + 1] = _found(home, words[at + 1])
     return words
+
+
+def _is_cadence(result: Path) -> bool:
+    try:
+        return files.read_json(result, "The record of a model").get("task") == "cadence"
+    except (OSError, TrainerdError):
+        return False
 
 
 def _found(home: Home, model: str) -> str:

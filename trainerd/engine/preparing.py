@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
         prepare_here(task, run.config, cache_folder(run.home, task, run.config, run.record.identity.get("data", {})), send)
     except Exception as error:
         traceback.print_exception(error)
-        code, fields = entry.verdict(error, retry_helps=True)
+        code, fields = entry.verdict(error, retry_helps=False)  # the same data would fail the same way
         send(wire.EXCEPTION, **fields)
         return code
     return 0

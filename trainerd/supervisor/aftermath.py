@@ -53,7 +53,7 @@ def _left(supervisor: Supervisor, gone: TrainerProcess, leaving: Leaving, at_sta
     if leaving.why != "pause":
         step = supervisor.journal.record.step
         where = "" if step is None else f" at step {step:,}"
-        supervisor.end(status.STOPPED, f"Stopped{where}; start goes on from the last checkpoint.{words}")
+        supervisor.end(status.STOPPED, f"Stopped{where}; `resume` goes on from the last checkpoint.{words}")
     elif supervisor.journal.record.wanted == runs.WANTED_RUNNING:
         supervisor.start_at = time.monotonic()  # resume came while it was leaving
     else:
@@ -70,7 +70,7 @@ def _died(supervisor: Supervisor, gone: TrainerProcess) -> None:
     supervisor.journal.note("death", exit_code=gone.exit_code, why=why.words, log=gone.log_path.name, deaths=deaths)
     if restart is None:
         often = "" if why.permanent else f" {deaths} times without a new checkpoint"
-        supervisor.end(status.FAILED, f"The trainer died{often}: {why.words}.")
+        supervisor.end(status.FAILED, f"The trainer died{often}: {why.words.rstrip('.?!')}.")
         return
     supervisor.report.status.trainer.restarts += 1
     supervisor.before_step = restart.before_step
@@ -80,7 +80,7 @@ def _died(supervisor: Supervisor, gone: TrainerProcess) -> None:
         when += f" from the checkpoint before step {restart.before_step:,}"
         supervisor.journal.note("fallback", before_step=restart.before_step)
     count = f" (death {deaths} of {MAX_DEATHS} without a new checkpoint)" if deaths > 1 else ""
-    supervisor.report.state(status.RECOVERING, f"The trainer died: {why.words}; {when}{count}.")
+    supervisor.report.state(status.RECOVERING, f"The trainer died: {why.words.rstrip('.?!')}; {when}{count}.")
 
 
 def _explain(supervisor: Supervisor, gone: TrainerProcess) -> death.Death:

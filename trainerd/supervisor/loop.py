@@ -193,7 +193,7 @@ class Supervisor:
         if self.stop_wanted:
             self.journal.save_record(wanted=runs.WANTED_STOPPED)
         if self.trainer is None:
-            self.end(status.STOPPED, "Stopped by a signal; start goes on from the last checkpoint.")
+            self.end(status.STOPPED, "Stopped by a signal; `resume` goes on from the last checkpoint.")
         else:
             self.leave("signal", save=self.signals == 1, limit_seconds=None)
 
