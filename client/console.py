@@ -38,9 +38,11 @@ def program() -> str:
 def _home_typed() -> str:
     """` --home DIR` when it was typed: a hint must lead to the same home."""
     for place, word in enumerate(sys.argv):
-        given = word.partition("=")[2] if word.startswith("--home=") else " ".join(sys.argv[place + 1 : place + 2]) if word == "--home" else ""
-        if given:
-            return f" --home {shlex.quote(given) if not _WINDOWS else given}"
+        option, _, given = word.partition("=")
+        given = given or "".join(sys.argv[place + 1 : place + 2])
+        if option != "--home":
+            continue
+        return f' --home "{given}"' if _WINDOWS else f" --home {shlex.quote(given)}"
     return ""
 
 

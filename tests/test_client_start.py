@@ -82,11 +82,11 @@ def test_start_goes_on_with_the_same_and_begins_the_other(person: Person, home: 
 
 
 def test_a_task_file_that_cannot_be_trained_is_told_by_start(person: Person, tmp_path: Path) -> None:
-    """`start` waits for the trainer's verdict on a person's own file: exit 4, with the exception's words."""
+    """`start` waits for the trainer's verdict on a person's own file: exit 2, with the exception's words."""
     path = tmp_path / "broken.py"
     path.write_text("class Mine:\n    oops = 1 / 0\n", encoding="utf-8")
     done = person.types("start", "--task", f"{path}:Mine")
-    assert done.returncode == 4 and "division by zero" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "division by zero" in done.stderr and "Traceback" not in done.stderr
     assert person.types("start", "--task", f"{path}:Other").returncode == 2
 
 
