@@ -91,6 +91,6 @@ def _unexpected(error: Exception) -> TrainerdError:
         path.write_text(text, encoding="utf-8", errors="replace")
     except OSError:
         return TrainerdError(f"An error in trainerd itself: {type(error).__name__}: {error}", text)
-    return TrainerdError(f"An error in trainerd itself: {type(error).__name__}: {error}", f"Its traceback is in {path}; training goes on.")
+    return TrainerdError(f"An error in trainerd itself: {type(error).__name__}: {error}", f"Its traceback is in {path}.")
 
 

@@ -258,7 +258,7 @@ def test_an_error_of_ours_is_words_with_the_traceback_in_a_file(
     assert door.main(["--home", str(home.root), "status"]) == 4
     told = capsys.readouterr().err
     assert "ZeroDivisionError" in told and "Traceback" not in told
-    path = Path(told.split("traceback is in ")[1].partition(";")[0])
+    path = Path(told.split("traceback is in ")[1].strip().rstrip("."))
     assert "Traceback" in path.read_text("utf-8")
     path.unlink()
 

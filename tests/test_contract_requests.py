@@ -78,3 +78,13 @@ def test_lines_of_the_pipes_come_back_or_are_none() -> None:
     message = {"event": "progress", "text": "Läufe\n"}
     assert wire.decode(wire.encode(message)) == message and wire.encode(message).count(b"\n") == 1
     assert [wire.decode(line) for line in (b"hello", b"[1]", b"\xff", b"", b"5")] == [None] * 5
+
+
+@LINUX_ONLY
+def test_a_pipe_in_place_of_a_request_holds_nobody(home: Home) -> None:
+    """A FIFO named like a request is refused at once: waiting for its writer would freeze the supervisor for good."""
+    home.control.mkdir(parents=True)
+    path = home.control / "f.json"
+    os.mkfifo(path)
+    with pytest.raises(Unreadable, match="not a file"):
+        requests.read(path)

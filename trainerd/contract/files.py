@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -209,7 +210,10 @@ def read_json(path: Path, what: str, max_bytes: int = 16 << 20) -> dict[str, Any
     `what` names it in messages ("the status"). Raises FileNotFoundError when there is none, Unreadable when it is not
     a JSON object, is larger than `max_bytes`, or carries a schema newer than this program knows.
     """
-    with open(path, "rb") as file:
+    # A pipe in place of the file would hold its reader for ever: opened without waiting, and refused.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise Unreadable(f"{what} at {path} is not a file.", "Move it away.")
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         raise Unreadable(f"{what} at {path} is larger than {max_bytes:,} bytes.", "It was not written by trainerd; move it away.")

@@ -51,6 +51,8 @@ def is_held(path: Path) -> bool:
         descriptor = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
         return False
+    except OSError:  # a home that became read-only can still be asked; flock needs no right to write
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
         if not _try_lock(descriptor, shared=True):
             return True

@@ -13,7 +13,7 @@ import torch
 
 from trainerd.config.model import RunConfig
 from trainerd.contract import wire
-from trainerd.contract.errors import TrainerdError, UsageError
+from trainerd.contract.errors import UsageError
 from trainerd.contract.paths import RunPaths
 from trainerd.engine import dropout, optimizers, precision, rng
 from trainerd.engine import plan as plans
@@ -140,10 +140,10 @@ def _close(training: Training) -> None:
 
 
 def _put_back(training: Training, state: State) -> None:
-    """Where the state was. Raises TrainerdError when the data or the model is another one."""
+    """Where the state was. Raises UsageError when the data is another one."""
     if state["steps_per_epoch"] != training.steps_per_epoch:
         message = f"The data has changed: an epoch has {training.steps_per_epoch} steps now, {state['steps_per_epoch']} when the run began."
-        raise TrainerdError(message, "Bring the data back, or begin a new run with --no-resume.")
+        raise UsageError(message, "Bring the data back, or begin a new run with --no-resume.")
     training.states.restore(state)
     training.step, training.samples = state["step"], state["samples"]
     training.evaluation.restore(state["evaluation"])
