@@ -111,12 +111,16 @@ class Resumption:
 def resumed(recorded: Mapping[str, Any], asked: RunConfig, explicit: Iterable[str]) -> Resumption:
     """The recorded configuration with those of the explicitly asked values that may change during a run.
 
-    What was not set explicitly stays as recorded: `start` again, without words, goes on as before.
+    What was not set explicitly stays as recorded: `start` again, without words, goes on as before. The same data in another
+    place (the identity has compared them) is read from there.
     """
     document = RunConfig.model_validate(recorded).model_dump(mode="json")
     old, new = flat(document), flat(asked.model_dump(mode="json"))
     found = Resumption(asked)
     for key in sorted(explicit):
+        if key == "data.path" and old.get(key) is not None and new[key] not in (None, old[key]):
+            document["data"]["path"] = new[key]
+            found.changes.append(f"data.path {old[key]} -> {new[key]}")
         if key in _LABELS or key not in new or old.get(key) == new[key]:
             continue
         words = f"{key} {_shown(old.get(key))} -> {_shown(new[key])}"

@@ -25,6 +25,7 @@ _WINDOWS = sys.platform == "win32"
 # Access denied, sharing violation, lock violation: a scanner, an indexer or a plain reader holds the file for a moment.
 _BUSY_ON_WINDOWS = (5, 32, 33)
 _BUSY_SECONDS = 2.5
+_CHUNK_BYTES = 1 << 20
 
 
 class Disk:
@@ -228,6 +229,15 @@ def read_json(path: Path, what: str, max_bytes: int = 16 << 20) -> dict[str, Any
         message = f"{what} at {path} has schema {schema}; this trainerd reads up to {SCHEMA}."
         raise Unreadable(message, "Use the newer trainerd that wrote it.")
     return document
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's content. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def append_line(path: Path, line: str) -> None:

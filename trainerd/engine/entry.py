@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from trainerd.config.model import RunConfig
 
 _EXIT_CRASHED = 1
+EXIT_DISK_FULL = 28
+"""Of the preparing child: it can be tried again when there is space."""
 # Errors of the program rather than of the moment: the same again at every try.
 _PROGRAMMING = (TypeError, AttributeError, NameError, LookupError, ImportError, SyntaxError, NotImplementedError, ValueError)
 
@@ -75,6 +77,10 @@ def read_run(root: Path, name: str) -> Run:
     except FileNotFoundError:
         raise UsageError(f"There is no run {name!r} in {home.root}.") from None
     return Run(home, home.run(name), record)
+
+
+class PreparingFoundNoRoom(Exception):
+    """The preparing process ended because the disk is full."""
 
 
 class PreparingFailed(TrainerdError):

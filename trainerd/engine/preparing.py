@@ -1,7 +1,8 @@
 """Prepares a task's data, in a process of its own so that its memory returns. Must not train, nor know what is prepared.
 
 `python -m trainerd.engine.preparing --home H --run R`: events go up its stdout, the end of its stdin ends it. What it
-writes lies in cache/<task>-<key>, keyed by content; `prepared.json`, written last, says that it is whole.
+writes lies in cache/<task>-<key>, keyed by content; `prepared.json`, written last, holds the sha256 of every file, and each
+trainer start compares them: data that was damaged, or changed while it was prepared, is never trained on.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +27,22 @@ import torch
 
 from trainerd.config import catalogue
 from trainerd.config.model import RunConfig
-from trainerd.contract import files, interpreter, wire
-from trainerd.contract.errors import Unreadable
+from trainerd.contract import clock, files, interpreter, wire
+from trainerd.contract.errors import Unreadable, UsageError
 from trainerd.contract.paths import Home
-from trainerd.engine import entry, taskfile
+from trainerd.engine import entry, provenance, space, taskfile
 from trainerd.engine.task import PrepareContext, Task
 
 Send = Callable[..., None]
 _RECORD = "prepared.json"
+# Says of what, and in which boot, an unfinished preparation is.
+_MARK = "preparing.json"
+_ATTEMPTS = 3
+# Checking less than this takes no time that anybody would notice.
+_TELL_CHECKING_BYTES = 512 << 20
 _TELL_SECONDS = 0.25
 _LAST_WORDS_SECONDS = 2.0
+_SIGBUS = getattr(signal, "SIGBUS", 0)  # what writing to a memory map on a full disk ends in
 
 
 def cache_folder(home: Home, task: Task, config: RunConfig, fingerprint: Mapping[str, Any]) -> Path:
@@ -47,41 +58,169 @@ def cache_folder(home: Home, task: Task, config: RunConfig, fingerprint: Mapping
     return home.cache / f"{''.join(c if c.isascii() and c.isalnum() else '_' for c in name)}-{key}"
 
 
-def is_needed(task: Task, cache_dir: Path) -> bool:
-    """Whether prepare() has something to do that is not done yet."""
-    return type(task).prepare is not Task.prepare and prepared(cache_dir) is None
+def has_prepare(task: Task) -> bool:
+    """Whether the task has a prepare() at all."""
+    return type(task).prepare is not Task.prepare
 
 
-def prepared(cache_dir: Path) -> dict[str, Any] | None:
-    """The record of finished preparation with its data counts; None when it is not whole."""
+def verified(cache_dir: Path, send: Send) -> dict[str, Any] | None:
+    """The record of finished preparation with its data counts, after a look at every byte it vouches for.
+
+    None when it is not whole: then it must be prepared anew, and what is damaged has been told.
+    """
+    _refuse_link(cache_dir)
     try:
         record = files.read_json(cache_dir / _RECORD, "The record of prepared data")
-        sizes = record["sizes"]
-        whole = all((cache_dir / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, Unreadable, KeyError, AttributeError):
+    except FileNotFoundError:
         return None
-    return record if whole else None
+    except (OSError, Unreadable) as error:
+        why = f"its record cannot be read ({error})"
+    else:
+        why = _damage(cache_dir, record, send)
+        if not why:
+            return _with_hashes(cache_dir, record)
+    send(wire.WARNING, text=f"The prepared data in {cache_dir} is damaged: {why}. It is prepared anew.")
+    return None
 
 
-def prepare_here(task: Task, config: RunConfig, cache_dir: Path, send: Send) -> dict[str, Any]:
-    """Run the task's prepare() in this process, unless it is done; returns the record. Raises what prepare() raises."""
-    record = prepared(cache_dir)
-    if record is None:
-        files.make_folder(cache_dir)
-        files.remove(cache_dir / _RECORD)
-        data: dict[str, Any] = {}
-        task.prepare(_context(config, cache_dir, send, data))
-        # Everything durable before the record: after a power cut it must not vouch for files that are half there.
-        sizes = {path.relative_to(cache_dir).as_posix(): _made_durable(path) for path in sorted(cache_dir.rglob("*")) if path.is_file()}
-        record = {"schema": files.SCHEMA, "data": data, "sizes": sizes}
-        files.write_json(cache_dir / _RECORD, record, durable=True)
+def look_at_data(task: Task, config: RunConfig, recorded: provenance.Fingerprint, send: Send) -> None:
+    """Compare data.path with the data the run began with, when nothing has to be prepared from it.
+
+    A task that reads it again would train on something else: UsageError. For one that does not, what was prepared is the
+    data of this run, whatever has become of the file: it goes on, and says so.
+    """
+    if task.reads_data or not has_prepare(task):
+        provenance.check(task, config, recorded)
+        return
+    why = provenance.difference(task, config, recorded)
+    if why:
+        text = f"The data {config.data.path} is not what this run began with any more ({why})."
+        send(wire.WARNING, text=f"{text} It goes on with what was prepared from it then.")
+
+
+def digest_of(cache_dir: Path) -> str:
+    """One hash for everything that was prepared: prepared again from the same data, it should be the same."""
+    record = files.read_json(cache_dir / _RECORD, "The record of prepared data")
+    return hashlib.sha256(json.dumps(record["files"], sort_keys=True).encode()).hexdigest()
+
+
+def _damage(cache_dir: Path, record: Mapping[str, Any], send: Send) -> str:
+    """What is wrong with the prepared files, "" when nothing is. A record of before the hashes vouches for sizes only."""
+    try:
+        expected = record["files"] if "files" in record else {name: {"bytes": size} for name, size in record["sizes"].items()}
+        total = sum(int(entry["bytes"]) for entry in expected.values())
+        done = 0
+        for name, entry in expected.items():
+            path = cache_dir / name
+            if not path.is_relative_to(cache_dir) or ".." in path.parts:
+                return f"its record names {name}, which is not in it"
+            seen = path.lstat()
+            if not stat.S_ISREG(seen.st_mode):
+                return f"{name} is not a plain file"
+            if seen.st_size != entry["bytes"]:
+                return f"{name} has {seen.st_size:,} bytes instead of {entry['bytes']:,}"
+            if total >= _TELL_CHECKING_BYTES:
+                send(wire.PHASE, name="preparing", done=done >> 20, total=total >> 20, unit="MiB checked")
+            if "sha256" in entry and files.sha256_of(path) != entry["sha256"]:
+                return f"the content of {name} has changed since it was written (sha256)"
+            done += seen.st_size
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror or error}"
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return "its record is not one of ours"
+    return ""
+
+
+def _with_hashes(cache_dir: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """A record from before the hashes gets them now: from here on its files are verified, too."""
+    if "files" in record:
+        return record
+    found = {name: {"bytes": size, "sha256": files.sha256_of(cache_dir / name)} for name, size in record["sizes"].items()}
+    record = {"schema": files.SCHEMA, "data": record.get("data") or {}, "files": found}
+    files.write_json(cache_dir / _RECORD, record, durable=True)
     return record
 
 
-def _made_durable(path: Path) -> int:
-    files.sync_file(path)
-    files.sync_folder(path.parent)
-    return path.stat().st_size
+def prepare_here(
+    task: Task, config: RunConfig, cache_dir: Path, send: Send, recorded: provenance.Fingerprint | None = None
+) -> dict[str, Any]:
+    """Run the task's prepare() in this process, unless it is done; returns the record. Raises what prepare() raises.
+
+    `recorded` is the fingerprint of the data the run began with. Raises UsageError, and vouches for nothing, when
+    data.path holds something else before or after it was read.
+    """
+    record = verified(cache_dir, send)
+    if record is not None:
+        return record
+    recorded = provenance.fingerprint(task, config) if recorded is None else recorded
+    for _ in range(_ATTEMPTS):
+        provenance.check(task, config, recorded)
+        stamp = provenance.stamp(config.data)
+        _begin(cache_dir, stamp)
+        data: dict[str, Any] = {}
+        try:
+            task.prepare(_context(config, cache_dir, send, data))
+            provenance.check(task, config, recorded)
+        except BaseException as error:
+            if isinstance(error, UsageError) or space.is_full(error, cache_dir):
+                with suppress(OSError):
+                    _clear(cache_dir)  # of other data, or in the way of everybody else on a full disk
+            raise
+        if provenance.stamp(config.data) == stamp:
+            return _vouch(cache_dir, data)
+        send(wire.WARNING, text=f"The data {config.data.path} was written to while it was being prepared: it is prepared again.")
+    _clear(cache_dir)
+    message = f"The data {config.data.path} is being written to: it changed each of the {_ATTEMPTS} times it was prepared."
+    raise UsageError(message, "Wait until nobody writes to it, and start again.")
+
+
+def _begin(cache_dir: Path, stamp: str) -> None:
+    """Leave what an interrupted preparation has done if it read the very same files in this boot, else begin with nothing."""
+    files.make_folder(cache_dir)
+    mark = {"schema": files.SCHEMA, "stamp": stamp, "boot": clock.boot_id()}
+    try:
+        same = files.read_json(cache_dir / _MARK, "The mark of a preparation") == mark and not (cache_dir / _RECORD).exists()
+    except (OSError, Unreadable):
+        same = False
+    if not same:
+        _clear(cache_dir)
+        files.write_json(cache_dir / _MARK, mark)
+
+
+def _clear(folder: Path) -> None:
+    """Remove everything in a folder, the record first; links are removed, never followed."""
+    files.remove(folder / _RECORD)
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            files.remove(path)
+
+
+def _vouch(cache_dir: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """Write the record. Everything is durable before it: after a power cut it must not vouch for files that are half there."""
+    files.remove(cache_dir / _MARK)
+    found = {}
+    for path in sorted(cache_dir.rglob("*")):
+        mode = path.lstat().st_mode
+        if stat.S_ISDIR(mode):
+            continue
+        if not stat.S_ISREG(mode):
+            raise UsageError(f"prepare() has left {path}, which is not a plain file: it might lead anywhere.", "Write files only.")
+        files.sync_file(path)
+        files.sync_folder(path.parent)
+        found[path.relative_to(cache_dir).as_posix()] = {"bytes": path.stat().st_size, "sha256": files.sha256_of(path)}
+    record = {"schema": files.SCHEMA, "data": data, "files": found}
+    files.write_json(cache_dir / _RECORD, record, durable=True)
+    return record
+
+
+def _refuse_link(cache_dir: Path) -> None:
+    for folder in (cache_dir.parent, cache_dir):
+        if folder.is_symlink():
+            raise UsageError(f"{folder} is a link, and a cache that is written to may lead nowhere else.", "Put a folder in its place.")
 
 
 def _context(config: RunConfig, cache_dir: Path, send: Send, data: dict[str, Any]) -> PrepareContext:
@@ -106,11 +245,12 @@ class PreparingChild:
     """The preparing process, seen from the trainer."""
 
     def __init__(self, run: entry.Run) -> None:
+        self._cache = run.home.cache
         self._command = interpreter.command("trainerd.engine.preparing", "--home", str(run.home.root), "--run", run.record.id)
         self._process: subprocess.Popen[bytes] | None = None
 
     def work(self, send: Send) -> None:
-        """Run it to its end, passing on its events. Raises PreparingFailed."""
+        """Run it to its end, passing on its events. Raises PreparingFailed, or PreparingFoundNoRoom for a full disk."""
         process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=interpreter.environment())
         self._process = process
         reading = _Reading(process, send)
@@ -118,6 +258,8 @@ class PreparingChild:
         # Its end is known from waiting for it: a process it leaves behind may keep the pipe open.
         code = process.wait()
         reading.join(_LAST_WORDS_SECONDS)
+        if code == entry.EXIT_DISK_FULL or (-code == _SIGBUS and space.has_hardly_any(self._cache)):
+            raise entry.PreparingFoundNoRoom
         if code != 0:
             raise entry.PreparingFailed(code, reading.told)
 
@@ -156,9 +298,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run = entry.read_run(asked.home, asked.run)
         task = taskfile.load_task(run.config, run.paths.task)
-        prepare_here(task, run.config, cache_folder(run.home, task, run.config, run.record.identity.get("data", {})), send)
+        cache_dir = cache_folder(run.home, task, run.config, run.record.identity.get("data", {}))
+        prepare_here(task, run.config, cache_dir, send, provenance.of_identity(run.record.identity))
     except Exception as error:
         traceback.print_exception(error)
+        if space.is_full(error, Home(asked.home).cache):
+            return entry.EXIT_DISK_FULL
         code, fields = entry.verdict(error, retry_helps=False)  # the same data would fail the same way
         send(wire.EXCEPTION, **fields)
         return code

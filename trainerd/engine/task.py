@@ -92,6 +92,9 @@ class Task:
     """The evaluation's value that decides which checkpoint is best; lower is better."""
     tokens: ClassVar[str | None] = None
     """The name in counts() that counts tokens, for the speed shown; None: there are none."""
+    reads_data: ClassVar[bool] = True
+    """False: after prepare() the task reads only what is in cache_dir. Then a run goes on from there when data.path has changed or
+    is gone; otherwise it stops and says so."""
     frozen_source: ClassVar[str] = ""
     """Where frozen weights come from, for people: they are in no checkpoint, only their sha256 is."""
 

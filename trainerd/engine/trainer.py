@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 
-from trainerd.config import identity
 from trainerd.config.model import RunConfig
 from trainerd.contract import wire
 from trainerd.contract.errors import Refused
 from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home, RunPaths
-from trainerd.engine import loop, precision, preparing
+from trainerd.engine import loop, precision, preparing, provenance
 from trainerd.engine import plan as plans
 from trainerd.engine.building import build
 from trainerd.engine.checkpoints import CheckpointStore
@@ -47,7 +46,8 @@ class Trainer:
     """Trains one run in one home. train() resumes the run of that name when it is unfinished.
 
     `home`: a folder; by default TRAINERD_HOME, else the current folder. The process entry passes what only it knows: the
-    run's name, its link to the supervisor, the recorded plan, the prepared cache_dir, and that it holds the trainer's lock.
+    run's name, its link to the supervisor, the recorded plan, the prepared cache_dir, the fingerprint of the data the run began
+    with, and that it holds the trainer's lock.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Trainer:
         plan: dict[str, Any] | None = None,
         before_step: int | None = None,
         cache_dir: Path | None = None,
+        data: provenance.Fingerprint | None = None,
         holds_lock: bool = False,
     ) -> None:
         self.task = task
@@ -72,6 +73,7 @@ class Trainer:
         self._plan = plan
         self._before_step = before_step
         self._cache_dir = cache_dir
+        self._data = data
         self._holds_lock = holds_lock
 
     def train(self) -> Result:
@@ -79,13 +81,13 @@ class Trainer:
         with ExitStack() as stack:
             if not self._holds_lock:
                 stack.enter_context(self._lock())
-            cache_dir = self._cache_dir or self._prepare()
             store = CheckpointStore(
                 self.paths.checkpoints,
                 keep=self.config.checkpoint.keep,
                 keep_best=self.config.checkpoint.keep_best or self.config.train.early_stopping is not None,
                 note=note_to(self._link.send),
             )
+            cache_dir = self._cache_dir or self._prepare(store)
             found = store.load(self._before_step)
             state = found[0] if found else None
             plan = dict(state["plan"] if state else self._plan or plans.resolve(self.config, self.task))
@@ -94,6 +96,7 @@ class Trainer:
                 arrange_cublas(plan["deterministic"])
             stack.enter_context(_threads(plan["threads"]))
             training = build(self.task, self.config, plan, self.paths, cache_dir, self._link, store, state, stack)
+            self._vouch_for_data(training, cache_dir, state)
             del found, state  # as large as the model
             training.exact.tell()
             stack.enter_context(deterministic(plan["deterministic"], training.lost_by))
@@ -118,12 +121,29 @@ class Trainer:
         finally:
             lock.release()
 
-    def _prepare(self) -> Path:
-        fingerprint = identity.fingerprint(self.config.data)
-        cache_dir = preparing.cache_folder(self.home, self.task, self.config, fingerprint)
-        if preparing.is_needed(self.task, cache_dir):
-            preparing.prepare_here(self.task, self.config, cache_dir, self._link.send)
+    def _prepare(self, store: CheckpointStore) -> Path:
+        """The prepared data, for a library user: of the data that the newest checkpoint was trained on, if there is one."""
+        committed = store.committed()
+        self._data = committed[-1].about.get("data") if committed else None
+        if self._data is None:
+            self._data = provenance.fingerprint(self.task, self.config)
+        cache_dir = preparing.cache_folder(self.home, self.task, self.config, self._data)
+        if preparing.has_prepare(self.task) and preparing.verified(cache_dir, self._link.send) is None:
+            preparing.prepare_here(self.task, self.config, cache_dir, self._link.send, self._data)
+        else:
+            preparing.look_at_data(self.task, self.config, self._data, self._link.send)
         return cache_dir
+
+    def _vouch_for_data(self, training: Training, cache_dir: Path, state: dict[str, Any] | None) -> None:
+        """Every checkpoint names the data it was trained on. What was opened meanwhile must still be that."""
+        if self.task.reads_data and self._data:
+            provenance.check(self.task, self.config, self._data)
+        training.about["data"] = dict(self._data or {})
+        if preparing.has_prepare(self.task):
+            prepared = training.about["prepared_sha256"] = preparing.digest_of(cache_dir)
+            before = state["about"].get("prepared_sha256", prepared) if state else prepared
+            if before != prepared:
+                training.exact.lost(training.step + 1, "the data was prepared anew, and came out differently")
 
     def _export(self, training: Training, result: Result) -> None:
         """The result's files. With early stopping, the weights of the best evaluation; without, the last."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainerd.contract import wire
-from trainerd.engine import entry, preparing, taskfile
+from trainerd.engine import entry, preparing, provenance, space, taskfile
 from trainerd.engine.commands import Command, Commands
 from trainerd.engine.loop import Link
 from trainerd.engine.process import TrainerProcess
@@ -43,6 +43,7 @@ def work(process: TrainerProcess, run: entry.Run) -> int:
         plan=run.record.plan,
         before_step=process.before_step,
         cache_dir=cache_dir,
+        data=provenance.of_identity(run.record.identity),
         holds_lock=True,
     )
     if trainer.train().outcome != "finished":
@@ -52,15 +53,30 @@ def work(process: TrainerProcess, run: entry.Run) -> int:
 
 
 def _prepare(process: TrainerProcess, run: entry.Run, task: Task) -> Path:
-    """The folder of the prepared data, after what is missing there has been done in a process of its own."""
+    """The folder of the prepared data, after what is missing there has been done in a process of its own. Raises UsageError
+    when data.path holds other data than the run began with."""
     cache_dir = preparing.cache_folder(run.home, task, run.config, run.record.identity.get("data", {}))
-    if preparing.is_needed(task, cache_dir):
+    send = process.reporter.send
+    record = preparing.verified(cache_dir, send) if preparing.has_prepare(task) else None
+    if preparing.has_prepare(task) and record is None:
+        _prepare_in_child(process, run)
+    else:
+        preparing.look_at_data(task, run.config, provenance.of_identity(run.record.identity), send)
+    if record is not None and record["data"]:
+        send(wire.DATA, **record["data"])
+    return cache_dir
+
+
+def _prepare_in_child(process: TrainerProcess, run: entry.Run) -> None:
+    waiting = space.Wait(run.home.cache, "Preparing the data", process.reporter.send)
+    while True:
         process.reporter.send(wire.PHASE, name="preparing", done=None, total=None, unit=None)
         process.child = preparing.PreparingChild(run)
-        process.child.work(process.reporter.send)
-        process.child = None
-    else:
-        record = preparing.prepared(cache_dir)
-        if record is not None and record["data"]:
-            process.reporter.send(wire.DATA, **record["data"])
-    return cache_dir
+        try:
+            process.child.work(process.reporter.send)
+            return
+        except entry.PreparingFoundNoRoom:
+            process.child = None
+            waiting.until_room(None)  # a LEAVE ends the process from the thread that hears it
+        finally:
+            process.child = None

@@ -25,6 +25,7 @@ class CadenceTask(Task):
 
     Settings = CadenceSettings
     tokens = "loss"
+    reads_data = False
 
     settings: CadenceSettings
 
