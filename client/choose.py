@@ -35,6 +35,8 @@ class Choice:
     task_file: Path | None
     changes: list[str] = field(default_factory=list)
     told: str = ""
+    only_if_wanted: bool = False
+    """Refuse when the run is stopped, paused or over by the time the supervisor holds the lock: a revival is no `resume`."""
 
     def arguments(self) -> dict[str, Any]:
         return {
@@ -44,6 +46,7 @@ class Choice:
             "identity": self.identity,
             "task_file": str(self.task_file) if self.task_file else None,
             "changes": self.changes,
+            "only_if_wanted": self.only_if_wanted,
         }
 
 

@@ -20,7 +20,7 @@ def find(given: str | None, checkout: Path | None) -> Home:
         root = Path(os.path.abspath(Path(named).expanduser()))
     elif checkout is not None:
         root = checkout
-    elif _holds_own_status(Path.cwd()):
+    elif holds_own_status(Path.cwd()):
         root = Path.cwd()
     else:
         from platformdirs import user_data_dir  # costs 10 ms; most calls do without
@@ -31,7 +31,7 @@ def find(given: str | None, checkout: Path | None) -> Home:
     return Home(root)
 
 
-def _holds_own_status(folder: Path) -> bool:
+def holds_own_status(folder: Path) -> bool:
     """Another user's status file must not make this folder ours: its content would be obeyed."""
     try:
         seen = (folder / STATUS_FILE).stat()

@@ -5,23 +5,37 @@ Every number that can be bad has a word beside it, not a colour alone; what is o
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import Any
 
-from trainerd.contract.status import CRASHED, FAILED, NOT_ANSWERING, RUNNING, UNREADABLE, Reading, Status
+from trainerd.contract.status import CRASHED, FAILED, NOT_ANSWERING, PAUSED, RUNNING, STOPPING, UNREADABLE, Reading, Status
 
 from . import curve, view
-from .words import NOT_KNOWN, bar, clean, count, duration, known, moment, number, percent, share, size
+from .fit import Part, joined, shortened
+from .words import NOT_KNOWN, clean, count, duration, known, moment, number, percent, share, size
 
 Line = list[tuple[str, str]]  # (text, style) pieces
 
 _ALARMING = (CRASHED, FAILED, NOT_ANSWERING, UNREADABLE)
 _STYLE = {"ok": "green", "high": "yellow", "full": "bold red", "warm": "yellow", "hot": "bold red"}
 _LABEL = 11
-KEYS = "p pause  r resume  c checkpoint  s stop  ? help  q quit (training goes on)"
+_KEY_GAP = "  "
+_BAR = 20
+_WIDE = 100
+_DATED = re.compile(r"\d{4}-\d\d-\d\d (?=\d\d:\d\d:\d\d )")
+_DATE = len("2026-11-21 ")
+_LEAVE = [Part("q quit", 0, _KEY_GAP), Part("(training goes on)", 6, " ")]
+_KEYS = {
+    "p": Part("p pause", 2, _KEY_GAP),
+    "r": Part("r resume", 2, _KEY_GAP),
+    "c": Part("c checkpoint", 4, _KEY_GAP),
+    "s": Part("s stop", 3, _KEY_GAP),
+    "?": Part("? help", 5, _KEY_GAP),
+}
 HELP = [
     "p   pause: save a checkpoint, free RAM and GPU",
     "r   resume after a pause",
@@ -29,6 +43,11 @@ HELP = [
     "s   stop: save a checkpoint and end (asks once)",
     "q   leave this screen; the training goes on",
     "    The same from any terminal: pause, resume, save, stop, status, logs.",
+]
+HELP_ENDED = [
+    "q   leave this screen",
+    "    Nothing runs any more: what can be done next is typed in a terminal.",
+    "    logs: what it printed     runs: all that was trained     start: begin anew",
 ]
 
 
@@ -44,8 +63,15 @@ class Scene:
     height: int = 24
     fancy: bool = True
     braille: bool = True
-    footer: str = KEYS
+    footer: str | None = None
+    """What stands in the last line; None: the keys that do something now."""
     help: bool = False
+    program: str = "trainerd"
+
+    @property
+    def beside(self) -> int:
+        """Columns to the right of the labels."""
+        return max(self.width - _LABEL, 10)
 
 
 def frame(scene: Scene) -> list[Line]:
@@ -53,18 +79,38 @@ def frame(scene: Scene) -> list[Line]:
     found = scene.reading.status
     reason = wrap(clean(scene.reading.reason), scene.width) or [" "]
     lines = [_title(scene), *([(part, "bold" if scene.reading.state in _ALARMING else "")] for part in reason[:2])]
+    for text in view.what_next(scene.reading, scene.program):
+        lines += [[(part, "bold cyan")] for part in wrap(text, scene.width)[:2]]
     if found is not None:
-        lines += [*_progress(found, scene), *_plot(scene), *_memory(found, scene), _gpu(found), *_safety(found, scene)]
+        lines += [*_progress(found, scene), *_plot(scene), *_now(found, scene), *_safety(found, scene)]
     room = scene.height - len(lines) - 2
-    below = HELP if scene.help else [clean(line, scene.width) for line in scene.log]
+    helping = HELP if scene.reading.alive else HELP_ENDED
+    below = helping if scene.help else [shortened(_timed(line, scene), scene.width) for line in map(clean, scene.log)]
     title = "help" if scene.help else "log"
     if room > 0:
         shown = below[:room] if scene.help else below[-room:]
         rule = "─" if scene.fancy else "-"
         lines.append([(f"{rule * 2} {title} {rule * max(scene.width - len(title) - 4, 0)}", "dim")])
         lines += [[(line, "")] for line in shown] + [[(" ", "")] for _ in range(room - len(shown))]
-    lines = [*lines[: scene.height - 1], [(scene.footer, "reverse")]]
+    footer = keys(scene) if scene.footer is None else shortened(scene.footer, scene.width)
+    lines = [*lines[: scene.height - 1], [(footer, "reverse")]]
     return [_cut(line, scene) for line in lines]
+
+
+def keys(scene: Scene) -> str:
+    """The keys that do something in this state, as many as fit."""
+    reading = scene.reading
+    if not reading.alive:
+        return joined([Part("q quit", 0, _KEY_GAP), _KEYS["?"]], scene.width)
+    names = "" if reading.state == STOPPING else "rs" if reading.state == PAUSED else "pcs"
+    known_keys = [*(_KEYS[name] for name in names), _KEYS["?"], *_LEAVE]
+    line = joined(known_keys, scene.width)
+    return line if len(line) <= scene.width else "q quit"[: scene.width]
+
+
+def _timed(line: str, scene: Scene) -> str:
+    """A line of the log without the date where room is dear: the screen is about now."""
+    return line[_DATE:] if scene.width < _WIDE and _DATED.match(line) else line
 
 
 def _cut(line: Line, scene: Scene) -> Line:
@@ -79,24 +125,24 @@ def _cut(line: Line, scene: Scene) -> Line:
 
 
 def _title(scene: Scene) -> Line:
-    state = scene.reading.state
+    """Who, what, how it stands, and the time: the name of the program goes first where they do not fit, then the time."""
+    state = scene.reading.state.upper()
     run = clean(scene.reading.status.run or "", 60) if scene.reading.status else ""
-    style = "bold red" if state in _ALARMING else "bold green" if state == RUNNING else "bold yellow"
+    style = "bold red" if scene.reading.state in _ALARMING else "bold green" if scene.reading.state == RUNNING else "bold yellow"
     hour = time.strftime("%H:%M:%S", time.localtime(scene.now))
-    used = len("trainerd  ") + len(run) + 2 + len(state) + len(hour)
-    return [("trainerd  ", "bold"), (f"{run}  ", ""), (state.upper(), style), (" " * max(scene.width - used, 1), ""), (hour, "dim")]
+    name, room = "trainerd  ", scene.width - len(state)
+    run = f"{run}  " if run and len(run) + 2 <= room else ""
+    name = name if len(name) + len(run) + len(hour) + 1 <= room else ""
+    hour = hour if len(name) + len(run) + len(hour) + 1 <= room else ""
+    blank = " " * max(room - len(name) - len(run) - len(hour), 0)
+    return [(name, "bold"), (run, ""), (state, style), (blank, ""), (hour, "dim")]
 
 
 def _progress(status: Status, scene: Scene) -> list[Line]:
-    made = status.progress
-    grad = f"gradient {number(made.grad_norm)}" if known(made.grad_norm) else ""
-    loss = " · ".join(part for part in (view.loss(status), grad) if part)
-    speed = view.speed(status, scene.now) if scene.reading.state == RUNNING else ""
-    return [
-        _labelled("progress", view.progress(status, scene.fancy, 12 if scene.width < 100 else 24) or NOT_KNOWN),
-        _labelled("speed", speed or NOT_KNOWN),
-        _labelled("loss", loss or NOT_KNOWN),
-    ]
+    wide, running = scene.beside, scene.reading.state == RUNNING
+    lines = [_labelled("progress", view.progress(status, scene.fancy, width=wide) or NOT_KNOWN)]
+    lines += [_labelled("speed", view.speed(status, scene.now, wide) or NOT_KNOWN)] if running else []
+    return [*lines, _labelled("loss", view.loss(status, wide, gradient=running) or NOT_KNOWN)]
 
 
 def _plot(scene: Scene) -> list[Line]:
@@ -112,17 +158,25 @@ def _plot(scene: Scene) -> list[Line]:
     return [[(f"{label:>{_LABEL - 1}} ", "dim"), (row, "cyan")] for label, row in zip(labels, rows, strict=True)]
 
 
+def _now(status: Status, scene: Scene) -> list[Line]:
+    """Memory and GPU, while somebody measures them: what was measured last is not true any more when all is over."""
+    return [*_memory(status, scene), _gpu(status)] if scene.reading.alive else []
+
+
 def _memory(status: Status, scene: Scene) -> list[Line]:
+    ram, vram = status.memory.ram, status.memory.vram
     found: list[Line] = []
-    for name, part in (("RAM", status.memory.ram), ("VRAM", status.memory.vram)):
+    for name, of, part, own in (("RAM", "machine ", ram, ram.trainer_bytes), ("VRAM", "", vram, None)):
         limit = part.limit_bytes if known(part.limit_bytes) else part.total_bytes
         used = share(part.used_bytes, limit)
         if used is None:
             continue
         word = "ok" if used < 0.85 else "high" if used < 0.97 else "full"
-        text = f"{size(part.used_bytes)} of {size(limit)} allowed"
-        drawn = bar(used, 20, scene.fancy)
-        found.append([*_labelled(name, f"{text:<26}"), (f"{drawn} {percent(used)} ", _STYLE[word]), (word, _STYLE[word])])
+        verdict = f"{percent(used)} {word}"
+        parts = [Part(f"{of}{size(part.used_bytes)}"), Part(f"of {size(limit)} allowed", 1, " ")]
+        text = joined([*parts, Part(f"trainer {size(own)}" if known(own) else "", 2, ", ")], scene.beside - len(verdict) - 2)
+        drawn = view.stretched(used, f"{text}  {verdict}", _BAR, scene.beside, scene.fancy)
+        found.append([*_labelled(name, f"{text}  "), (f"{drawn} " if drawn else "", _STYLE[word]), (verdict, _STYLE[word])])
     return found
 
 
@@ -142,15 +196,25 @@ def _gpu(status: Status) -> Line:
 
 def _safety(status: Status, scene: Scene) -> list[Line]:
     """Checkpoint, what a kill would cost, restarts, and the newest warnings."""
-    last, step = status.checkpoint, status.progress.step
-    text = view.checkpoint(status, scene.now) or NOT_KNOWN
+    last, step, ahead = status.checkpoint, status.progress.step, None
     if last is not None and step is not None and known(step) and known(last.step) and scene.reading.alive:
-        text += f" · a kill now would repeat {count(max(step - last.step, 0))} steps"
-    found = [_labelled("checkpoint", text), _labelled("restarts", view.trainer(status) or "none")]
+        ahead = max(step - last.step, 0)
+    found = [_labelled("checkpoint", view.checkpoint(status, scene.now, scene.beside, ahead) or NOT_KNOWN)]
+    found.append(_labelled("restarts", shortened(view.trainer(status) or "none", scene.beside)))
     missing = view.unsaved(status, scene.now)
     found += [_labelled("unsaved", missing, "bold red")] if missing else []
-    found += [[(f"! {clean(warning)}", "yellow")] for warning in status.warnings[-2:]]
-    return found
+    return found + [[(text, "yellow")] for text in _warnings(status, scene)]
+
+
+def _warnings(status: Status, scene: Scene) -> list[str]:
+    """The newest warnings, each in two lines at most, and how many more there are."""
+    newest = status.warnings[-2:]
+    lines = []
+    for place, warning in enumerate(newest):
+        whole = wrap(f"! {clean(warning)}", scene.width, subsequent_indent="  ")
+        room = 2 if place == len(newest) - 1 else 1
+        lines += [*whole[: room - 1], shortened(" ".join(whole[room - 1 :]), scene.width)] if len(whole) > room else whole
+    return lines
 
 
 def line(reading: Reading, now: float) -> str:

@@ -19,8 +19,10 @@ from trainerd.contract.status import (
     Status,
 )
 
+from .fit import Part, joined
 from .words import NOT_KNOWN, ago, bar, clean, count, duration, known, moment, number, percent, share, size
 
+_LEAST_BAR = 6
 _EXITS = {STOPPED: 3, NEVER_STARTED: 3, FAILED: 4, CRASHED: 4, UNREADABLE: 4, NOT_ANSWERING: 4}
 
 
@@ -44,8 +46,7 @@ def lines(reading: Reading, now: float, fancy: bool, program: str) -> list[str]:
     if reading.status is not None:
         report += [f"  {label:<11}{text}" for label, text in rows(reading.status, reading, now, fancy)]
         report += [f"  ! {clean(warning)}" for warning in reading.status.warnings[-5:]]
-    hint = what_next(reading, program)
-    return [*report, f"  {hint}"] if hint else report
+    return report + [f"  {hint}" for hint in what_next(reading, program)]
 
 
 def rows(status: Status, reading: Reading, now: float, fancy: bool) -> list[tuple[str, str]]:
@@ -84,58 +85,81 @@ def fraction(status: Status) -> float | None:
     return share(status.progress.step, status.progress.total_steps)
 
 
-def progress(status: Status, fancy: bool, bar_width: int = 24) -> str:
+def progress(status: Status, fancy: bool, bar_width: int = 24, width: int | None = None) -> str:
+    """How far it is. In a `width` the bar takes what the words leave, up to its own width."""
     done, phase, now = fraction(status), status.phase, status.progress
-    shown = f"{bar(done, bar_width, fancy)} {percent(done)}" if done is not None else ""
-    parts = [shown] if shown else []
+    parts = [Part(percent(done) if done is not None else "", 0, " ")]
     if phase is not None and phase.name not in ("training", "starting"):
         of = f" {count(phase.done)} of {count(phase.total)}" if known(phase.total) else f" {count(phase.done)}" if known(phase.done) else ""
-        parts.append(f"{clean(phase.name, 40)}{of} {clean(phase.unit or '', 40)}".rstrip())
+        parts.append(Part(f"{clean(phase.name, 40)}{of} {clean(phase.unit or '', 40)}".rstrip(), 2))
     if known(now.step):
-        parts.append(f"step {count(now.step)} of {count(now.total_steps)}" if known(now.total_steps) else f"step {count(now.step)}")
+        of = f" of {count(now.total_steps)}" if known(now.total_steps) else ""
+        parts.append(Part(f"step {count(now.step)}{of}", 1))
     if known(now.epoch) and known(now.epochs):
-        parts.append(f"epoch {count(now.epoch)} of {count(now.epochs)}")
-    return " · ".join(parts)
+        parts.append(Part(f"epoch {count(now.epoch)} of {count(now.epochs)}", 3))
+    if done is not None:
+        parts.insert(0, Part(stretched(done, joined(parts), bar_width, width, fancy), 4))
+    return joined(parts, width)
 
 
-def loss(status: Status) -> str:
+def stretched(fraction: float | None, beside: str, most: int, width: int | None, fancy: bool) -> str:
+    """A bar as wide as the words beside it leave room for; "" where that is too little to tell anything."""
+    room = most if width is None else min(most, width - len(beside) - len("[] "))
+    return bar(fraction, room, fancy) if room >= _LEAST_BAR else ""
+
+
+def loss(status: Status, width: int | None = None, gradient: bool = False) -> str:
     now = status.progress
-    parts = [number(now.loss)] if known(now.loss) else []
-    for label, values, most in (("eval", now.eval, 4), ("best", now.best, 1)):
+    parts = [Part(number(now.loss) if known(now.loss) else "")]
+    for label, values, most, rank in (("eval", now.eval, 4, 1), ("best", now.best, 1, 3)):
         shown = [f"{clean(name, 30)} {number(v)}" for name, v in values.items() if known(v) and name != "step"][:most]
         at = f" at step {count(values['step'])}" if known(values.get("step")) else ""
-        parts += [f"{label} {', '.join(shown)}{at}"] if shown else []
-    parts += [f"lr {number(now.lr)}"] if known(now.lr) else []
-    return " · ".join(parts)
+        if shown:
+            parts.append(Part(f"{label} {shown[0]}{at if len(shown) == 1 else ''}", rank))
+            parts += [Part(text, rank + 1 + place, ", ") for place, text in enumerate(shown[1:])]
+    parts.append(Part(f"lr {number(now.lr)}" if known(now.lr) else "", 6))
+    parts.append(Part(f"gradient {number(now.grad_norm)}" if gradient and known(now.grad_norm) else "", 7))
+    return joined(parts, width)
 
 
-def speed(status: Status, now: float) -> str:
+def speed(status: Status, now: float, width: int | None = None) -> str:
+    """How fast it goes, and when it will be done: counted from the moment the numbers were written."""
     made = status.progress
-    parts = [f"{count(made.samples_per_second)} samples/s"] if known(made.samples_per_second) else []
-    parts += [f"{count(made.tokens_per_second)} tokens/s"] if known(made.tokens_per_second) else []
+    parts = [Part(f"{count(made.samples_per_second)} samples/s" if known(made.samples_per_second) else "", 1)]
+    parts.append(Part(f"{count(made.tokens_per_second)} tokens/s" if known(made.tokens_per_second) else "", 2))
     if made.eta_seconds is not None and known(made.eta_seconds):
-        parts.append(f"done in {duration(made.eta_seconds)}, at {moment(now + made.eta_seconds, now)}")
-    return " · ".join(parts)
+        since = min(max(now - status.updated_at, 0.0), made.eta_seconds) if known(status.updated_at) else 0.0
+        left = made.eta_seconds - since
+        parts.append(Part(f"done in {duration(left)}, at {moment(now + left, now)}"))
+    return joined(parts, width)
 
 
 def memory(status: Status) -> str:
-    use = status.memory
-    parts = []
-    for name, part in (("RAM", use.ram), ("VRAM", use.vram)):
-        if known(part.used_bytes):
-            of = f" of {size(part.limit_bytes)} allowed" if known(part.limit_bytes) else ""
-            parts.append(f"{name} {size(part.used_bytes)}{of}")
+    use, parts = status.memory, []
+    if known(use.ram.used_bytes):
+        own = f", the trainer {size(use.ram.trainer_bytes)} of it" if known(use.ram.trainer_bytes) else ""
+        parts.append(f"RAM of the whole machine {size(use.ram.used_bytes)}{_allowed(use.ram.limit_bytes)}{own}")
+    if known(use.vram.used_bytes):
+        parts.append(f"VRAM {size(use.vram.used_bytes)}{_allowed(use.vram.limit_bytes)}")
     for number_of, what in ((use.cleanups, "cleanup"), (use.oom_recoveries, "out-of-memory recovered")):
         if known(number_of) and number_of:
             parts.append(f"{count(number_of)} {what}{'s' if number_of > 1 and what == 'cleanup' else ''}")
     return " · ".join(parts)
 
 
-def checkpoint(status: Status, now: float) -> str:
+def _allowed(limit_bytes: int | None) -> str:
+    return f" of {size(limit_bytes)} allowed" if known(limit_bytes) else ""
+
+
+def checkpoint(status: Status, now: float, width: int | None = None, ahead: int | None = None) -> str:
+    """The newest one, how old it is, and what a kill now would repeat (`ahead` steps, when that is known)."""
     last = status.checkpoint
     if last is None:
         return "none yet" if known(status.progress.step) else ""
-    return f"step {count(last.step)}, {ago(last.at, now)} ({size(last.bytes)})"
+    parts = [Part(f"step {count(last.step)}, {ago(last.at, now)}"), Part(f"({size(last.bytes)})", 2, " ")]
+    if ahead is not None:
+        parts.append(Part(f"a kill now would repeat {count(ahead)} step{'' if ahead == 1 else 's'}", 1))
+    return joined(parts, width)
 
 
 def unsaved(status: Status, now: float) -> str:
@@ -173,16 +197,17 @@ def exact(status: Status) -> str:
     return f"not to the last bit{since}: {clean(status.exact.because or NOT_KNOWN)}"
 
 
-def what_next(reading: Reading, program: str) -> str:
-    """The one thing to type next, where there is one."""
+def what_next(reading: Reading, program: str) -> list[str]:
+    """What to type next, where there is something, the likeliest first."""
+    task = reading.status.task if reading.status else None
     if reading.state == NEVER_STARTED:
-        return f"Start with: {program} start"
+        return [f"Start with: {program} start"]
     if reading.state == PAUSED:
-        return f"Go on with: {program} resume"
-    if reading.state == COMPLETED and reading.status and reading.status.task == "cadence":
-        return f"Ask the model with: {program} suggest PREFIX"
+        return [f"Go on with: {program} resume"]
+    if reading.state == COMPLETED:
+        return [f"Ask the model with: {program} suggest PREFIX"] if task == "cadence" else []
     if reading.state in (STOPPED, CRASHED):
-        return f"Go on from the last checkpoint with: {program} resume"
+        return [f"Go on from the last checkpoint with: {program} resume"]
     if reading.state == FAILED:
-        return f"Look into the log with: {program} logs     Try again with: {program} resume"
-    return ""
+        return [f"Look into the log with: {program} logs", f"Try again with: {program} resume"]
+    return []

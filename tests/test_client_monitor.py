@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from client import curve, screen, tail
+from client import curve, screen, tail, view
 from tests.person import DOOR, Person
 from tests.supervised import RUN, Daemon
 from trainerd.contract import files, lock, status
@@ -26,14 +27,14 @@ FROZEN = json.loads((Path(__file__).with_name("data") / "status_schema1.json").r
 class Terminal:
     """An 80x24 terminal with the monitor in it; what it shows is rendered, not guessed."""
 
-    def __init__(self, home: Home, *, lang: str = "C.UTF-8") -> None:
+    def __init__(self, home: Home, *, lang: str = "C.UTF-8", interval: str = "0.3") -> None:
         import pexpect
         import pyte
 
         self.screen = pyte.Screen(80, 24)
         self.stream = pyte.ByteStream(self.screen)
         environment = {"PATH": "/usr/bin:/bin", "TERM": "xterm-256color", "LC_ALL": lang, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-        words = [str(DOOR), "--home", str(home.root), "monitor", "--interval", "0.3"]
+        words = [str(DOOR), "--home", str(home.root), "monitor", "--interval", interval]
         self.child = pexpect.spawn(sys.executable, words, dimensions=(24, 80), env=environment, timeout=20)
         self.raw = b""
 
@@ -95,7 +96,7 @@ def test_every_key_in_a_real_terminal(home: Home, terminal: Callable[..., Termin
         daemon.until_step(2)
         monitor = terminal()
         shown = monitor.until("q quit")
-        for words in ("trainerd", RUN, "RUNNING", "progress", "of 5,000", "RAM", "checkpoint", "restarts", "none", "log"):
+        for words in ("trainerd", RUN, "RUNNING", "progress", "of 5,000", "RAM        machine", "restarts   none", "log", "p pause"):
             assert words in shown, f"{words!r} is missing in\n{shown}"
         assert any("⠀" < c <= "⣿" for c in shown), shown  # the curve
         monitor.child.send("?")
@@ -105,6 +106,9 @@ def test_every_key_in_a_real_terminal(home: Home, terminal: Callable[..., Termin
         monitor.until("save: done")
         monitor.child.send("p")
         assert "PAUSED" in monitor.until("pause: done")
+        monitor.child.send("?")
+        monitor.child.send("?")
+        assert "p pause" not in monitor.until("r resume  s stop  ? help  q quit")
         monitor.child.send("r")
         monitor.until("resume: done")
         daemon.until_state(status.RUNNING)
@@ -116,9 +120,10 @@ def test_every_key_in_a_real_terminal(home: Home, terminal: Callable[..., Termin
         monitor.child.send("s")
         monitor.until("s again: yes")
         monitor.child.send("s")
-        monitor.until("STOPPED")
+        shown = monitor.until("resume")
         monitor.child.send("p")
-        monitor.until("Nothing is running")
+        shown = monitor.until("Nothing is running")
+        assert "STOPPED" in shown and "Go on from the last checkpoint with:" in shown and "RAM " not in shown and "speed" not in shown
         monitor.child.send("q")
         assert monitor.left() == 0
         assert b"\x1b[?1049h" in monitor.raw and b"\x1b[?1049l" in monitor.raw and b"\x1b[?25h" in monitor.raw
@@ -135,6 +140,28 @@ def test_leaving_never_stops_the_training(home: Home, terminal: Callable[..., Te
             assert monitor.left() == 0
         before = daemon.reading().status
         daemon.until_step((before.progress.step or 0) + 2 if before else 1)
+
+
+def test_the_clock_and_every_age_go_on_between_two_looks(home: Home, terminal: Callable[..., Terminal]) -> None:
+    """The files are read as often as was asked for, and time passes every second."""
+    held = FileLock(home.supervisor_lock)
+    assert held.acquire()
+    found = status.from_dict(FROZEN)
+    assert found.checkpoint
+    found.checkpoint.at = time.time() - 20
+    status.write(home, found)
+    monitor = terminal(interval="3600")
+    first = monitor.until("q quit")
+    home.status.unlink()
+    ages = {re.search(r"(\d+) s ago", first)[1]}  # type: ignore[index]
+    clocks = {first.splitlines()[0][-8:]}
+    deadline = time.monotonic() + 20
+    while len(ages) < 4 and time.monotonic() < deadline:
+        shown = monitor.look(0.2)
+        ages.add(re.search(r"(\d+) s ago", shown)[1])  # type: ignore[index]
+        clocks.add(shown.splitlines()[0][-8:])
+    assert len(ages) >= 4 and len(clocks) >= 4, (ages, clocks)
+    held.release()
 
 
 def test_a_terminal_without_unicode_gets_ascii(home: Home, terminal: Callable[..., Terminal]) -> None:
@@ -189,7 +216,36 @@ def test_the_screen_fits_any_terminal(width: int, height: int) -> None:
     rows = screen.frame(screen.Scene(reading, losses, ["log line " * 30] * 50, width=width, height=height))
     assert len(rows) <= height
     assert all(len("".join(text for text, _ in row)) <= width for row in rows)
-    assert rows[-1][0][0] == screen.KEYS[:width]
+    assert rows[-1][0][0].startswith("p pause" if width > 60 else "") and "q quit" in rows[-1][0][0]
+
+
+@pytest.mark.parametrize("width", [80, 60, 40])
+def test_what_does_not_fit_goes_whole(width: int) -> None:
+    """No number and no name is cut in the middle: the least important part goes, the most important stays."""
+    measured = {"loss": 2.298, "perplexity": 9.951, "success@10": 0.25, "mrr@10": 0.1}
+    made = {**FROZEN["progress"], "eval": measured, "best": {"loss": 2.2, "step": 100}, "epoch": 3, "epochs": 12, "step": 1748}
+    found = status.from_dict({**FROZEN, "progress": {**made, "total_steps": 4752}})
+    scene = screen.Scene(status.Reading("running", "Training.", found, True), width=width, program="./start_training.sh")
+    text = ["".join(piece for piece, _ in row).rstrip() for row in screen.frame(scene)]
+    by_label = {line.split()[0]: line for line in text if line.split()}
+    assert "36.8 %" in by_label["progress"] and "step 1,748 of 4,752" in by_label["progress"]
+    words = set(re.findall(r"[^\s,·\[\]█░]+", f"{view.progress(found, True)} {view.loss(found, gradient=True)}"))
+    for label in ("progress", "loss"):
+        assert set(re.findall(r"[^\s,·\[\]█░]+", by_label[label])) - {label} <= words, by_label[label]
+    assert "eval loss 2.298" in by_label["loss"]
+    assert ("success@10 0.2500" in by_label["loss"]) == (width == 80)
+
+
+def test_the_end_says_what_to_do_next_and_nothing_that_is_over() -> None:
+    """Completed, stopped, failed: what to type, no key that does nothing, and no memory, speed or heat of before."""
+    expected = {"completed": "suggest PREFIX", "stopped": "resume", "failed": "logs"}
+    for state, words in expected.items():
+        found = status.from_dict({**FROZEN, "state": state, "task": "cadence"})
+        rows = screen.frame(screen.Scene(status.Reading(state, "It ended.", found, False), program="./start_training.sh"))
+        text = "\n".join("".join(piece for piece, _ in row) for row in rows)
+        assert f"./start_training.sh {words}" in text
+        for gone in ("p pause", "r resume", "c checkpoint", "s stop", "RAM ", "VRAM", "GPU", "speed"):
+            assert gone not in text, f"{gone!r} is shown at {state} in\n{text}"
 
 
 def test_a_number_that_can_be_bad_has_a_word() -> None:

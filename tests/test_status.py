@@ -135,7 +135,8 @@ def test_the_report_says_what_a_person_asks() -> None:
     report = "\n".join(view.lines(Reading("running", "Training.", frozen(), True), now, True, "trainerd"))
     for words in (
         "RUNNING", "Training.", "cadence · preset quick", "10 blank", "48.3 %", "step 226 of 468", "epoch 2 of 3", "4.812", "812 samples/s",
-        "1 min 20 s", "RAM 6.1 GB of 14.0 GB", "VRAM 3.1 GB of 3.5 GB", "step 200, 12 s ago", "1 restart", "SIGKILL", "12 rows",
+        "1 min 20 s", "RAM of the whole machine 6.1 GB of 14.0 GB", "VRAM 3.1 GB of 3.5 GB", "step 200, 12 s ago", "1 restart", "SIGKILL",
+            "12 rows",
         "since step 120",
     ):  # fmt: skip
         assert words in report, f"{words!r} is missing in\n{report}"

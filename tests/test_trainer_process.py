@@ -39,7 +39,7 @@ def test_a_run_from_hello_to_finished(undisturbed: tuple[RunningTrainer, Outcome
     assert trainer.of(wire.DATA)[0] | {"rows": 99, "used": 96, "dropped": {"blank": 3}} == trainer.of(wire.DATA)[0]
     assert [step["step"] for step in steps] == list(range(1, 61))
     assert trainer.paths.result.exists() and newest_step(trainer.paths) == 60
-    assert "a stray print" in trainer.text() and "preparing" in trainer.text() and "checkpoint: epoch" in trainer.text()
+    assert "a stray print" in trainer.text() and "preparing" in trainer.text() and "checkpoint: step" in trainer.text()
     assert trainer.of(wire.EXCEPTION) == [] and trainer.of(wire.WARNING) == []
 
 

@@ -12,7 +12,7 @@ import click
 from trainerd.contract.errors import TrainerdError
 from trainerd.contract.paths import Home
 
-from .. import console
+from .. import console, revive
 from ..cli import pass_home, run
 
 _CHOICES = [
@@ -29,9 +29,13 @@ _CHOICES = [
 
 
 @click.command("menu", hidden=True)
+@click.option("--no-revive", is_flag=True, help="Do not start a supervisor again that was killed while its training was wanted.")
 @pass_home
-def command(home: Home) -> int:
+def command(home: Home, no_revive: bool) -> int:
     """Choose by number what the commands do by name."""
+    told = "" if no_revive else revive.revive(home)
+    if told:
+        console.say(told)
     by_key = {key: words for key, _, words in _CHOICES}
     while True:
         _show()

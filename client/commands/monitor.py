@@ -18,7 +18,7 @@ from trainerd.contract.errors import TrainerdError
 from trainerd.contract.paths import Home
 from trainerd.contract.status import Reading
 
-from .. import ask, console, keys, screen, tail, view
+from .. import ask, console, keys, revive, screen, tail, view
 from ..cli import pass_home
 
 _SOON_SECONDS = 0.25
@@ -30,16 +30,23 @@ _VERBS = {"p": "pause", "r": "resume", "c": "save"}
 
 @click.command("monitor")
 @click.option("--interval", type=click.FloatRange(0.2, 3600), default=5.0, metavar="S", show_default=True, help="Look every S seconds.")
-@click.option("--once", is_flag=True, help="Print the screen once, and leave.")
+@click.option("--once", is_flag=True, help="Print the screen once, and leave; changes nothing.")
+@click.option("--no-revive", is_flag=True, help="Do not start a supervisor again that was killed while its training was wanted.")
 @pass_home
-def command(home: Home, interval: float, once: bool) -> int:
-    """Watch the training live. Leaving never stops it."""
+def command(home: Home, interval: float, once: bool, no_revive: bool) -> int:
+    """Watch the training live. Leaving never stops it.
+
+    A supervisor that was killed, or lost with the machine, is started again if its training is still wanted.
+    """
     if once:
         return _print_once(home)
+    told = "" if no_revive else revive.revive(home)
+    if told:
+        console.complain(told)
     if not console.is_terminal(sys.stdout) or os.environ.get("TERM") == "dumb":
         return _print_lines(home, interval)
     try:
-        Monitor(home, interval).run()
+        Monitor(home, interval, note=told).run()
     except KeyboardInterrupt:
         pass
     return 0
@@ -77,6 +84,7 @@ class Monitor:
     confirming: bool = False
     fancy: bool = field(default_factory=lambda: console.can_show("█░·×─"))
     braille: bool = field(default_factory=console.has_braille)
+    _look_at: float = 0.0
 
     def run(self) -> None:
         """Draw, wait for a key or the next look, until q."""
@@ -90,10 +98,14 @@ class Monitor:
         with keys.Keyboard() as keyboard, Live(console=terminal, screen=True, auto_refresh=False) as live:
             while True:
                 scene = self.look(terminal.width, terminal.height)
-                scene.footer = self._footer(keyboard.works)
-                rows = [Text.assemble(*row, no_wrap=True, overflow="crop", end="") for row in screen.frame(scene)]
-                live.update(Text("\n", end="").join(rows), refresh=True)
-                key = keyboard.read(_SOON_SECONDS if self.asked else self.interval)
+                key = None
+                while key is None and time.monotonic() < self._look_at:
+                    # The clock and all ages go on by the second; the files are read no more often than was asked for.
+                    scene.now, scene.width, scene.height = time.time(), *terminal.size
+                    scene.footer = self._footer(keyboard.works)
+                    rows = [Text.assemble(*row, no_wrap=True, overflow="crop", end="") for row in screen.frame(scene)]
+                    live.update(Text("\n", end="").join(rows), refresh=True)
+                    key = keyboard.read(min(1.0 - time.time() % 1.0, max(self._look_at - time.monotonic(), 0.0)))
                 if key == "q":
                     return
                 self._press(key, scene.reading)
@@ -109,6 +121,7 @@ class Monitor:
                 self.losses = tail.Losses(path)
             self.losses.read()
         self._settle(reading)
+        self._look_at = time.monotonic() + (_SOON_SECONDS if self.asked else self.interval)
         return screen.Scene(
             reading,
             self.losses.points if self.losses else (),
@@ -118,12 +131,11 @@ class Monitor:
             fancy=self.fancy,
             braille=self.braille,
             help=self.help,
+            program=console.program(),
         )
 
-    def _footer(self, keys_work: bool) -> str:
-        if self.note:
-            return self.note
-        return screen.KEYS if keys_work else "Ctrl-C leaves; the training goes on"
+    def _footer(self, keys_work: bool) -> str | None:
+        return self.note or (None if keys_work else "Ctrl-C leaves; the training goes on")
 
     def _press(self, key: str | None, reading: Reading) -> None:
         if key is None:
@@ -143,7 +155,7 @@ class Monitor:
 
     def _send(self, verb: str, reading: Reading) -> None:
         if not reading.alive:
-            self.note = f"Nothing is running. Leave with q, then: {console.program()} resume"
+            self.note = "Nothing is running here any more; q leaves."
             return
         try:
             self.asked = ask.send(self.home, reading, verb)

@@ -139,7 +139,9 @@ def _words(message: Message) -> str:
             + (f"  {rate:,.0f} samples/s" if isinstance(rate, (int, float)) else "")
         )
     if event == wire.CHECKPOINT:
-        return f"checkpoint: epoch {get('epoch')}, step {get('step')}, {get('bytes'):,} bytes in {get('seconds') or 0:.2f} s: {get('path')}"
+        size = get("bytes") or 0
+        much = f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size:,} bytes"
+        return f"checkpoint: step {get('step')}, epoch {get('epoch')}, {much} in {get('seconds') or 0:.2f} s"
     if event == wire.UNSAVED:
         return f"unsaved: {get('error')}" if get("since") is not None else "saving works again"
     if event == wire.DATA:

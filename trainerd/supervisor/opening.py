@@ -60,6 +60,8 @@ def open_run(home: Home, arguments: dict[str, Any]) -> Opening:
     resume = bool(arguments.get("resume"))
     if resume:
         record = runs.read(home, name)
+        if arguments.get("only_if_wanted") and (record.wanted != runs.WANTED_RUNNING or record.outcome is not None):
+            raise Refused(f"The run {name} is not to be brought back: it is {record.outcome or record.wanted} by now.", "")
     elif paths.record.exists():
         raise Refused(f"There is a run {name} already.", "Choose another --name; nothing was changed.")
     else:

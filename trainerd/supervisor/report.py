@@ -16,7 +16,6 @@ KEEP_REQUESTS = 32
 KEEP_WARNINGS = 32
 _LAST_SECONDS = 3.0
 _DOING = {
-    "starting": "Starting the trainer",
     "preparing": "Preparing the data",
     "training": "Training",
     "evaluating": "Evaluating",
@@ -111,8 +110,9 @@ class Report:
 def doing(current: Status) -> str:
     """What the trainer is busy with, as one sentence, with what would be lost if it were killed now."""
     phase = current.phase
-    if phase is None:
-        return "Starting the trainer."
+    if phase is None or phase.name == "starting":
+        # Running, it has told that the task is sound: what is left before the first step is not a start any more.
+        return "Building the model." if current.state == status.RUNNING else "Starting the trainer."
     words = _DOING.get(phase.name, phase.name.capitalize())
     progress = current.progress
     if phase.name == "training" and progress.epoch is not None and progress.epochs:

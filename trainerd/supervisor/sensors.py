@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from trainerd.contract import clock
 from trainerd.contract.status import Status
 from trainerd.machine import memory
 from trainerd.machine.gpu import GpuReader
@@ -17,6 +18,7 @@ from trainerd.memory.limits import resolve_limit
 _SECOND = 0.95  # a little less, so that a tick that comes early by a hair is not skipped
 _POWER_SECONDS = 5.0
 _TREE_SECONDS = 15.0
+_YOUNG_SECONDS, _YOUNG_TREE_SECONDS = 30.0, 3.0  # a trainer that has just started is not as small as it will be
 
 
 class Sensors:
@@ -37,7 +39,8 @@ class Sensors:
             facts = power()
             status.power.plugged, status.power.percent = facts.plugged, facts.percent
         pid = status.trainer.pid
-        if pid is not None and self._is_due("tree", _TREE_SECONDS):
+        young = clock.wall() - (status.trainer.started_at or 0.0) < _YOUNG_SECONDS
+        if pid is not None and self._is_due("tree", _YOUNG_TREE_SECONDS if young else _TREE_SECONDS):
             status.memory.ram.trainer_bytes = memory.process_tree_bytes(pid)
 
     def _sample_ram(self, status: Status) -> None:
