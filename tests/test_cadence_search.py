@@ -211,35 +211,72 @@ def run(*words: str, typed_in: str = "") -> subprocess.CompletedProcess[str]:
 def test_suggest_answers_from_the_folder_alone(exported: Path) -> None:
     """In a process of its own: completions of the prefix, as text and as one JSON document; a near category is understood."""
     plain = run("--model", str(exported), "--category", "mobile phones", "-n", "5", "apple ip")
-    assert plain.returncode == 0 and plain.stderr == ""
+    assert plain.returncode == 0 and plain.stderr == f"{exported}\n"
     lines = plain.stdout.splitlines()
     assert len(lines) == 5 and all(line.startswith("apple ip") for line in lines)
     document = json.loads(run("--model", str(exported), "--json", "--beam", "plain", "apple", "ip").stdout)
-    assert document["prefix"] == "apple ip"
+    assert document["prefix"] == "apple ip" and document["unknown"] == []
     assert all({"text", "category", "score"} == set(one) and one["text"].startswith("apple ip") for one in document["suggestions"])
 
 
 def test_suggest_says_what_is_wrong(exported: Path, tmp_path: Path) -> None:
     """An unknown category names the nearest; a missing, foreign or damaged model is named; wrong words are exit 2."""
     wrong = run("--model", str(exported), "--category", "Mobil Phone", "x")
-    assert wrong.returncode == 2 and "Did you mean 'Mobile Phones'?" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert wrong.returncode == 2 and "Did you mean 'Mobile Phones'? It knows: " in wrong.stderr and "Traceback" not in wrong.stderr
+    assert wrong.stderr.startswith("Error: The model knows no category 'Mobil Phone'.\n") and wrong.stdout == ""
+    told = run("--model", str(exported), "--category", "phones", "--json", "x")
+    assert told.returncode == 2 and "Mobile Phones" in json.loads(told.stdout)["hint"] and told.stderr == ""
     suggester = Suggester.load(exported)
     with pytest.raises(UsageError, match="It knows: Beauty"):
         suggester.suggest("x", "zzzz")
     with pytest.raises(UsageError, match="no trained model"):
         Suggester.load(tmp_path)
     assert suggest.main(["--model", str(tmp_path), "x"]) == 2
-    for name, content in (("config.json", b"{}"), ("model.safetensors", b"x" * 100), ("tokenizer.json", b"{"), ("categories.json", b"")):
+    for name, content in (
+        ("config.json", b"{}"),
+        ("config.json", b"[]"),
+        ("model.safetensors", b"x" * 100),
+        ("tokenizer.json", b"{"),
+        ("categories.json", b""),
+    ):
         copy = tmp_path / name.replace(".", "-")
-        copy.mkdir()
+        copy.mkdir(exist_ok=True)
         for file in exported.iterdir():
             (copy / file.name).write_bytes(content if file.name == name else file.read_bytes())
         with pytest.raises(Unreadable):
             Suggester.load(copy)
-    for words in (["-n", "0"], ["--serve", "prefix"]):
-        with pytest.raises(SystemExit) as left:
-            suggest.main(["--model", str(exported), *words])
-        assert left.value.code == 2
+    for words in (["-n", "0"], ["-n", "x"], ["--serve", "prefix"], ["--beam", "wide"], ["--bogus"]):
+        assert suggest.main(["--model", str(exported), *words]) == 2
+
+
+def test_a_config_that_does_not_fit_is_told_in_words(exported: Path, tmp_path: Path) -> None:
+    """Each wrong setting with its value and what is right; another task's model is called by its name."""
+    document = json.loads((exported / "config.json").read_text("utf-8"))
+    for file in exported.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    wrong = {"settings": {**document["settings"], "vocabulary": -5, "model": "lstm"}}
+    (tmp_path / "config.json").write_text(json.dumps(wrong), encoding="utf-8")
+    with pytest.raises(Unreadable, match=r"settings\.model = lstm: must be 'gru' or .* settings\.vocabulary = -5: must be at least 8\."):
+        Suggester.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**document, "task": "fusion"}), encoding="utf-8")
+    with pytest.raises(UsageError, match="of the task 'fusion'"):
+        Suggester.load(tmp_path)
+
+
+def test_a_person_is_told_which_model_answers_and_what_it_does_not_know(exported: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Beside the answer: the run and when it was trained, and a word it reads as any rare one; JSON and --serve stay bare."""
+    record = exported / "result.json"
+    record.write_text(json.dumps({"run": "cadence-1", "finished_at": 0.0}), encoding="utf-8")
+    try:
+        assert suggest.main(["--model", str(exported), "apple", "qwxyzzy", "ip"]) == 0
+        told = capfd.readouterr()
+        assert told.err.startswith("cadence-1, trained ") and " 19" in told.err
+        assert "Not known to this model, and read as any rare word: qwxyzzy." in told.err and "qwxyzzy" in told.out
+        assert suggest.main(["--model", str(exported), "--json", "apple", "qwxyzzy", "ip"]) == 0
+        told = capfd.readouterr()
+        assert json.loads(told.out)["unknown"] == ["qwxyzzy"] and told.err == ""
+    finally:
+        record.unlink()
 
 
 def test_serve_answers_each_prefix_at_once(exported: Path) -> None:
@@ -266,7 +303,7 @@ def test_serve_in_words(exported: Path) -> None:
     blocks = done.stdout.split("\n\n")
     assert done.returncode == 0 and len(blocks) == 4 and blocks[3] == ""
     assert all(line.startswith("lenovo") for line in blocks[0].splitlines())
-    assert all("  " in line for line in blocks[1].splitlines()) and blocks[2].startswith("error: ")
+    assert all("  " in line for line in blocks[1].splitlines()) and blocks[2].startswith("Error: ")
 
 
 def test_measures_by_hand(vocabulary: Vocabulary) -> None:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import click
 
-from trainerd.contract import files, interpreter
+from trainerd.contract import files, interpreter, runs, status
 from trainerd.contract.errors import TrainerdError, UsageError
 from trainerd.contract.paths import Home
 
+from .. import console
 from ..cli import pass_home
+
+_CALLED = "TRAINERD_CALLED"  # read by the child for its help and hints
 
 
 @click.command("suggest", context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False)
@@ -20,7 +23,8 @@ from ..cli import pass_home
 def command(home: Home, words: tuple[str, ...]) -> int:
     """Ask a trained CADENCE model for completions: suggest --model models/RUN --category NAME PREFIX (more with --help)."""
     child = interpreter.command("trainerd.tasks.cadence.suggest", *_with_model(home, list(words)))
-    with subprocess.Popen(child, env=interpreter.environment()) as process:
+    environment = {**interpreter.environment(), _CALLED: console.program()}
+    with subprocess.Popen(child, env=environment) as process:
         while True:
             try:
                 return process.wait()
@@ -36,7 +40,7 @@ def _with_model(home: Home, words: list[str]) -> list[str]:
     if not places:
         results = sorted(filter(_is_cadence, home.models.glob("*/result.json")), key=lambda path: path.stat().st_mtime)
         if not results:
-            raise UsageError(f"There is no finished CADENCE model in {home.models}.", "Name one with --model models/RUN.")
+            raise _no_model(home)
         return ["--model", str(results[-1].parent), *words]
     at, word = places[-1], words[places[-1]]
     if "=" in word:
@@ -44,6 +48,24 @@ def _with_model(home: Home, words: list[str]) -> list[str]:
     if at + 1 < len(words):
         words[at + 1] = _found(home, words[at + 1])
     return words
+
+
+def _no_model(home: Home) -> UsageError:
+    """That there is none, and what brings one: the end of what is under way, of what is unfinished, or a start."""
+    program, reading = console.program(), status.read(home)
+    message = f"There is no finished CADENCE model in {home.models}."
+    if reading.alive and reading.state != status.PAUSED:
+        return UsageError(message, f"It appears when the training has ended. See how far it is: {program} status")
+    if any(not _finished(home, name) for name in runs.names(home)):
+        return UsageError(message, f"It appears when the training has ended. Go on with it: {program} resume")
+    return UsageError(message, f"Train one: {program} start --preset quick     Or name one from elsewhere: --model FOLDER")
+
+
+def _finished(home: Home, name: str) -> bool:
+    try:
+        return runs.read(home, name).finished
+    except (OSError, TrainerdError):
+        return True  # deleted or damaged: nothing to wait for
 
 
 def _is_cadence(result: Path) -> bool:
