@@ -25,10 +25,11 @@ COMMANDS = {
     "logs": "Show what the trainer printed.",
     "runs": "List, show or delete runs.",
     "doctor": "Check this machine, and say what to mend.",
+    "autostart": "Whether a training goes on by itself after a reboot.",
     "suggest": "Ask a trained CADENCE model for completions.",
     "completion": "Print the script that completes commands in your shell.",
 }
-_HIDDEN = ("menu", "foreground")
+_HIDDEN = ("menu", "foreground", "login")
 pass_home = click.make_pass_decorator(Home)
 
 

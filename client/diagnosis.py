@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trainerd.contract.paths import Home
-from trainerd.machine import adapters, filesystem, gpu
+from trainerd.machine import adapters, autostart, filesystem, gpu
 from trainerd.machine.memory import ram
 from trainerd.machine.power import power
 
-from . import console, packages
+from . import console, packages, registration
 from .words import size
 
 _SUPPORTED = ((3, 10), (3, 14))
@@ -48,6 +48,7 @@ def examine(home: Home) -> list[Finding]:
         lambda: place(home, filesystem.synced_folder(home.root), filesystem.network_filesystem(home.root)),
         lambda: [writable(home)],
         lambda: [battery(power().plugged)],
+        lambda: [login(registration.found(home), registration.read(home).wanted)],
     ]
     findings: list[Finding] = []
     for check in checks:
@@ -149,3 +150,16 @@ def battery(plugged: bool | None) -> Finding:
     if plugged is None:
         return Finding("battery", "note", "No battery sensor: a laptop's training would not notice that it runs on battery.")
     return Finding("battery", "ok", "on mains" if plugged else "on battery")
+
+
+def login(found: autostart.Found, wanted: str) -> Finding:
+    enable = f"{console.program()} autostart enable"
+    if found.state == autostart.ON:
+        return Finding("autostart", "ok", f"after a reboot an unfinished training goes on when you log in ({found.way})")
+    if found.state == autostart.OUTDATED:
+        return Finding("autostart", "warning", f"{found.way} starts another place or Python than this: {found.path}", enable)
+    if found.state == autostart.SWITCHED_OFF:
+        return Finding("autostart", "note", f"Switched off in the system ({found.path}): after a reboot a training waits for `resume`.")
+    if wanted == registration.UNWANTED:
+        return Finding("autostart", "note", f"Disabled: after a reboot a training waits for `resume`. To turn it on: {enable}")
+    return Finding("autostart", "note", "Not registered yet: `start` does it.")

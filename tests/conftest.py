@@ -17,6 +17,7 @@ def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test waits for another's device lock, and none touches the person's own home."""
     monkeypatch.setenv("TRAINERD_STATE", str(tmp_path / "state"))
     monkeypatch.delenv("TRAINERD_HOME", raising=False)
+    monkeypatch.setenv("TRAINERD_AUTOSTART", "off")  # nothing of a test is registered for the person's own log-in
 
 
 @pytest.fixture

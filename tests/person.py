@@ -35,6 +35,7 @@ class Person:
         self.home = Home(root)
         # A state folder of its own: tests must not wait for each other's device lock.
         self.environment = {**os.environ, "TRAINERD_STATE": str(state or root / "state"), "OMP_NUM_THREADS": "1"}
+        self.environment.setdefault("TRAINERD_AUTOSTART", "off")
         self.environment.pop("TRAINERD_HOME", None)
 
     def types(self, *words: str, timeout: float = 120, given: str | None = None) -> subprocess.CompletedProcess[str]:

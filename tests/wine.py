@@ -39,6 +39,7 @@ class WindowsComputer:
         self.environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("TRAINERD_", "PYTEST_"))},
             "WINPY_ROOT": str(prefix), "TRAINERD_STATE": windows_path(folder / "state"), "OMP_NUM_THREADS": "1",
+            "TRAINERD_AUTOSTART": "off",
         }  # fmt: skip
         self._imitate_environment()
 

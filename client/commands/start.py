@@ -10,25 +10,26 @@ import click
 from trainerd.contract import status
 from trainerd.contract.paths import Home
 
-from .. import choose, console, follow, options, view
+from .. import choose, console, follow, options, registration, view
 from ..cli import pass_home
 
 
 @click.command("start")
 @options.training_options
 @click.option("--wait", is_flag=True, help="Return when the training has ended, with its result as exit code.")
+@click.option("--no-autostart", is_flag=True, help="Do not go on with this run by itself after a reboot.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 @pass_home
-def command(home: Home, /, wait: bool, as_json: bool, **words: Any) -> int:
+def command(home: Home, /, wait: bool, no_autostart: bool, as_json: bool, **words: Any) -> int:
     """Begin a training in the background, or go on with an unfinished one."""
     asked = options.configuration(words)
     follow.refuse_if_running(home)
     warnings = follow.prepare_home(home)
     choice = choose.choose(home, asked, resume=not words["no_resume"])
-    return begin(home, choice, warnings, wait, as_json)
+    return begin(home, choice, warnings, wait, as_json, autostart=not no_autostart)
 
 
-def begin(home: Home, choice: choose.Choice, warnings: list[str], wait: bool, as_json: bool) -> int:
+def begin(home: Home, choice: choose.Choice, warnings: list[str], wait: bool, as_json: bool, autostart: bool = True) -> int:
     """Start `choice` in the background, say how it stands, and wait for its end when asked to."""
     for warning in warnings:
         console.complain(f"Warning: {warning}")
@@ -39,8 +40,11 @@ def begin(home: Home, choice: choose.Choice, warnings: list[str], wait: bool, as
         console.complain(f"Warning: {tied}")
     if choice.task_file is not None:
         reading = follow.until_checked(home, reading)
+    after_reboot = registration.begun(home, choice.run, autostart)
     if not as_json:
         _tell(reading, tied)
+        if after_reboot:
+            console.say(after_reboot)
     code = 0
     if wait:
         reading = _until_end(home)

@@ -35,8 +35,15 @@ def environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
     return found
 
 
+def package_parent() -> Path:
+    """The folder that holds this package: a checkout, or site-packages."""
+    return _PACKAGE_PARENT
+
+
 def _executable() -> str:
     if sys.platform == "win32":
-        base: str = getattr(sys, "_base_executable", sys.executable)
-        return base
+        base = Path(getattr(sys, "_base_executable", sys.executable))
+        # pythonw.exe (the log-in) has no console: what its children start would open windows of their own.
+        told = base.with_name("python.exe") if base.name.lower() == "pythonw.exe" else base
+        return str(told if told.exists() else base)
     return sys.executable

@@ -56,6 +56,11 @@ class Home:
         """1 MB that is given up on a full disk, so that status and events can still be written."""
         return self.root / "control" / ".ballast"
 
+    @property
+    def autostart(self) -> Path:
+        """What the person wants at log-in. Written by the client."""
+        return self.root / "autostart.json"
+
     def run(self, name: str) -> RunPaths:
         return RunPaths(self, name)
 
