@@ -83,4 +83,4 @@ def test_what_no_shortcut_can_carry_is_said(tmp_path: Path, startup: Path) -> No
 def test_the_persons_startup_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder Windows itself names, which may be redirected."""
     monkeypatch.undo()
-    assert _autostart_windows._path(Entry(NAME, "", ("x",), Path("x"))).parent.name == "Startup"
+    assert _autostart_windows._path(Entry(NAME, "", ("x",), Path("x"))).parent.name.lower() == "startup"

@@ -13,7 +13,7 @@ import winreg
 from ctypes import wintypes
 from pathlib import Path
 
-from trainerd.machine import _shell_link
+from trainerd.machine import _shell_link_windows
 from trainerd.machine.login import OFF, ON, OUTDATED, SWITCHED_OFF, Entry, Found, unprintable
 
 assert sys.platform == "win32"
@@ -32,7 +32,7 @@ def look(entry: Entry) -> Found:
         return Found(OFF)
     if _switched_off(path.name):
         return Found(SWITCHED_OFF, WAY, path)
-    program, arguments = _shell_link.read(path)
+    program, arguments = _shell_link_windows.read(path)
     same = program.lower() == _program(entry).lower() and arguments == _arguments(entry)
     return Found(ON if same else OUTDATED, WAY, path)
 
@@ -46,7 +46,7 @@ def enable(entry: Entry) -> Found:
         raise OSError("the paths of the home and of trainerd are too long for a shortcut")
     path = _path(entry)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _shell_link.write(path, _program(entry), _arguments(entry), entry.title[:250])
+    _shell_link_windows.write(path, _program(entry), _arguments(entry), entry.title[:250])
     try:
         with winreg.OpenKey(winreg.HKEY_CURRENT_USER, _APPROVED, 0, winreg.KEY_SET_VALUE) as key:
             winreg.DeleteValue(key, path.name)
