@@ -68,12 +68,13 @@ class _SlicedLoss(torch.autograd.Function):
             torch.mm(low, low_weight, out=out)
             if to_weight is None or to_bias is None:  # the first slice spares filling them with zeros, and reading those
                 to_weight, to_bias = (low.t() @ some).to(weight.dtype), chance.sum(0)
-                continue
-            to_bias += chance.sum(0)
-            if dtype == weight.dtype:
-                to_weight.addmm_(low.t(), some)
             else:
-                to_weight += low.t() @ some
+                to_bias += chance.sum(0)
+                if dtype == weight.dtype:
+                    to_weight.addmm_(low.t(), some)
+                else:
+                    to_weight += low.t() @ some
+            del chance, hit, low  # or they would still be held while the next slice's are made
         ctx.gradients = (to_hidden.to(hidden.dtype), to_weight, to_bias)
         return total
 

@@ -1,0 +1,1 @@
+"""How far the memory estimate is from what torch allocates."""

@@ -1,0 +1,181 @@
+"""Products, convolutions, norms, pools and attention: what they allocate, save, and allocate on the way back. Must not know any model.
+
+Like ops.py, held against torch to the byte; kernels' own scratch space is not here, but for what CUDA's attention adds up in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from trainerd.memory.ops import add, clone, contiguous, high, low, mean, mul, only, part_back, reshape, unary, wider
+from trainerd.memory.tape import Node, Shape, Tensor
+
+Grads = list[Tensor | None]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias over the last dimension. `weight` is (out, in)."""
+    bias = low(bias, weight=True) if bias is not None else None
+    weight, x = low(weight, weight=True), low(x)  # C++ evaluates arguments from the last: the way back begins with x
+    tape, rows = x.tape, prod(x.shape[:-1])
+    tape.flops += 2.0 * rows * weight.numel
+    shape = (*x.shape[:-1], weight.shape[0])
+    if x.contiguous or len(x.shape) == 2:
+        made = tape.new(shape, x.dtype)
+        _record_linear(made, x, weight, bias)
+        return made
+    flat = reshape(x, rows, x.shape[-1])
+    made = tape.new(shape, x.dtype)
+    _record_linear(made, flat, weight, None)
+    return made if bias is None else add(made, bias)
+
+
+def _record_linear(made: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    saved = (x.detach() if weight.requires_grad else None, weight.detach() if x.requires_grad else None)
+    made.tape.record([made], [bias, x, weight], _linear_back, saved)
+
+
+def _linear_back(node: Node, grads: Grads) -> Sequence[Tensor | None]:
+    g = only(grads)
+    if g is None:
+        return [None, None, None]
+    found: list[Tensor | None] = [None, None, None]
+    rows = prod(g.shape[:-1])
+    for place in (1, 2, 0):
+        about = node.shapes[place]
+        if about is None or not node.needs(place):
+            continue
+        found[place] = g.tape.new(about[0], g.dtype)
+        if place:
+            g.tape.flops += 2.0 * rows * g.shape[-1] * about[0][-1]
+    return found
+
+
+def matmul(x: Tensor, y: Tensor) -> Tensor:
+    """A batched product (…, n, k) @ (…, k, m); what is not contiguous is copied first when it has four dimensions or more."""
+    y, x = low(y), low(x)
+    if len(x.shape) > 3:
+        x, y = contiguous(x), y if y.contiguous or len(y.shape) < 4 else clone(y)
+    tape = x.tape
+    made = tape.new((*x.shape[:-1], y.shape[-1]), x.dtype)
+    tape.flops += 2.0 * x.numel * y.shape[-1]
+    saved = (x.detach() if y.requires_grad else None, y.detach() if x.requires_grad else None)
+    tape.record([made], [x, y], _matmul_back, saved)
+    return made
+
+
+def _matmul_back(node: Node, grads: Grads) -> Sequence[Tensor | None]:
+    g = only(grads)
+    found: list[Tensor | None] = [None, None]
+    for place in (0, 1):
+        about = node.shapes[place]
+        if g is not None and about is not None and node.needs(place):
+            found[place] = g.tape.new(about[0], about[1])
+            g.tape.flops += 2.0 * g.numel * about[0][-1 if place == 0 else -2]
+    return found
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, size: Shape) -> Tensor:
+    """conv2d and conv3d; `weight` is (out, in, …), `size` the spatial shape of the result."""
+    bias = low(bias, weight=True) if bias is not None else None
+    weight, x = low(weight, weight=True), low(x)  # C++ evaluates arguments from the last: the way back begins with x
+    made = x.tape.new((x.shape[0], weight.shape[0], *size), x.dtype)
+    work = 2.0 * x.shape[0] * prod(size) * weight.numel
+    x.tape.flops += work
+    x.tape.record([made], [x, weight, bias], _convolution_back, (x.detach(), weight.detach()), work)
+    return made
+
+
+def _convolution_back(node: Node, grads: Grads) -> Sequence[Tensor | None]:
+    g = only(grads)
+    found: list[Tensor | None] = [None, None, None]
+    for place, about in enumerate(node.shapes):
+        if g is not None and about is not None and node.needs(place):
+            found[place] = g.tape.new(about[0], about[1])
+            g.tape.flops += node.about[0] if place < 2 else 0
+    return found
+
+
+# Norms, pools, attention
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Mean and deviation of each row are kept, in fp32. Autocast computes it in fp32 on a GPU."""
+    x = high(x) if x.tape.device == "cuda" else x
+    made = x.tape.new(x.shape, x.dtype)
+    stats = [x.tape.new(x.shape[:-1], "fp32") for _ in (0, 1)]
+    x.tape.record([made], [x, weight, bias], _norm_back, (x.detach(), *stats))
+    return made
+
+
+def batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Mean and deviation of each channel are kept, in fp32."""
+    made = x.tape.new(x.shape, x.dtype)
+    stats = [x.tape.new((x.shape[1],), "fp32") for _ in (0, 1)]
+    x.tape.record([made], [x, weight, bias], _norm_back, (x.detach(), *stats))
+    return made
+
+
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
+    """Mean and deviation of each group are kept."""
+    x = high(x) if x.tape.device == "cuda" else x
+    made = x.tape.new(x.shape, x.dtype)
+    stats = [x.tape.new((x.shape[0], groups), "fp32") for _ in (0, 1)]
+    x.tape.record([made], [x, weight, bias], _norm_back, (x.detach(), *stats))
+    return made
+
+
+def _norm_back(node: Node, grads: Grads) -> Sequence[Tensor | None]:
+    g = only(grads)
+    return [g.tape.new(*about) if g is not None and about and node.needs(place) else None for place, about in enumerate(node.shapes)]
+
+
+def pool(x: Tensor, size: Shape, *, indices: bool) -> Tensor:
+    """Max pooling keeps where the largest was (`indices`); mean pooling does not. Both keep their input.
+
+    In three dimensions a CPU's autocast computes it in fp32.
+    """
+    x = high(x) if len(size) == 3 and x.tape.device == "cpu" else x
+    made = x.tape.new((*x.shape[:2], *size), x.dtype)
+    where = (x.tape.new(made.shape, "int64"),) if indices else ()
+    x.tape.record([made], [x], part_back, (x.detach(), *where), x.shape)
+    return made
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot product attention without its table: (samples, heads, places, width), flash or memory-efficient."""
+    v, k, q = low(v), low(k), low(q)
+    tape = q.tape
+    made = tape.new(q.shape, q.dtype)
+    made.contiguous = False  # laid out as (samples, places, heads, width)
+    logsumexp = tape.new(q.shape[:-1], "fp32")
+    work = 4.0 * q.numel * k.shape[-2]
+    tape.flops += work
+    saved = (q.detach(), k.detach(), v.detach(), made.detach(), logsumexp)
+    tape.record([made], [q, k, v], _attention_back, saved, work)
+    return made
+
+
+def _attention_back(node: Node, grads: Grads) -> Sequence[Tensor | None]:
+    g = only(grads)
+    if g is None:
+        return [None, None, None]
+    tape = g.tape
+    tape.flops += 2.5 * node.about[0]
+    # The GPU's kernels add dq up in fp32, and keep a row sum of gradient times output.
+    scratch = [tape.new(g.shape, "fp32"), tape.new(g.shape[:-1], "fp32")] if tape.device == "cuda" else []
+    found = [tape.new(*about) if about else None for about in node.shapes]
+    del scratch
+    return [t if node.needs(place) else None for place, t in enumerate(found)]
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """nn.RMSNorm: on a CPU it is made of elementary operations; on a GPU one kernel, in fp32 under autocast."""
+    if x.tape.device != "cuda":
+        return mul(mul(x, unary(mean(unary(x, saves="self")), saves="result")), weight)
+    x = high(x)
+    made = x.tape.new(x.shape, wider(x, weight))
+    kept = x.tape.new((*x.shape[:-1], 1), "fp32")
+    x.tape.record([made], [x, weight], _norm_back, (x.detach(), kept))
+    return made

@@ -1,0 +1,104 @@
+"""What an optimizer keeps per weight, and what its step allocates. Must not know which one is chosen, nor why.
+
+`kernel`: "fused" makes nothing, "foreach" makes lists as large as the parameters, "loop" works through one parameter at a time.
+Eight-bit states are bitsandbytes' (blocks of 256, tensors below 4,096 numbers stay in fp32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from trainerd.memory.tape import OPTIMIZER, Tape, Tensor
+
+_EIGHT_BIT_LEAST, _EIGHT_BIT_BLOCK, _EIGHT_BIT_TABLES = 4096, 256, 2 * 256 * 4
+NAMES = ("adamw", "adam", "sgd", "adafactor", "adamw8bit", "paged_adamw8bit")
+
+
+class Optimizer:
+    """The states of one optimizer on a tape; `host_bytes` is what lies in pageable or managed host memory instead."""
+
+    def __init__(self, tape: Tape, name: str, kernel: str = "fused", *, on_host: bool = False) -> None:
+        if name not in NAMES:
+            raise ValueError(f"no memory table for the optimizer {name!r}; there is {', '.join(NAMES)}")
+        self.tape, self.name, self.kernel = tape, name, kernel
+        self.on_host = on_host or name == "paged_adamw8bit"
+        self.host_bytes = 0
+        self._states: list[Tensor] = []
+
+    @property
+    def trainable(self) -> list[Tensor]:
+        return [p for p in self.tape.parameters if p.requires_grad]
+
+    def allocate(self) -> None:
+        """All states at once, as the engine does before the first step, and the gradients of zeros that takes."""
+        tape = self.tape
+        for p in self.trainable:
+            p.grad = tape.new(p.shape, p.dtype)
+        with tape.counting_as(OPTIMIZER):
+            for p in self.trainable:
+                for number, dtype in state_of(self.name, p.shape):
+                    self._hold(number, dtype)
+            if "8bit" in self.name:
+                self._hold(_EIGHT_BIT_TABLES, "uint8")
+        self.work()
+        self.zero_grad()
+
+    def _hold(self, number: int, dtype: str) -> None:
+        if self.on_host:
+            self.host_bytes += number * (1 if dtype == "uint8" else 4)
+        else:
+            self._states.append(self.tape.new((number,), dtype))
+
+    def work(self) -> None:
+        """What the step itself allocates and frees."""
+        tape, trainable = self.tape, self.trainable
+        with tape.counting_as(OPTIMIZER):
+            if self.name == "adafactor":
+                for p in trainable:
+                    _adafactor(tape, p)
+            elif "8bit" in self.name or self.kernel == "fused":
+                return
+            elif self.kernel == "foreach":
+                lists = [tape.new(p.shape, p.dtype) for p in trainable]
+                del lists
+            else:
+                for p in trainable:
+                    root = tape.new(p.shape, p.dtype)
+                    scaled = tape.new(p.shape, p.dtype)
+                    del root, scaled
+
+    def clip(self) -> None:
+        """The norm of each gradient, and of all together."""
+        norms = [self.tape.new((), "fp32") for _ in self.trainable]
+        together = self.tape.new((len(norms),), "fp32")
+        del norms, together
+
+    def zero_grad(self) -> None:
+        for p in self.trainable:
+            p.grad = None
+
+
+def state_of(name: str, shape: Sequence[int]) -> list[tuple[int, str]]:
+    """(numbers, type) of each state tensor of one parameter."""
+    numbers = 1
+    for n in shape:
+        numbers *= n
+    if name in ("adamw", "adam"):
+        return [(1, "fp32"), (numbers, "fp32"), (numbers, "fp32")]
+    if name == "sgd":
+        return [(numbers, "fp32")]
+    if name == "adafactor":
+        if len(shape) < 2:
+            return [(1, "fp32"), (numbers, "fp32")]
+        return [(1, "fp32"), (numbers // shape[-1], "fp32"), (numbers // shape[-2], "fp32")]
+    if numbers < _EIGHT_BIT_LEAST:
+        return [(numbers, "fp32"), (numbers, "fp32")]
+    blocks = -(-numbers // _EIGHT_BIT_BLOCK)
+    return [(numbers, "uint8"), (numbers, "uint8"), (blocks, "fp32"), (blocks, "fp32")]
+
+
+def _adafactor(tape: Tape, p: Tensor) -> None:
+    """torch.optim.Adafactor, one parameter at a time: the row mean's square, the update, and its square."""
+    update = tape.new(p.shape, p.dtype)
+    scaled = tape.new(p.shape, p.dtype)
+    del update, scaled

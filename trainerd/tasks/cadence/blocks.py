@@ -1,0 +1,185 @@
+"""CADENCE's two models as a memory table: what model.py allocates, without torch. Must be changed together with model.py.
+
+tests/test_memory_cadence.py holds it against the real models, to the byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainerd.memory import kernels, losses, ops
+from trainerd.memory.layers import Embedding, Linear, SampleDropout
+from trainerd.memory.recurrent import Gru
+from trainerd.memory.tape import Tape, Tensor
+from trainerd.tasks.cadence.settings import CadenceSettings
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the data decide: how many words are read and predicted, and how many categories there are."""
+
+    num_tokens: int
+    num_outputs: int
+    num_categories: int
+
+
+@dataclass
+class Batch:
+    """A micro-batch: (samples, places), of which `tokens` are no padding."""
+
+    inputs: Tensor
+    categories: Tensor
+    places: Tensor
+    targets: Tensor
+
+
+def batch(tape: Tape, samples: int, places: int, tokens: int) -> Batch:
+    """What collate() makes."""
+    return Batch(tape.input(samples, places), tape.input(samples), tape.input(tokens), tape.input(tokens))
+
+
+class _QueryModel:
+    """What both models share; see model.py."""
+
+    def __init__(self, tape: Tape, sizes: Sizes, embedding: int, features: int) -> None:
+        self.words = Embedding(tape, sizes.num_tokens, embedding)
+        self.weight, self.bias = tape.parameter(sizes.num_outputs, features), tape.parameter(sizes.num_outputs)
+
+    def run(self, given: Batch) -> Tensor:
+        raise NotImplementedError
+
+    def features(self, hidden: Tensor, categories: Tensor) -> Tensor:
+        return hidden
+
+    def loss(self, given: Batch) -> Tensor:
+        """The sum of the cross-entropy over the batch's tokens."""
+        hidden = self.run(given)
+        tokens = given.places.shape[0]
+        flat = ops.reshape(hidden, -1, hidden.shape[-1])
+        del hidden
+        rows = ops.gather_rows(flat, given.places, tokens, flat.shape[-1])
+        del flat
+        seen = self.features(rows, _categories(given, tokens))
+        del rows
+        return losses.sliced(seen, self.weight, self.bias, given.targets)
+
+
+def _categories(given: Batch, tokens: int) -> Tensor:
+    """The category of each token: picked by integers that are not kept."""
+    tape = given.categories.tape
+    which = tape.new((tokens,), "int64")
+    picked = tape.new((tokens,), "int64")
+    del which
+    return picked
+
+
+class GruModel(_QueryModel):
+    """One GRU layer; the category's vector beside every word's."""
+
+    def __init__(self, tape: Tape, sizes: Sizes, settings: CadenceSettings) -> None:
+        own = settings.gru
+        super().__init__(tape, sizes, own.word_embedding, own.hidden)
+        self.categories = Embedding(tape, sizes.num_categories, own.category_embedding)
+        self.gru = Gru(tape, own.word_embedding + own.category_embedding, own.hidden)
+        self.drop_input, self.drop_output = SampleDropout(own.dropout), SampleDropout(own.dropout)
+
+    def run(self, given: Batch) -> Tensor:
+        samples, places = given.inputs.shape
+        words = self.words(given.inputs)
+        rows = self.categories(given.categories)
+        category = ops.expand(ops.reshape(rows, samples, 1, rows.shape[-1]), samples, places, rows.shape[-1])
+        joined = ops.cat([words, category], samples, places, words.shape[-1] + category.shape[-1])
+        dropped = self.drop_input(joined)
+        del joined
+        hidden = self.gru(dropped)
+        del dropped
+        return self.drop_output(hidden)
+
+
+class MemoryLayer:
+    """A GRU with attention over all its past states."""
+
+    def __init__(self, tape: Tape, width: int, hidden: int, attention: int) -> None:
+        self.hidden, self.attention = hidden, attention
+        self.from_input = Linear(tape, width, 3 * hidden + attention)
+        self.from_past = Linear(tape, hidden, 3 * hidden + attention)
+        if attention:
+            self.key = Linear(tape, hidden, attention, bias=False)
+            self.score = Linear(tape, attention, 1, bias=False)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        samples, places, _ = inputs.shape
+        given = self.from_input(inputs)
+        if not self.attention:
+            return self._plain(given)
+        tape, width = given.tape, self.hidden
+        states = tape.new((samples, 0, width), given.dtype)
+        keys, recall = tape.new((samples, 0, self.attention), given.dtype), tape.new((samples, self.attention), given.dtype)
+        for place, here in enumerate(ops.pieces(given, (samples, given.shape[-1]), places)):
+            past = self._recalled(here, states, keys, recall) if place else tape.new((samples, width), given.dtype)
+            read = self.from_past(past)
+            state = self._gates(here, read, past)
+            recall = ops.part(read, samples, self.attention)
+            states = ops.cat([states, ops.reshape(state, samples, 1, width)], samples, place + 1, width)
+            keys = ops.cat([keys, ops.reshape(self.key(state), samples, 1, self.attention)], samples, place + 1, self.attention)
+        return ops.part(states, *states.shape, contiguous=True)
+
+    def _recalled(self, here: Tensor, states: Tensor, keys: Tensor, recall: Tensor) -> Tensor:
+        """The past, weighed by attention."""
+        samples, places, _ = keys.shape
+        query = ops.add(ops.part(here, samples, self.attention), recall)
+        weights = ops.softmax(self.score(ops.tanh(ops.add(keys, ops.reshape(query, samples, 1, self.attention)))))
+        turned = ops.transpose(weights, samples, 1, places)
+        return ops.reshape(kernels.matmul(turned, states), samples, self.hidden)
+
+    def _plain(self, given: Tensor) -> Tensor:
+        samples, places, _ = given.shape
+        past = given.tape.new((samples, self.hidden), given.dtype)
+        states = []
+        for here in ops.pieces(given, (samples, given.shape[-1]), places):
+            past = self._gates(here, self.from_past(past), past)
+            states.append(past)
+        return ops.cat(states, samples, places, self.hidden)
+
+    def _gates(self, given: Tensor, read: Tensor, past: Tensor) -> Tensor:
+        samples, width = past.shape
+        both = ops.sigmoid(ops.add(ops.part(given, samples, 2 * width), ops.part(read, samples, 2 * width)))
+        reset, update = ops.pieces(both, (samples, width), 2)
+        del both
+        new = ops.tanh(ops.add(ops.part(given, samples, width), ops.mul(reset, ops.part(read, samples, width))))
+        return ops.lerp(new, ops.to(past, new.dtype), update)
+
+
+class GruMnModel(_QueryModel):
+    """The paper's: a stack of memory layers, the category entering each."""
+
+    def __init__(self, tape: Tape, sizes: Sizes, settings: CadenceSettings) -> None:
+        own = settings.gru_mn
+        super().__init__(tape, sizes, own.embedding, own.context)
+        widths = [own.embedding, *own.hidden]
+        attention = own.attention or [0] * len(own.hidden)
+        self.layers = [MemoryLayer(tape, *shape) for shape in zip(widths, own.hidden, attention, strict=False)]
+        self.categories = [Embedding(tape, sizes.num_categories, width) for width in widths[:-1]]
+        self.drops = [SampleDropout(own.dropout) for _ in own.hidden]
+        self.context = Linear(tape, widths[-1], own.context)
+        self.context_category = Embedding(tape, sizes.num_categories, own.context)
+
+    def run(self, given: Batch) -> Tensor:
+        samples = given.inputs.shape[0]
+        hidden = self.words(given.inputs)
+        for layer, category, drop in zip(self.layers, self.categories, self.drops, strict=True):
+            rows = category(given.categories)
+            entering = ops.relu(ops.add(hidden, ops.reshape(rows, samples, 1, rows.shape[-1])))
+            del rows
+            hidden = layer(entering)
+            del entering
+            hidden = drop(hidden)
+        return hidden
+
+    def features(self, hidden: Tensor, categories: Tensor) -> Tensor:
+        return ops.tanh(ops.add(self.context(hidden), self.context_category(categories)))
+
+
+def build(tape: Tape, settings: CadenceSettings, sizes: Sizes) -> GruModel | GruMnModel:
+    """The model the settings name."""
+    return GruModel(tape, sizes, settings) if settings.model == "gru" else GruMnModel(tape, sizes, settings)
