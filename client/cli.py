@@ -26,6 +26,7 @@ COMMANDS = {
     "runs": "List, show or delete runs.",
     "doctor": "Check this machine, and say what to mend.",
     "autostart": "Whether a training goes on by itself after a reboot.",
+    "selftest": "Prove on this machine that kills and damage lose nothing.",
     "suggest": "Ask a trained CADENCE model for completions.",
     "completion": "Print the script that completes commands in your shell.",
 }

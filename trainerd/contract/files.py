@@ -128,6 +128,19 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
+def tidy(folder: Path, name: str | None = None) -> None:
+    """Remove what writers that were killed have left half written in `folder`: of the file `name`, or of all.
+
+    Only for whoever alone writes there: another's write that is going on would be lost.
+    """
+    try:
+        left = [path for path in folder.iterdir() if is_temporary(path) and (name is None or path.name.startswith(f".{name}."))]
+    except FileNotFoundError:
+        return
+    for path in left:
+        remove(path)
+
+
 def write_atomic(path: Path, content: bytes, *, durable: bool = False, busy_seconds: float = _BUSY_SECONDS) -> None:
     """Put `content` at `path` so that no reader and no crash ever sees half of it. Raises OSError."""
     temporary = _temporary(path)

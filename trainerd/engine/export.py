@@ -28,6 +28,7 @@ def export(task: Task, model: nn.Module, config: RunConfig, paths: RunPaths, *, 
     """
     folder = paths.model
     files.make_folder(folder)
+    files.tidy(folder)  # an earlier life may have been killed right here
     files.remove(paths.result)
     tied = _write_weights(model, folder / WEIGHTS)
     described = config.model_dump(mode="json", include={"task", "seed", "settings", "train"})

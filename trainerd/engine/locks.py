@@ -6,7 +6,7 @@ A left-over trainer is waited for, never doubled; a second home on the same devi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import platformdirs
@@ -18,9 +18,9 @@ _LOOK_AGAIN_SECONDS = 0.25
 _NOTE_BYTES = 4096
 
 
-def state_folder() -> Path:
+def state_folder(environment: Mapping[str, str] = os.environ) -> Path:
     """Where this user's device locks lie; TRAINERD_STATE names another folder."""
-    named = os.environ.get("TRAINERD_STATE")
+    named = environment.get("TRAINERD_STATE")
     return Path(named) if named else platformdirs.user_state_path("trainerd", appauthor=False)
 
 
@@ -36,9 +36,9 @@ def device_name() -> str:
 class DeviceLock:
     """The lock of one device, with a note beside it that tells people whose it is (told, never relied on)."""
 
-    def __init__(self, device: str, home: Path) -> None:
+    def __init__(self, device: str, home: Path, state: Path | None = None) -> None:
         name = "".join(c if c.isalnum() or c in "-_" else "_" for c in device)
-        folder = state_folder() / "devices"
+        folder = (state or state_folder()) / "devices"
         self.device = device
         self._lock = FileLock(folder / f"{name}.lock")
         self._note = folder / f"{name}.txt"
@@ -47,13 +47,24 @@ class DeviceLock:
     def acquire(self, tell: Callable[[str], None]) -> None:
         """Wait for the device; `tell` gets a sentence for as long as somebody else has it. Raises OSError."""
         hold(self._lock, self._whose, tell)
-        try:
-            files.write_atomic(self._note, str(self._home).encode("utf-8", "replace"))
-        except OSError:
-            pass  # only words
+        self._sign()
+
+    def acquire_at_once(self) -> str | None:
+        """Take the device if nobody has it; otherwise the sentence that says who does. Raises OSError."""
+        if not self._lock.acquire():
+            return self._whose()
+        self._sign()
+        return None
 
     def release(self) -> None:
         self._lock.release()
+
+    def _sign(self) -> None:
+        try:
+            files.tidy(self._note.parent, self._note.name)
+            files.write_atomic(self._note, str(self._home).encode("utf-8", "replace"))
+        except OSError:
+            pass  # only words
 
     def _whose(self) -> str:
         what = "the CPU" if self.device == "cpu" else f"the GPU {self.device}"

@@ -14,7 +14,7 @@ from typing import Any
 
 from trainerd.contract import clock, files, requests, runs, wire
 from trainerd.contract.errors import Refused, TrainerdError, UsageError
-from trainerd.contract.paths import Home, RunPaths
+from trainerd.contract.paths import STATUS_FILE, Home, RunPaths
 from trainerd.contract.runs import RunRecord
 from trainerd.memory.limits import resolve_limit
 
@@ -57,6 +57,8 @@ def open_run(home: Home, arguments: dict[str, Any]) -> Opening:
     paths = home.run(name)
     for folder in (home.control, home.logs, paths.folder):
         folder.mkdir(parents=True, exist_ok=True)
+    files.tidy(home.root, STATUS_FILE)
+    files.tidy(paths.folder)
     resume = bool(arguments.get("resume"))
     if resume:
         record = runs.read(home, name)
