@@ -18,6 +18,8 @@ def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAINERD_STATE", str(tmp_path / "state"))
     monkeypatch.delenv("TRAINERD_HOME", raising=False)
     monkeypatch.setenv("TRAINERD_AUTOSTART", "off")  # nothing of a test is registered for the person's own log-in
+    for bus in ("DBUS_SESSION_BUS_ADDRESS", "DBUS_SYSTEM_BUS_ADDRESS"):  # and none keeps this machine awake
+        monkeypatch.setenv(bus, f"unix:path={tmp_path / 'no-bus'}")
 
 
 @pytest.fixture

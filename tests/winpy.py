@@ -18,7 +18,7 @@ PACKAGES = (
     "psutil click colorama watchdog platformdirs numpy rich pygments markdown-it-py mdurl pydantic pydantic-core annotated-types "
     "typing-inspection tokenizers safetensors accelerate huggingface-hub pyyaml requests urllib3 idna certifi charset-normalizer "
     "tqdm ruamel.yaml nvidia-ml-py packaging filelock httpx httpcore h11 anyio sniffio hf-xet shellingham typer-slim "
-    "pytest pluggy iniconfig pytest-timeout hypothesis sortedcontainers"
+    "pytest pluggy iniconfig pytest-timeout hypothesis sortedcontainers wakepy"
 )
 _VERSION = "3.11"
 _BUILD_SECONDS = 480

@@ -41,6 +41,7 @@ def command(home: Home) -> int:
         os.environ.setdefault(name, value)
     try:
         choice = choose.unfinished(home, record.id)
+        choice.only_if_wanted = True
         follow.prepare_home(home)
         follow.start(home, choice)
     except TrainerdError as error:

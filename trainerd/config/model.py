@@ -120,6 +120,8 @@ class PoliteConfig(Section):
 
     priority: Literal["idle", "normal"] = "idle"
     """idle: everything else goes first."""
+    keep_awake: Literal["auto", "on", "off"] = "auto"
+    """Keep the machine from sleeping by itself while it trains. auto: on mains only; on: on battery too, except on Windows."""
 
 
 class LogConfig(Section):

@@ -19,6 +19,7 @@ from trainerd.contract.status import SupervisorInfo
 from trainerd.machine import priority
 from trainerd.supervisor import aftermath, commands, events, journal, opening, report
 from trainerd.supervisor.opening import Opening
+from trainerd.supervisor.power import AUTO, Power
 from trainerd.supervisor.restart import RestartPolicy
 from trainerd.supervisor.sensors import Sensors
 from trainerd.supervisor.starter import Starter
@@ -82,11 +83,14 @@ class Supervisor:
         self._arrived: list[tuple[TrainerProcess, dict[str, Any] | None] | None] = []
         self._signals_seen = 0
         self._sensors = Sensors(start.record.config.get("memory") or {})
+        keep_awake = str((start.record.config.get("polite") or {}).get("keep_awake", AUTO))
+        self._power = Power(keep_awake, lambda: self.inbox.put(None))
         self._last_tick = time.monotonic()
         self._open(start)
 
     def run(self) -> str:
         """Until the run has ended: completed, stopped or failed."""
+        self._power.start()
         while self.result is None:
             try:
                 self.tick()
@@ -98,6 +102,7 @@ class Supervisor:
                 time.sleep(min(1.0, self.timing.tick_seconds))
             self._rest()
         self.report.write_last()
+        self._power.close()
         self.starter.close()
         return self.result
 
@@ -109,6 +114,7 @@ class Supervisor:
         self.obey()
         self.keep_deadlines()
         self.start_if_due()
+        self._power.look(self)
         self.tell()
 
     # --- what has happened ---------------------------------------------------------------------------------------------
@@ -150,6 +156,7 @@ class Supervisor:
             self.journal.note(str(message.get("kind") or event), **facts)
         elif event == wire.PLAN and isinstance(message.get("record"), dict):
             self.journal.save_record(plan=message["record"])
+        self._power.answered(self, message)
         if event in (wire.CHECKED, wire.PHASE):
             self._working(event == wire.CHECKED or message.get("name") != "starting")
 
