@@ -35,6 +35,7 @@ if [ -n "$TRAINERD_PYTHON" ]; then
     fi
 else
     if [ -n "$fresh" ] || ! "$python" -I -S "$here/launcher/stamp.py" 2>/dev/null; then
+        [ -z "$_TRAINERD_COMPLETE" ] || exit 0  # a shell asks how the line may go on: nothing is installed for that
         find_python || exit
         "$base" "$here/launcher/install.py" $fresh || exit
     fi

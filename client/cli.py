@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from trainerd.contract.errors import EXIT_USAGE, UsageError
 from trainerd.contract.paths import Home
@@ -31,6 +34,9 @@ COMMANDS = {
     "completion": "Print the script that completes commands in your shell.",
 }
 _HIDDEN = ("menu", "foreground", "login")
+_PRESETS = ("quick", "standard", "extended")  # which the launcher takes in the place of a command
+ASKING = "_TRAINERD_COMPLETE"
+"""In the environment when a shell asks how a line may go on: the same name however we are called."""
 pass_home = click.make_pass_decorator(Home)
 
 
@@ -44,6 +50,13 @@ class _Commands(click.Group):
         command: click.Command = import_module(f".commands.{name}", __package__).command
         return command
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The commands and their options; behind the launcher the presets too."""
+        found = [CompletionItem(verb, help=text) for verb, text in COMMANDS.items()]
+        found += [CompletionItem(name, help=f"Start with the preset {name}.") for name in _PRESETS if _by_launcher()]
+        options = click.Command.shell_complete(self, ctx, incomplete)
+        return [*(item for item in found if str(item.value).startswith(incomplete)), *options]
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list without importing a single command."""
         with formatter.section("Commands"):
@@ -52,6 +65,8 @@ class _Commands(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         """A mistyped command names the nearest one."""
         name = args[0]
+        if ctx.resilient_parsing and _by_launcher() and name in _PRESETS:
+            return "start", self.get_command(ctx, "start"), args[1:]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
             from trainerd.config.nearest import nearest
 
@@ -66,6 +81,10 @@ class _Commands(click.Group):
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=lambda c, _, v: _version(c, v))
 def group() -> None:
     """A background trainer for an ordinary laptop. Start it once, and it finishes."""
+
+
+def _by_launcher() -> bool:
+    return Path(sys.argv[0]).stem == "start_training"
 
 
 def _version(context: click.Context, asked: bool) -> None:
@@ -83,7 +102,7 @@ def _version(context: click.Context, asked: bool) -> None:
 def run(words: Sequence[str], home: Home) -> int:
     """Run one command line; returns the exit code. Commands return theirs, None meaning 0."""
     try:
-        result: Any = group.main(list(words), prog_name=console.program(), standalone_mode=False, obj=home)
+        result: Any = group.main(list(words), prog_name=console.program(), complete_var=ASKING, standalone_mode=False, obj=home)
         return int(result or 0)
     except click.exceptions.Exit as left:
         return left.exit_code

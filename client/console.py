@@ -27,7 +27,23 @@ def say(text: str = "") -> None:
 def complain(text: str) -> None:
     """One message beside the standard output, so that --json stays one document."""
     if sys.stderr is not None:
-        print(text, file=sys.stderr, flush=True)
+        print(filled(text, sys.stderr), file=sys.stderr, flush=True)
+
+
+def filled(text: str, stream: TextIO | None, indent: str = "") -> str:
+    """The text with its lines broken between words, where the terminal would break them within one; unchanged for a pipe."""
+    if stream is None or not is_terminal(stream):
+        return text
+    try:
+        width = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return text
+    if width <= len(indent) or all(len(line) <= width for line in text.split("\n")):
+        return text
+    from textwrap import wrap  # only where something is too long
+
+    broken = (wrap(line, width, subsequent_indent=indent, break_on_hyphens=False) or [""] for line in text.split("\n"))
+    return "\n".join(part for parts in broken for part in parts)
 
 
 def program() -> str:

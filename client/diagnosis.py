@@ -11,12 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from trainerd.contract import runs, status
+from trainerd.contract.errors import TrainerdError
 from trainerd.contract.paths import Home
 from trainerd.machine import adapters, autostart, filesystem, gpu
-from trainerd.machine.memory import ram
+from trainerd.machine.memory import RamFacts, ram
 from trainerd.machine.power import power
+from trainerd.memory.limits import ADVICE
 
 from . import console, packages, registration
+from .limits import passed
 from .words import size
 
 _SUPPORTED = ((3, 10), (3, 14))
@@ -44,6 +48,7 @@ def examine(home: Home) -> list[Finding]:
         lambda: driver(gpu.devices(), gpu.driver_version(), adapters.nvidia_present()),
         lambda: [bitsandbytes(packages.bitsandbytes_cuda(), packages.torch_facts())],
         lambda: [memory(ram().total_bytes)],
+        lambda: limits(home, ram(), gpu.devices()),
         lambda: [disk(filesystem.free_bytes(home.root))],
         lambda: place(home, filesystem.synced_folder(home.root), filesystem.network_filesystem(home.root)),
         lambda: [writable(home)],
@@ -115,6 +120,25 @@ def memory(total_bytes: int) -> Finding:
         remedy = "Use smaller data (--dataset-size), and close other programs while training."
         return Finding("RAM", "warning", f"{size(total_bytes)} of RAM is little.", remedy)
     return Finding("RAM", "ok", f"{size(total_bytes)} of RAM")
+
+
+def limits(home: Home, now: RamFacts, gpus: list[gpu.GpuFacts]) -> list[Finding]:
+    """Memory limits that are passed already: those of the run this home shows, else the ones a start would take."""
+    reading = status.read(home)
+    if reading.alive:
+        return []  # what is in use includes the training itself
+    chosen = _chosen_limits(home, reading)
+    found = passed(chosen.get("ram_limit", "auto"), chosen.get("vram_limit", "auto"), now, gpus)
+    return [Finding("memory", "warning", text, ADVICE) for text in found]
+
+
+def _chosen_limits(home: Home, reading: status.Reading) -> dict[str, str]:
+    try:
+        record = runs.read(home, reading.status.run or "") if reading.status else None
+    except (OSError, TrainerdError):
+        record = None
+    chosen = (record.config.get("memory") if record is not None and not record.finished else None) or {}
+    return {key: str(value) for key, value in chosen.items()}
 
 
 def disk(free_bytes: int | None) -> Finding:

@@ -37,5 +37,11 @@ def shortened(text: str, width: int, sign: str = "...") -> str:
     return (head.rstrip() + sign)[:width]
 
 
+def beside(texts: Sequence[str], width: int, gap: str = "     ") -> str:
+    """Texts beside each other where they fit, else below each other: what is to be typed is not broken."""
+    line = gap.join(texts)
+    return line if len(line) <= width else "\n".join(texts)
+
+
 def _line(parts: Sequence[Part]) -> str:
     return "".join(part.text if place == 0 else part.before + part.text for place, part in enumerate(parts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 
 from trainerd.contract import status
@@ -19,5 +20,6 @@ def show(home: Home, as_json: bool) -> int:
     else:
         fancy = console.can_show("█░·×")
         text = "\n".join(view.lines(reading, time.time(), fancy, console.program()))
-        console.say(text if fancy else text.replace("·", "|").replace("×", "x"))
+        text = text if fancy else text.replace("·", "|").replace("×", "x")
+        console.say(console.filled(text, sys.stdout, view.INDENT))
     return view.exit_code(reading)

@@ -92,5 +92,3 @@ def _unexpected(error: Exception) -> TrainerdError:
     except OSError:
         return TrainerdError(f"An error in trainerd itself: {type(error).__name__}: {error}", text)
     return TrainerdError(f"An error in trainerd itself: {type(error).__name__}: {error}", f"Its traceback is in {path}.")
-
-

@@ -9,13 +9,15 @@ import click
 
 from trainerd.config.load import Resolved, resolve
 
+from . import offers
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _OPTIONS = [
-    click.option("--task", metavar="NAME|FILE.py:Class", help="What to train: a built-in task (cadence), or your own."),
-    click.option("--preset", metavar="NAME", help="quick, standard or extended."),
-    click.option("--config", metavar="FILE.yml", help="A configuration file, YAML or JSON."),
-    click.option("--data", metavar="PATH", help="File or folder to learn from; without it the task brings its own data."),
+    click.option("--task", metavar="NAME|FILE.py:Class", shell_complete=offers.tasks, help="What to train: a built-in task, or your own."),
+    click.option("--preset", metavar="NAME", shell_complete=offers.presets, help="quick, standard or extended."),
+    click.option("--config", metavar="FILE.yml", shell_complete=offers.paths, help="A configuration file, YAML or JSON."),
+    click.option("--data", metavar="PATH", shell_complete=offers.paths, help="File or folder to learn from; without it built-in data."),
     click.option("--epochs", metavar="N", help="Passes over the data."),
     click.option("--dataset-size", metavar="N", help="Use only N samples."),
     click.option("--set", "sets", multiple=True, metavar="section.key=value", help="Any setting, e.g. --set train.lr=1e-4; repeatable."),

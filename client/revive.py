@@ -14,6 +14,7 @@ from trainerd.contract.paths import Home
 from trainerd.contract.runs import RunRecord
 from trainerd.contract.status import Reading
 
+from . import registration
 from .home import holds_own_status
 from .words import moment
 
@@ -51,4 +52,6 @@ def _missed(home: Home, reading: Reading) -> RunRecord | None:
         record = runs.read(home, found.run)
     except (OSError, Unreadable):
         return None
+    if found.boot_id != clock.boot_id() and registration.read(home).without == record.id:
+        return None  # --no-autostart: not by itself after a reboot
     return record if record.wanted == runs.WANTED_RUNNING and record.outcome is None else None

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from trainerd.contract.paths import Home
+from trainerd.contract.status import Reading
 
-from .words import known
+from .words import clean, known
 
 _BLOCK_BYTES = 64 * 1024
 _MOST_POINTS = 2048
 _SPOTS = 400
 _SPOT_BYTES = 600
+_MOST_BYTES = 1 << 20
+_LONGEST = 2000
 
 
 def last_lines(path: Path, num_lines: int) -> list[str]:
@@ -35,6 +39,35 @@ def last_lines(path: Path, num_lines: int) -> list[str]:
 def newest_log(home: Home) -> Path | None:
     """The log of the newest trainer start; names sort by time."""
     return max(home.logs.glob("training_*.log"), default=None, key=lambda path: path.name)
+
+
+class OwnWords:
+    """What the task itself prints: the lines of the trainer's log that are not the engine's, which begin with a time."""
+
+    _ENGINES = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._log: str | None = None
+        self._offset = 0
+
+    def read(self, reading: Reading) -> list[str]:
+        """The whole lines added since the last look; a restarted trainer has a new log, which is read from its beginning."""
+        log = reading.status.log if reading.status else None
+        if log is None:
+            return []
+        if log != self._log:
+            self._log, self._offset = log, 0
+        try:
+            with open(self._home.root / log, "rb") as file:
+                file.seek(self._offset)
+                content = file.read(_MOST_BYTES)
+        except OSError:
+            return []
+        whole = content[: content.rfind(b"\n") + 1] or (content if len(content) == _MOST_BYTES else b"")
+        self._offset += len(whole)
+        lines = whole.decode("utf-8", "replace").splitlines()
+        return [clean(line.expandtabs(), _LONGEST) for line in lines if line.strip() and not self._ENGINES.match(line)]
 
 
 class Losses:

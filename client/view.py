@@ -23,6 +23,8 @@ from .fit import Part, joined
 from .words import NOT_KNOWN, ago, bar, clean, count, duration, known, moment, number, percent, share, size
 
 _LEAST_BAR = 6
+INDENT = " " * 13
+"""What stands before the values of a report."""
 _EXITS = {STOPPED: 3, NEVER_STARTED: 3, FAILED: 4, CRASHED: 4, UNREADABLE: 4, NOT_ANSWERING: 4}
 
 
@@ -44,7 +46,7 @@ def lines(reading: Reading, now: float, fancy: bool, program: str) -> list[str]:
     if reading.reason:
         report.append(f"  {clean(reading.reason)}")
     if reading.status is not None:
-        report += [f"  {label:<11}{text}" for label, text in rows(reading.status, reading, now, fancy)]
+        report += [f"  {label:<{len(INDENT) - 2}}{text}" for label, text in rows(reading.status, reading, now, fancy)]
         report += [f"  ! {clean(warning)}" for warning in reading.status.warnings[-5:]]
     return report + [f"  {hint}" for hint in what_next(reading, program)]
 
@@ -97,7 +99,7 @@ def progress(status: Status, fancy: bool, bar_width: int = 24, width: int | None
         parts.append(Part(f"step {count(now.step)}{of}", 1))
     if known(now.epoch) and known(now.epochs):
         parts.append(Part(f"epoch {count(now.epoch)} of {count(now.epochs)}", 3))
-    if done is not None:
+    if done is not None and bar_width:
         parts.insert(0, Part(stretched(done, joined(parts), bar_width, width, fancy), 4))
     return joined(parts, width)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,11 +21,12 @@ from pathlib import Path
 ROOT = Path(os.path.abspath(__file__)).parent.parent
 sys.path[:1] = [str(ROOT)]  # run as a script, from any folder
 
-from launcher import stamp, torch_build  # noqa: E402
+from launcher import progress, stamp, torch_build  # noqa: E402
 from launcher.problems import explain  # noqa: E402
 from trainerd.contract.errors import Refused, TrainerdError  # noqa: E402
 from trainerd.contract.lock import FileLock, is_held  # noqa: E402
 
+_PIP_TELLS_PROGRESS = (24, 1)
 _MARK, _LOG = "trainerd-installing", "trainerd-install.log"
 _UPDATE_NEEDS_BYTES = 1 << 29
 
@@ -62,6 +64,7 @@ def _install_locked(venv: Path, extras: list[str], fresh: bool) -> None:
     except OSError as error:
         remedy = "Close what uses it (start_training stop), check its permissions, start again."
         raise TrainerdError(f"{venv} cannot be written: {error.strerror}.", remedy) from None
+    say(f"All that is said meanwhile: {venv / _LOG}")
     steps = _Steps(venv, f"{build.needs_bytes >> 30} GB")
     if not python_of(venv).exists():
         steps.run("Making the environment", [sys.executable, "-m", "venv", str(venv)])
@@ -135,7 +138,7 @@ def requirements(venv: Path, extras: list[str]) -> list[str]:
 
 
 class _Steps:
-    """Runs the steps of an installation in front of the person; what they say on stderr also explains a failure."""
+    """Runs the steps of an installation in front of the person; what they say goes to the log, and explains a failure."""
 
     def __init__(self, venv: Path, needed: str) -> None:
         self.venv, self.needed = venv, needed
@@ -145,18 +148,22 @@ class _Steps:
 
     def pip(self, doing: str, arguments: list[str]) -> None:
         command = [str(python_of(self.venv)), "-m", "pip", "install", "--log", str(self.venv / _LOG), "--prefer-binary"]
-        self.run(doing, [*command, *arguments])
+        self.run(doing, [*command, *self._progress(), *arguments])
+
+    def _progress(self) -> list[str]:
+        """pip tells how far a download is where it can do so in plain lines."""
+        command = [str(python_of(self.venv)), "-m", "pip", "--version"]
+        answer = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=self.environment, check=False)
+        found = re.match(r"pip (\d+)\.(\d+)", answer.stdout)
+        return ["--progress-bar", "raw"] if found and (int(found[1]), int(found[2])) >= _PIP_TELLS_PROGRESS else []
 
     def run(self, doing: str, command: list[str]) -> None:
-        say(f"{doing} ...")
-        said: list[str] = []
-        with subprocess.Popen(command, stderr=subprocess.PIPE, env=self.environment) as process:
-            assert process.stderr is not None
-            for raw in process.stderr:
-                said.append(raw.decode("utf-8", "replace"))
-                sys.stderr.write(said[-1])
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=self.environment) as process:
+            said = progress.shown(doing, process, sys.stdout)
         if process.returncode != 0:
-            raise self._explained(doing, "".join(said))
+            if not (self.venv / _LOG).exists():  # pip keeps its own, longer one
+                (self.venv / _LOG).write_text(said, "utf-8")
+            raise self._explained(doing, said)
 
     def verify(self) -> str:
         """Import what matters once: torch's version and what it computes on. Also compiles it, so that the first start is quick."""

@@ -74,7 +74,7 @@ def explain(output: str, *, doing: str, folder: Path, needed: str, log: Path) ->
     values = {"folder": folder, "needed": needed, "python": "{}.{}".format(*sys.version_info[:2])}
     for pattern, what, remedy in _KNOWN:
         if re.search(pattern, output):
-            return TrainerdError(f"{doing} failed. {what.format(**values)}", remedy.format(**values))
+            return TrainerdError(f"{doing} failed. {what.format(**values)}", f"{remedy.format(**values)}\nAll it said is in {log}.")
     said = [line.strip() for line in output.splitlines() if line.strip()]
     last = said[-1] if said else "It said nothing."
     return TrainerdError(f"{doing} failed. Its last words: {last}", f"All it said is in {log}. Try once more: start_training reinstall")

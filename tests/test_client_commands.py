@@ -205,18 +205,6 @@ def test_the_menu_does_what_the_commands_do(person: Person, home: Home) -> None:
         assert done.returncode == 0 and "RUNNING" in done.stdout and "Stopped" in done.stdout
 
 
-@LINUX_ONLY
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_prints_a_script(person: Person, shell: str) -> None:
-    """A script for the shell, and the answers it asks for."""
-    done = person.types("completion", shell)
-    assert done.returncode == 0 and "_TRAINERD_COMPLETE" in done.stdout
-    environment = {**person.environment, "_TRAINERD_COMPLETE": "bash_complete", "COMP_WORDS": "trainerd sta", "COMP_CWORD": "1"}
-    code = "import sys; sys.argv[0] = 'trainerd'; from client.main import main; sys.exit(main([]))"
-    asked = subprocess.run([sys.executable, "-c", code], env=environment, cwd=DOOR.parent, capture_output=True, text=True, check=False)
-    assert {"plain,start", "plain,status"} <= set(asked.stdout.split())
-
-
 def test_which_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--home, else TRAINERD_HOME, else the checkout, else the current folder in use, else the user's own."""
     monkeypatch.chdir(tmp_path)
@@ -261,6 +249,17 @@ def test_an_error_of_ours_is_words_with_the_traceback_in_a_file(
     path = Path(told.split("traceback is in ")[1].strip().rstrip("."))
     assert "Traceback" in path.read_text("utf-8")
     path.unlink()
+
+
+def test_the_menu_says_what_is_going_on_and_fits_a_narrow_terminal(person: Person, home: Home) -> None:
+    """Above the choices how it stands; in 40 columns no line is broken by the terminal."""
+    files.write_json(home.status, {"schema": 1, "state": "completed", "run": "r", "reason": "Completed. The model is in models/r."})
+    person.environment["COLUMNS"] = "40"
+    done = person.types("menu", given="")
+    assert done.returncode == 0 and "Now: Completed. The model is in" in done.stdout and "  9  Exit\n" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 40
+    person.environment["COLUMNS"] = "80"
+    assert "  1  Quick test          3 epochs, 5,000 samples\n" in person.types("menu", given="").stdout
 
 
 @LINUX_ONLY

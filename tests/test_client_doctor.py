@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from client import diagnosis, packages
+from client import diagnosis, limits, packages
 from tests.person import Person
+from trainerd.contract import files, runs
 from trainerd.contract.paths import Home
+from trainerd.contract.runs import RunRecord
 from trainerd.machine import adapters
 from trainerd.machine.gpu import GpuFacts
+from trainerd.machine.memory import RamFacts
 
 GB = 10**9
 RTX = GpuFacts(0, "GPU-1", "NVIDIA GeForce RTX 3050", 4 * GB, 0, 40.0, 10.0, 0.0)
@@ -102,3 +105,19 @@ def test_an_nvidia_adapter_is_seen_without_a_driver(tmp_path: Path) -> None:
     assert adapters.nvidia_present(tmp_path)
     (tmp_path / "a" / "class").write_text("0x028000", encoding="ascii")
     assert not adapters.nvidia_present(tmp_path) and not adapters.nvidia_present(tmp_path / "none")
+
+
+def test_a_limit_below_what_is_in_use_is_named(home: Home) -> None:
+    """RAM and VRAM with the number in use now; a limit that can be kept is not; the run this home shows decides which limits count."""
+    now = RamFacts(6_100_000_000, 16_000_000_000)
+    card = GpuFacts(0, "GPU-1", "Stub", 4_000_000_000, 3_900_000_000, None, None, None)
+    ram, vram = limits.passed("4GB", "auto", now, [card])
+    assert ram == "memory.ram_limit is 4GB, and 6.1 GB are in use now, without the training: it cannot be kept."
+    assert vram.startswith("memory.vram_limit is auto (3.5 GB), and 3.9 GB are in use now")
+    assert limits.passed("auto", "99%", now, [card]) == [] == limits.passed("80%", "auto", now, [])
+    assert diagnosis.limits(home, now, []) == []
+    config = {"memory": {"ram_limit": "4GB", "vram_limit": "auto"}}
+    runs.write(home, RunRecord("r", "cadence", 1.0, config, {}))
+    files.write_json(home.status, {"schema": 1, "state": "stopped", "run": "r"})
+    (found,) = diagnosis.limits(home, now, [])
+    assert found.level == "warning" and "6.1 GB" in found.text and "close other programs" in found.remedy

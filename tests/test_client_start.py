@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from trainerd.contract.paths import Home
 from trainerd.contract.runs import RunRecord
 
 LINUX_ONLY = pytest.mark.skipif(sys.platform == "win32", reason="sessions and signals of POSIX")
-TASK = '''
+TASK = """
 import torch
 from torch import nn
 from trainerd.engine.task import Task
@@ -37,7 +38,7 @@ class Mine(Task):
     def counts(self, batch): return {"loss": len(batch["y"])}
     def loss(self, model, batch, ctx):
         return {"loss": (nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="sum"), 1.0)}, {}
-'''
+"""
 FOR_LONG = ("--epochs", "100000")
 
 
@@ -173,18 +174,40 @@ def test_the_newest_unfinished_run_is_resumed_as_recorded(home: Home) -> None:
 
 
 @LINUX_ONLY
-def test_training_in_the_foreground_shows_the_log_and_stops_at_ctrl_c(person: Person, home: Home, task: str) -> None:
-    """optimized_train.py: same lock, same status; Ctrl-C commits and stops; the same words go on from there."""
+def test_training_in_the_foreground_tells_its_stages_and_stops_at_ctrl_c(person: Person, home: Home, task: str, tmp_path: Path) -> None:
+    """optimized_train.py: same lock, same status, one line per stage, what the task prints, the end once; the same words go on."""
+    (tmp_path / "mine.py").write_text(
+        TASK.replace("    def model(self): ", "    def model(self):\n        print('the task says hello')\n        "), "utf-8"
+    )
     words = [sys.executable, str(DOOR.with_name("optimized_train.py")), "--home", str(home.root), "--task", task, *FOR_LONG]
+    words += ["--set", "polite.priority=normal", "--set", "train.threads=1"]
     for _ in range(2):
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with subprocess.Popen(words, **streams, env=person.environment, start_new_session=True) as shell:  # type: ignore[call-overload]
-            person.waits_for(lambda r: r.alive and r.status and (r.status.progress.step or 0) > 3 and r.state == status.RUNNING, 60)
+            person.waits_for(lambda r: r.alive and r.status and (r.status.progress.step or 0) > 3 and r.state == status.RUNNING, 120)
             assert person.types("start").returncode == 5
+            assert shell.stdout
+            out = "".join(iter(lambda: line if "first step is done" not in (line := shell.stdout.readline()) else "", ""))
             os.killpg(shell.pid, signal.SIGINT)
-            out, _ = shell.communicate(timeout=30)
-            assert shell.returncode == 0, out.decode()
+            out += shell.communicate(timeout=30)[0]
+            assert shell.returncode == 0, out
         person.waits_until_gone()
-        assert b"Stopped" in out and b"training" in out and status.read(home).state == status.STOPPED
-    assert b"unfinished run" in out and len(runs.names(home)) == 1
+        for told in (
+            "in this terminal. Ctrl-C",
+            "loads PyTorch",
+            "the task says hello",
+            "Stopping. Ctrl-C once more",
+            "Go on from the last",
+        ):
+            assert out.count(told) == 1, f"{told!r} in\n{out}"
+        assert out.count("Stopped") == 1 and status.read(home).state == status.STOPPED, out
+    assert "unfinished run" in out and len(runs.names(home)) == 1
     assert list(home.run(person.run()).checkpoints.glob("*.json"))
+
+
+def test_a_memory_limit_that_is_passed_already_is_told(person: Person, task: str) -> None:
+    """Below what the machine uses before the training begins: a warning with that number at once, and in the status."""
+    done = person.starts("--task", task, *FOR_LONG, "--set", "memory.ram_limit=50MB")
+    assert re.search(r"Warning: memory\.ram_limit is 50MB, and \d+\.\d GB are in use now.* close other programs", done.stderr), done.stderr
+    reading = person.sees()
+    assert reading.status and any("memory.ram_limit is 50MB" in warning for warning in reading.status.warnings)

@@ -98,6 +98,9 @@ def test_first_start_installs_and_shows_the_menu_later_ones_are_instant(machine:
     assert told["called"] == str(machine.checkout / "start_training.sh")
     assert "PyTorch: the cpu build (no NVIDIA driver answers)" in first.stdout
     assert "Installed: torch 2.13.0+cpu, computing on the CPU." in first.stdout
+    for noise in ("Collecting", "Downloading", "Looking in indexes", "━"):
+        assert noise not in first.stdout + first.stderr, first.stdout
+    assert len(first.stdout.splitlines()) < 15 and str(machine.checkout / ".venv" / "trainerd-install.log") in first.stdout
     seconds = []
     for words, expected in ((["quick", "--epochs", "1"], ["start", "--preset", "quick", "--epochs", "1"]), (["status"], ["status"])):
         begun = time.monotonic()
@@ -139,7 +142,8 @@ def test_what_the_checkout_newly_asks_for_is_installed(machine: Machine, index: 
     pyproject.write_text(pyproject.read_text("utf-8").replace("dependencies = [\n", 'dependencies = [\n  "newly-needed>=1",\n', 1), "utf-8")
     again = machine.start("status")
     client_of(again)
-    assert "Successfully installed newly-needed-1.0" in again.stdout and "Making the environment" not in again.stdout
+    assert "unpacking 1 package\n" in again.stdout and "Making the environment" not in again.stdout
+    assert "Successfully installed newly-needed-1.0" in (machine.checkout / ".venv" / "trainerd-install.log").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -213,6 +217,8 @@ def test_no_network_is_said_in_words(machine: Machine) -> None:
     assert done.returncode == 4
     assert "There is no network, or the package index cannot be reached." in done.stderr
     assert "What to do: Check the connection" in done.stderr
+    log = done.stderr.rpartition("All it said is in ")[2].strip().rstrip(".")
+    assert "Could not fetch URL" in Path(log).read_text("utf-8")
     assert "Traceback" not in done.stderr
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from launcher import start
 from launcher.problems import explain
+from launcher.progress import Pip
 from launcher.torch_build import Driver, choose, driver_warning, from_pypi
 from trainerd.contract.errors import UsageError
 
@@ -106,6 +107,20 @@ def test_an_installations_last_words_become_a_remedy(said: str, what: str, remed
     error = explain(said, doing="Installing PyTorch", folder=Path("/here"), needed="9 GB", log=Path("/here/install.log"))
     assert error.message.startswith("Installing PyTorch failed.") and what in error.message
     assert remedy in error.hint and error.exit_code == 4
+
+
+def test_what_pip_prints_becomes_one_calm_line() -> None:
+    """What is fetched with its size and how much of it has come, then what is unpacked; everything else is not a person's matter."""
+    pip = Pip()
+    assert [pip.take(line) for line in ("Looking in indexes: x\n", "Collecting torch==2.13.0\n")] == ["", ""] and pip.now == ""
+    address = "  Downloading https://download.pytorch.org/whl/cpu/torch-2.13.0%2Bcpu-cp311-cp311-linux_x86_64.whl (182.4 MB)\n"
+    assert pip.take(address) == "torch 2.13.0+cpu, 182.4 MB"
+    pip.take("Progress 50 of 200\n")
+    assert pip.now == "torch 2.13.0+cpu, 25 % of 182.4 MB"
+    assert pip.take("  Downloading idna-3.20-py3-none-any.whl.metadata (8 kB)\n") == "" and pip.now.startswith("torch")
+    assert pip.take("  Downloading idna-3.20-py3-none-any.whl (69 kB)\n") == "" and pip.now == "idna 3.20, 69 kB (after 182 MB)"
+    assert pip.take("  Downloading odd{0}.zip (70 MB)\n") == "odd0.zip, 70 MB (after 182 MB)"
+    assert pip.take("Installing collected packages: a, b, c\n") == "unpacking 3 packages" == pip.now
 
 
 def test_the_words_behind_the_launcher() -> None:

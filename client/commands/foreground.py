@@ -5,7 +5,9 @@ Ctrl-C reaches the supervisor too: it commits a checkpoint and stops. Must not e
 
 from __future__ import annotations
 
+import signal
 import subprocess
+import time
 from typing import Any
 
 import click
@@ -13,9 +15,12 @@ import click
 from trainerd.contract import errors, requests, status
 from trainerd.contract.errors import TrainerdError
 from trainerd.contract.paths import Home
+from trainerd.contract.status import Reading
 
-from .. import choose, console, follow, launch, options, view
+from .. import choose, console, follow, launch, limits, options, stages, tail, view
 from ..cli import pass_home
+
+_LOOK_SECONDS = 0.25
 
 
 @click.command("foreground", hidden=True)
@@ -27,7 +32,8 @@ def command(home: Home, /, **words: Any) -> int:
     follow.refuse_if_running(home)
     warnings = follow.prepare_home(home)
     choice = choose.choose(home, asked, resume=not words["no_resume"])
-    for warning in warnings:
+    chosen = choice.config.memory
+    for warning in (*warnings, *limits.warnings(chosen.ram_limit, chosen.vram_limit)):
         console.complain(f"Warning: {warning}")
     if choice.told:
         console.say(choice.told)
@@ -36,27 +42,46 @@ def command(home: Home, /, **words: Any) -> int:
         supervisor = launch.attached(home, instance, request.id)
     except OSError as error:
         raise TrainerdError(f"The supervisor could not be started: {error.strerror or error}.") from None
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever called may have it ignored; the supervisor obeys it anyway
+    run, program = choice.run, console.program()
+    console.say(f"Training {run} in this terminal. Ctrl-C saves a checkpoint and stops. From another one: {program} status")
     try:
-        code = _wait(supervisor)
+        code = _follow(home, supervisor, instance)
     finally:
         requests.withdraw(home.control / f"{request.id}.json")
     return _result(home, instance, code)
 
 
-def _wait(supervisor: subprocess.Popen[bytes]) -> int:
+def _follow(home: Home, supervisor: subprocess.Popen[bytes], instance: str) -> int:
+    """Tell the training from its status, and what the task itself prints from its log, until the supervisor has ended."""
+    teller, own_words = stages.Teller(), tail.OwnWords(home)
     while True:
         try:
-            return supervisor.wait()
+            code = supervisor.poll()
+            reading = status.read(home)
+            if _is_mine(reading, instance):
+                for line in (*own_words.read(reading), *teller.lines(reading, time.time())):
+                    console.say(line)
+            if code is not None:
+                return code
+            time.sleep(_LOOK_SECONDS)
         except KeyboardInterrupt:
-            continue  # the supervisor got it as well; a second Ctrl-C makes it leave without saving
+            # The supervisor got it as well; a second one makes it leave without saving.
+            console.say("Stopping. Ctrl-C once more does not wait for the checkpoint.")
+
+
+def _is_mine(reading: Reading, instance: str) -> bool:
+    shown = reading.status
+    return shown is not None and shown.supervisor is not None and shown.supervisor.instance == instance
 
 
 def _result(home: Home, instance: str, code: int) -> int:
     reading = status.read(home)
-    shown = reading.status
-    mine = shown is not None and shown.supervisor is not None and shown.supervisor.instance == instance
+    mine = _is_mine(reading, instance)
     if code == errors.EXIT_REFUSED and not mine:
         raise follow.already_running(home, reading)
     if mine:
         console.say(view.summary(reading))
+        for line in view.what_next(reading, console.program()):
+            console.say(line)
     return code

@@ -5,27 +5,31 @@ Every choice is a command line that could be typed; the menu comes back after it
 
 from __future__ import annotations
 
+import shutil
 import sys
+from textwrap import wrap
 
 import click
 
+from trainerd.contract import status
 from trainerd.contract.errors import TrainerdError
 from trainerd.contract.paths import Home
 
-from .. import console, revive
+from .. import console, revive, view
 from ..cli import pass_home, run
 
 _CHOICES = [
-    ("1", "Quick test          3 epochs, 5,000 samples", ["start", "--preset", "quick"]),
-    ("2", "Standard training   5 epochs, 10,000 samples", ["start", "--preset", "standard"]),
-    ("3", "Extended training   8 epochs, 20,000 samples", ["start", "--preset", "extended"]),
-    ("4", "Resume              go on with the unfinished training", ["resume"]),
-    ("5", "Status              what is happening now", ["status"]),
-    ("6", "Monitor             watch it live", ["monitor"]),
-    ("7", "Stop                save a checkpoint and end", ["stop"]),
-    ("8", "System check        is this machine ready?", ["doctor"]),
-    ("9", "Exit                a running training goes on", []),
+    ("1", "Quick test", "3 epochs, 5,000 samples", ["start", "--preset", "quick"]),
+    ("2", "Standard training", "5 epochs, 10,000 samples", ["start", "--preset", "standard"]),
+    ("3", "Extended training", "8 epochs, 20,000 samples", ["start", "--preset", "extended"]),
+    ("4", "Resume", "go on with the unfinished training", ["resume"]),
+    ("5", "Status", "what is happening now", ["status"]),
+    ("6", "Monitor", "watch it live", ["monitor"]),
+    ("7", "Stop", "save a checkpoint and end", ["stop"]),
+    ("8", "System check", "is this machine ready?", ["doctor"]),
+    ("9", "Exit", "a running training goes on", []),
 ]
+_NAME, _WIDE = 20, 70
 
 
 @click.command("menu", hidden=True)
@@ -36,9 +40,9 @@ def command(home: Home, no_revive: bool) -> int:
     told = "" if no_revive else revive.revive(home)
     if told:
         console.say(told)
-    by_key = {key: words for key, _, words in _CHOICES}
+    by_key = {key: words for key, _, _, words in _CHOICES}
     while True:
-        _show()
+        _show(home)
         key = _ask()
         if key is None or key in ("9", "q", "x", "0", "exit", "quit"):
             return 0
@@ -49,10 +53,15 @@ def command(home: Home, no_revive: bool) -> int:
         _do(home, by_key[key])
 
 
-def _show() -> None:
-    console.say("\ntrainerd: train in the background, and keep using your computer\n")
-    for key, text, _ in _CHOICES:
-        console.say(f"  {key}  {text}")
+def _show(home: Home) -> None:
+    """What there is to choose, and above it what is going on; in a narrow terminal by name alone."""
+    width = shutil.get_terminal_size().columns
+    reading = status.read(home)
+    stands = "" if reading.state == status.NEVER_STARTED else f"Now: {view.summary(reading)}"
+    console.say("\n" + "\n".join(wrap("trainerd: train in the background, and keep using your computer", width)))
+    console.say("\n".join(wrap(stands, width)) + "\n" if stands else "")
+    for key, name, text, _ in _CHOICES:
+        console.say(f"  {key}  {name:<{_NAME}}{text}" if width >= _WIDE else f"  {key}  {name}")
 
 
 def _ask() -> str | None:
@@ -63,7 +72,7 @@ def _ask() -> str | None:
         answer = sys.stdin.readline() if sys.stdin is not None else ""
     except (OSError, ValueError):
         return None
-    if not console.is_terminal(sys.stdin):
+    if not answer or not console.is_terminal(sys.stdin):
         console.say()  # nobody's Enter moved to the next line
     return answer.strip().lower() if answer else None
 

@@ -8,7 +8,7 @@ from trainerd.contract import lock, status
 from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home
 
-from .. import ask, choose, console, follow, view
+from .. import ask, choose, console, follow, offers, view
 from ..cli import pass_home
 from .start import begin
 
@@ -16,7 +16,7 @@ _GOES_ON = (status.STARTING, status.RUNNING, status.WAITING, status.RECOVERING, 
 
 
 @click.command("resume")
-@click.argument("run", required=False)
+@click.argument("run", required=False, shell_complete=offers.run_names)
 @click.option("--timeout", type=click.FloatRange(min=0.1), default=60.0, metavar="S", show_default=True, help="Wait at most S seconds.")
 @pass_home
 def command(home: Home, run: str | None, timeout: float) -> int:

@@ -16,7 +16,7 @@ from trainerd.contract.errors import Refused, TrainerdError, Unreadable, UsageEr
 from trainerd.contract.paths import Home
 from trainerd.contract.runs import RunRecord
 
-from .. import console, words
+from .. import console, offers, words
 from ..cli import pass_home
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
@@ -52,7 +52,7 @@ def list_runs(home: Home, as_json: bool) -> None:
 
 
 @command.command("show")
-@click.argument("run")
+@click.argument("run", shell_complete=offers.run_names)
 @_JSON
 @pass_home
 def show_run(home: Home, run: str, as_json: bool) -> None:
@@ -74,7 +74,7 @@ def show_run(home: Home, run: str, as_json: bool) -> None:
 
 
 @command.command("delete")
-@click.argument("run")
+@click.argument("run", shell_complete=offers.run_names)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @pass_home
 def delete_run(home: Home, run: str, yes: bool) -> None:

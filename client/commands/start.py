@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
 
 import click
@@ -10,7 +11,7 @@ import click
 from trainerd.contract import status
 from trainerd.contract.paths import Home
 
-from .. import choose, console, follow, options, registration, view
+from .. import choose, console, fit, follow, limits, options, registration, view
 from ..cli import pass_home
 
 
@@ -35,6 +36,8 @@ def begin(home: Home, choice: choose.Choice, warnings: list[str], wait: bool, as
         console.complain(f"Warning: {warning}")
     if choice.told and not as_json:
         console.say(choice.told)
+    for warning in limits.warnings(choice.config.memory.ram_limit, choice.config.memory.vram_limit):
+        console.complain(f"Warning: {warning}")
     reading, tied = follow.start(home, choice)
     if tied:
         console.complain(f"Warning: {tied}")
@@ -70,4 +73,5 @@ def _tell(reading: status.Reading, tied: str) -> None:
     console.say(f"{run} is {reading.state} in the background{'' if tied else '; this window may be closed'}.")
     if reading.state == status.WAITING:
         console.say(reading.reason)
-    console.say(f"Look: {program} status     Watch: {program} monitor     End: {program} stop")
+    hints = (f"Look: {program} status", f"Watch: {program} monitor", f"End: {program} stop")
+    console.say(fit.beside(hints, shutil.get_terminal_size().columns))

@@ -6,6 +6,17 @@ from trainerd.contract.sizes import parse_bytes
 
 AUTO_SHARE = 0.875
 """14 GB of 16, 3.5 GB of 4: what is left is for the person at the machine."""
+ADVICE = "Set it higher, or close other programs."
+
+
+def used_already(key: str, limit: str, used_bytes: int, total_bytes: int) -> str:
+    """That a limit is below what is in use without the training, which then could never be kept; "" when it is not. Raises ValueError."""
+    allowed_bytes = resolve_limit(limit, total_bytes)
+    if used_bytes <= allowed_bytes:
+        return ""
+    allowed, used = f"{allowed_bytes / 1e9:.1f} GB", f"{used_bytes / 1e9:.1f} GB"
+    named = f"{key} is {limit} ({allowed})" if limit.strip() == "auto" or limit.strip().endswith("%") else f"{key} is {limit}"
+    return f"{named}, and {used} are in use now, without the training: it cannot be kept."
 
 
 def resolve_limit(text: str, total_bytes: int) -> int:

@@ -1,6 +1,6 @@
 """`python -m trainerd.supervisor`: one supervisor for one home, from the lock to the exit code. Must not watch a trainer itself.
 
-The client spawns it detached; with --foreground it stays attached to a terminal, mirrors the log, and Ctrl-C stops the run.
+The client spawns it detached; with --foreground it stays attached to a terminal, where Ctrl-C stops the run.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from trainerd.contract import errors, requests, status
 from trainerd.contract.errors import AlreadyRunning, TrainerdError
 from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home
 from trainerd.machine.filesystem import network_filesystem, synced_folder
+from trainerd.machine.memory import ram
+from trainerd.memory.limits import ADVICE, used_already
 from trainerd.supervisor import opening, report
 from trainerd.supervisor.loop import Supervisor
 from trainerd.supervisor.trainer import parse_command
@@ -51,16 +54,14 @@ def _supervise(home: Home, instance: str, request_id: str, command: list[str] | 
     aside = report.keep_damaged_aside(home)
     request = opening.read_request(home, instance, request_id)
     start = opening.open_run(home, request.arguments)
-    start.warnings += _about_home(home)
+    start.warnings += [*_about_home(home), *_about_memory(start.record.config.get("memory") or {})]
     if aside is not None:
         start.warnings.append(f"The status file was damaged; it is kept as {aside.name}.")
-    supervisor = Supervisor(home, instance, start, command=command, mirror=foreground)
+    supervisor = Supervisor(home, instance, start, command=command)
     supervisor.report.answer(request.id, request.verb, "done")
     _obey_signals(supervisor, foreground)
     with watching(home.control, lambda: supervisor.inbox.put(None)):
         result = supervisor.run()
-    if foreground:
-        print(supervisor.report.status.reason, flush=True)
     return errors.EXIT_FAILED if result == status.FAILED else errors.EXIT_DONE
 
 
@@ -102,6 +103,13 @@ def _about_home(home: Home) -> list[str]:
     return warnings
 
 
+def _about_memory(limits: dict[str, Any]) -> list[str]:
+    """A limit that was passed before the training began (the GPU's is looked at by the client: asking wakes it)."""
+    facts = ram()
+    warning = used_already("memory.ram_limit", str(limits.get("ram_limit", "auto")), facts.used_bytes, facts.total_bytes)
+    return [f"{warning} {ADVICE}"] if warning else []
+
+
 def _obey_signals(supervisor: Supervisor, foreground: bool) -> None:
     """A signal ends the processes, with a commit; in a terminal, Ctrl-C is the person's own stop."""
 
@@ -123,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--home", required=True, help="the folder that holds everything")
     parser.add_argument("--instance", required=True, help="the name requests call this supervisor by")
     parser.add_argument("--request", required=True, help="id of the start request in control/")
-    parser.add_argument("--foreground", action="store_true", help="stay attached to this terminal and mirror the log")
+    parser.add_argument("--foreground", action="store_true", help="stay attached to this terminal")
     parser.add_argument("--trainer-command", help=argparse.SUPPRESS)
     return parser
 

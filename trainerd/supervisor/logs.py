@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 import time
 from pathlib import Path
 from typing import IO
@@ -13,7 +11,6 @@ from trainerd.contract.paths import Home
 
 KEEP_LOGS = 20
 _TAIL_BYTES = 16 * 1024
-_MIRROR_SECONDS = 0.25
 
 
 def open_new(home: Home) -> tuple[Path, IO[bytes]]:
@@ -60,46 +57,3 @@ def _changed_at(path: Path) -> int:
         return path.stat().st_mtime_ns
     except OSError:
         return 0
-
-
-class Mirror:
-    """Copies what the current log grows by to this terminal (`--foreground`), from a thread of its own."""
-
-    def __init__(self) -> None:
-        self._path: Path | None = None
-        self._at = 0
-        self._end = threading.Event()
-        self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)
-        self._thread.start()
-
-    def follow(self, path: Path) -> None:
-        """Go on with another log, after the rest of the one before."""
-        with self._lock:
-            self._copy()
-            self._path, self._at = path, 0
-
-    def close(self) -> None:
-        """Copy the rest and stop."""
-        self._end.set()
-        self._thread.join(2.0)
-        with self._lock:
-            self._copy()
-
-    def _run(self) -> None:
-        while not self._end.wait(_MIRROR_SECONDS):
-            with self._lock:
-                self._copy()
-
-    def _copy(self) -> None:
-        if self._path is None:
-            return
-        try:
-            with open(self._path, "rb") as file:
-                file.seek(self._at)
-                content = file.read()
-            self._at += len(content)
-            sys.stdout.write(content.decode("utf-8", "replace"))
-            sys.stdout.flush()
-        except (OSError, ValueError):
-            self._path = None  # the terminal is gone: training goes on without a mirror

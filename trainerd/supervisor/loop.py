@@ -63,14 +63,13 @@ class Supervisor:
         *,
         command: list[str] | None = None,
         timing: Timing | None = None,
-        mirror: bool = False,
     ) -> None:
         self.home, self.instance = home, instance
         self.timing = timing or Timing()
         self.journal = journal.Journal(home, start.record)
         self.report = report.Report(home, start.record, SupervisorInfo(os.getpid(), instance, clock.wall()))
         self.inbox: Inbox = queue.SimpleQueue()  # of what wakes us; None is a bare wake-up
-        self.starter = Starter(home, instance, command, mirror=mirror)
+        self.starter = Starter(home, instance, command)
         self.policy = RestartPolicy(self.timing.backoff_seconds)
         self.start_at: float | None = time.monotonic()  # when the next trainer is due; None: not at all
         self.before_step: int | None = None  # it shall go back before this step
@@ -103,7 +102,6 @@ class Supervisor:
             self._rest()
         self.report.write_last()
         self._power.close()
-        self.starter.close()
         return self.result
 
     def tick(self) -> None:

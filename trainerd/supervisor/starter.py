@@ -15,11 +15,10 @@ from trainerd.supervisor.trainer import Inbox, TrainerProcess
 class Starter:
     """Starts the trainers of one supervisor, one after another. `command` stands in for the engine in tests."""
 
-    def __init__(self, home: Home, instance: str, command: list[str] | None, *, mirror: bool) -> None:
+    def __init__(self, home: Home, instance: str, command: list[str] | None) -> None:
         self.can_wrap = True
         self._home, self._instance = home, instance
         self._command = command or interpreter.command("trainerd.engine")
-        self._mirror = logs.Mirror() if mirror else None
         self._starts = 0
 
     def start(self, record: RunRecord, before_step: int | None, inbox: Inbox) -> TrainerProcess:
@@ -36,14 +35,7 @@ class Starter:
         with log[1]:
             started = TrainerProcess(command, environment(record), self._home, log, inbox)
         started.result_before, started.out_of_memory_kills = stamp, kills
-        if self._mirror is not None:
-            self._mirror.follow(log[0])
         return started
-
-    def close(self) -> None:
-        """Show the rest of the log."""
-        if self._mirror is not None:
-            self._mirror.close()
 
 
 def environment(record: RunRecord) -> dict[str, str]:
