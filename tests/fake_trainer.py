@@ -5,16 +5,18 @@ the n-th script (the last one again and again):
 
     {"steps": 20, "every": 5, "pause": 0.01,   train that many steps, a checkpoint every so often
      "polite": true, "save_bytes": 50000000,   steps back like the real one, writes as much
-     "at": 7, "do": "exit:1" | "signal:9" | "raise:text" | "hang" | "finish-silently" | "permanent" | "deaf" | "grandchild" | ...}
+     "at": 7 (or "start"), "do": "exit:1" | "signal:9" | "raise:text" | "hang" | "lock" | "slow:2" | "permanent" | "deaf" | ...}
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import hashlib
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -61,6 +63,7 @@ class FakeTrainer:
         return max((step for step in steps if before_step is None or step < before_step), default=0)
 
     def save(self, request: object = None) -> None:
+        self.send(wire.BEAT, phase="checkpointing", save=None)
         time.sleep(float(str(self.script.get("save_seconds", 0))))
         folder = self.paths.checkpoints
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,6 +78,7 @@ class FakeTrainer:
         (folder / f"{stem}.json").write_text(json.dumps(manifest), encoding="utf-8")
         path = f"checkpoints/{self.paths.name}/{stem}.pt"
         self.send(wire.CHECKPOINT, path=path, request=request, **manifest)
+        self.send(wire.BEAT, phase="training", save=None)
 
     def obey(self) -> None:
         while not self.commands.empty():
@@ -98,12 +102,15 @@ class FakeTrainer:
             self.send(wire.PHASE, name="preparing", done=done, total=self.script["prepare"], unit="rows")
             time.sleep(0.01)
             self.obey()
+        if self.script.get("at") == "start":
+            self.do()
         self.send(wire.PHASE, name="training")
         self.send(wire.PLAN, device="cpu", threads=1, record={"threads": 1})
         while self.step < self.total:
             self.act()
             self.obey()
             self.step += 1
+            self.send(wire.BEAT, phase="training", save=None)
             self.send(wire.PROGRESS, epoch=1, epochs=3, step=self.step, total_steps=self.total, loss=self.loss(), eta_seconds=1.0)
             if self.step % int(str(self.script.get("every", 5))) == 0:
                 self.save()
@@ -117,10 +124,14 @@ class FakeTrainer:
         return float("nan") if self.script.get("do") == "nan" else 1.0 / self.step
 
     def act(self) -> None:
-        if self.step != self.script.get("at", 0):
-            return
+        if self.step == self.script.get("at", 0):
+            self.do()
+
+    def do(self) -> None:
         what, _, value = str(self.script.get("do", "")).partition(":")
-        if what == "exit":
+        if what in _SPECIAL:
+            _SPECIAL[what](self, value)
+        elif what == "exit":
             os._exit(int(value))
         elif what == "signal":
             os.kill(os.getpid(), int(value))
@@ -138,12 +149,32 @@ class FakeTrainer:
             child = subprocess.Popen(words, stdin=null, stdout=self.events, stderr=null)
             (self.home.root / "grandchild.pid").write_text(str(child.pid), encoding="ascii")
             self.script["do"] = value
-            self.act()
+            self.do()
         elif what == "flood":
             for number in range(20_000):
                 self.send(wire.PROGRESS, epoch=1, epochs=3, step=number)
         elif what == "warn":
             self.send(wire.WARNING, text=value)
+
+
+def lock_up(trainer: FakeTrainer, value: str) -> None:
+    """Hold the interpreter's lock for ages: no other thread runs meanwhile."""
+    re.match(r"(a+)+$", "a" * 64 + "b")
+
+
+def no_number(trainer: FakeTrainer, value: str) -> None:
+    step = trainer.step + 1
+    trainer.send(wire.NAN, step=step, epoch=1, what="the loss", samples=[3, 17], num_samples=2, policy="rollback")
+    trainer.send(wire.EXCEPTION, type="NotFinite", text=f"The loss is not a finite number at step {step}.", permanent=False)
+    os._exit(1)
+
+
+_SPECIAL = {
+    "hang": lambda trainer, value: time.sleep(600),
+    "slow": lambda trainer, value: time.sleep(float(value)),
+    "lock": lock_up,
+    "not-finite": no_number,
+}
 
 
 def main() -> int:
@@ -164,6 +195,8 @@ def main() -> int:
         return 1
     if script.get("polite"):
         priority.lower_self(priority.IDLE)
+    if hasattr(faulthandler, "register"):
+        faulthandler.register(signal.SIGUSR1)
     trainer = FakeTrainer(home, options.run, script, options.before_step)
     trainer.send(wire.HELLO, pid=os.getpid())
     if hasattr(signal, "SIGTERM"):

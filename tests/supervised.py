@@ -22,7 +22,15 @@ from trainerd.supervisor import opening
 from trainerd.supervisor.loop import Supervisor, Timing
 
 FAKE = str(Path(__file__).with_name("fake_trainer.py"))
-QUICK = Timing(tick_seconds=0.05, backoff_seconds=0.02, leave_seconds=0.5, leave_now_seconds=0.3, unkillable_seconds=3.0)
+QUICK = Timing(
+    tick_seconds=0.05,
+    backoff_seconds=0.02,
+    device_seconds=0.05,
+    leave_seconds=0.5,
+    leave_now_seconds=0.3,
+    hung_seconds=0.5,
+    unkillable_seconds=3.0,
+)
 RUN = "fake-1"
 _OWN_HIDDEN_CONSOLE = getattr(subprocess, "CREATE_NO_WINDOW", 0) | getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
 

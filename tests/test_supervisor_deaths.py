@@ -169,3 +169,41 @@ def test_death_is_noticed_within_a_second(home: Home) -> None:
         again = daemon.until(lambda r: r.status is not None and r.status.trainer.pid != pid, 1.5)
         assert again.status is not None
         assert again.status.trainer.restarts == 1
+
+
+def test_a_lost_gpu_is_waited_for_and_costs_no_restart(home: Home) -> None:
+    """CUDA's "unknown error" after suspend: `waiting` with the remedy, looked for again and again, none of it a death; then it goes on."""
+    lost = {**FAST, "at": "start", "do": "raise:CUDA error: unknown error\nCUDA kernel errors might be asynchronously reported"}
+    with Daemon(home, lost) as daemon:
+        waiting = daemon.until_state(status.WAITING)
+        assert "Waiting for the GPU: ValueError: CUDA error: unknown error" in waiting.reason
+        assert "modprobe nvidia_uvm" in waiting.reason and "again in 10 s" in waiting.reason
+        daemon.ask("stop")
+        assert daemon.process.wait(5) == 0
+    again = Home(home.root.with_name("again"))
+    supervisor = supervise_here(again, *[lost] * 8, {**FAST, "at": 12, "do": lost["do"]}, FAST)
+    assert supervisor.result == status.COMPLETED
+    assert len(starts(again)) == 10
+    kinds = [line["kind"] for line in journal(again)]
+    assert (kinds.count("device lost"), kinds.count("death")) == (9, 0)
+    assert supervisor.report.status.trainer.restarts == 0
+
+
+def test_a_gpu_that_is_lost_by_what_is_done_with_it_ends_the_run(home: Home) -> None:
+    """It comes back, is trained on, and is lost before anything is saved, every time: that spends the budget, with the remedy."""
+    supervisor = supervise_here(home, {**FAST, "at": 3, "do": "raise:CUDA error: the launch timed out and was terminated"})
+    assert supervisor.result == status.FAILED
+    assert "micro_batch helps" in status.read(home).reason
+    assert len(starts(home)) == 6
+
+
+def test_no_number_goes_back_once_and_the_second_time_at_that_step_is_the_end(home: Home) -> None:
+    """The last checkpoint, once; then `failed` names the step, and the events name the samples."""
+    bad = {**FAST, "at": 12, "do": "not-finite"}
+    assert supervise_here(home, bad, FAST).result == status.COMPLETED
+    again = Home(home.root.with_name("again"))
+    assert supervise_here(again, bad).result == status.FAILED
+    assert len(starts(again)) == 2
+    assert "the second time at the same step: NotFinite: The loss is not a finite number at step 13" in status.read(again).reason
+    told = [line for line in journal(again) if line["kind"] == "not finite"]
+    assert [(line["step"], line["samples"]) for line in told] == [(13, [3, 17])] * 2

@@ -212,3 +212,28 @@ def test_a_trainer_command_is_a_list_of_words(text: str) -> None:
     """The tests' own option is checked too."""
     with pytest.raises(ValueError, match=r"."):
         parse_command(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("CUDA error: unknown error", True),
+        ("CUDA unknown error - this may be due to an incorrectly set up environment", True),
+        ("CUDA error: the launch timed out and was terminated", True),
+        ("CUDA error: no CUDA-capable device is detected", True),
+        ("CUDA driver initialization failed, you might not have a CUDA gpu.", True),
+        ("No CUDA GPUs are available", True),
+        ("CUDA error: device-side assert triggered", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB.", False),
+        ("unknown error in the labels", False),
+    ],
+)
+def test_a_lost_device_is_told_from_a_mistake_on_it(text: str, lost: bool) -> None:
+    """Only what comes back by itself, or by the person's hand, is waited for; an index out of range never is."""
+    told = {"type": "AcceleratorError", "text": text, "permanent": False}
+    assert death.explain(1, told, "").device_lost == lost
+    if "CUDA" in text:  # without an event: aborted by a library, the log's last words
+        assert death.explain(1, None, f"{TRACEBACK}RuntimeError: {text}\n").device_lost == lost
+    assert death.explain(1, {"type": "DeviceLost", "text": "no such device answers now", "permanent": False}, "").device_lost
+    assert not death.explain(1, {**told, "permanent": True}, "").device_lost

@@ -16,7 +16,7 @@ from trainerd.config.model import DataConfig, RunConfig
 from trainerd.contract.errors import UsageError
 
 # What may change while a run goes on; everything else that was set and differs is refused, never silently ignored.
-_MAY_CHANGE = ("train.epochs", "train.max_steps", "train.lr", "train.scheduler", "log.", "polite.", "memory.", "checkpoint.")
+_MAY_CHANGE = ("train.epochs", "train.max_steps", "train.lr", "train.scheduler", "log.", "polite.", "memory.", "checkpoint.", "faults.")
 _LABELS = ("task", "preset", "name", "data.path")  # the identity and the run's name speak for these
 _EDGE_BYTES = 1 << 20
 
@@ -127,8 +127,11 @@ def resumed(recorded: Mapping[str, Any], asked: RunConfig, explicit: Iterable[st
         if not key.startswith(_MAY_CHANGE):
             found.forbidden.append(words)
             continue
-        section, _, name = key.rpartition(".")
-        document[section][name] = new[key]
+        *sections, name = key.split(".")
+        place = document
+        for section in sections:
+            place = place[section]
+        place[name] = new[key]
         found.changes.append(words)
     found.config = RunConfig.model_validate(document)
     return found

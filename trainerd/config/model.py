@@ -31,6 +31,7 @@ def _limit(text: str) -> str:
 Size = Annotated[str, AfterValidator(_size)]
 Limit = Annotated[str, AfterValidator(_limit)]
 Auto = Literal["auto"]
+Seconds = Annotated[float, Field(ge=1)]
 
 
 class Section(BaseModel):
@@ -115,6 +116,38 @@ class CheckpointConfig(Section):
     """Spare the disk: checkpoints are spaced out to stay below this."""
 
 
+class HangLimits(Section):
+    """Seconds without a sign of life, for single phases; null: what faults.hang says."""
+
+    starting: Seconds | None = None
+    """Loading torch, the task, the model and a checkpoint."""
+    preparing: Seconds | None = None
+    """Between two calls of ctx.progress() in a task's prepare()."""
+    training: Seconds | None = None
+    """One micro-batch."""
+    evaluating: Seconds | None = None
+    """One batch of an evaluation, or a task's own evaluate() between two calls of ctx.pulse()."""
+    checkpointing: Seconds | None = None
+    """One checkpoint, from its copy to its acknowledgement."""
+    exporting: Seconds | None = None
+    """Writing the finished model."""
+
+
+class FaultsConfig(Section):
+    """What is done when something goes wrong."""
+
+    hang: Seconds | Literal["auto", "off"] = "auto"
+    """A trainer that gives no sign of life for this many seconds is ended and started again. auto: five times the slowest
+    gap seen, at least a minute while it trains, more in other phases; off: never."""
+    hang_limits: HangLimits = Field(default_factory=HangLimits)
+    nan: Literal["rollback", "stop", "ignore"] = "rollback"
+    """When a loss, gradient or weight is no finite number any more. rollback: go back to the last checkpoint, and fail when it
+    happens again at the same step; stop: fail at once; ignore: warn, and go on."""
+    nan_steps: int = Field(0, ge=0)
+    """So many steps in a row may be without a finite loss or gradient: they are left out, nothing is learned from their samples.
+    On a GPU this costs a wait in every step."""
+
+
 class PoliteConfig(Section):
     """How to share the machine with the person at it."""
 
@@ -148,5 +181,6 @@ class RunConfig(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     memory: MemoryConfig = Field(default_factory=MemoryConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = Field(default_factory=FaultsConfig)
     polite: PoliteConfig = Field(default_factory=PoliteConfig)
     log: LogConfig = Field(default_factory=LogConfig)

@@ -6,6 +6,8 @@ TrainerdError                 4
 ├── NothingRunning            3   there is no supervisor to talk to
 ├── Unreadable                4   a file of ours cannot be read, or is of a newer schema
 ├── RunFailed                 4   the run ended in failure
+│   ├── DeviceLost            4   the GPU a run was planned for does not answer
+│   └── NotFinite             4   a loss, gradient or weight is no number any more
 ├── NoGoodCheckpoint          4   checkpoints exist and none can be loaded
 └── Refused                   5   possible in principle, not now: already running, does not fit, disk too full
     └── AlreadyRunning        5   a supervisor holds this home
@@ -66,6 +68,18 @@ class Unreadable(TrainerdError):
 
 class RunFailed(TrainerdError):
     """The run ended, and not well."""
+
+
+class DeviceLost(RunFailed):
+    """The device is gone for now: after suspend, a reset of the driver, or with its cable. It may come back."""
+
+
+class NotFinite(RunFailed):
+    """A loss, gradient or weight is NaN or infinite. `for_good`: nothing is to be tried again."""
+
+    def __init__(self, message: str, hint: str = "", for_good: bool = False) -> None:
+        super().__init__(message, hint)
+        self.for_good = for_good
 
 
 class NoGoodCheckpoint(TrainerdError):

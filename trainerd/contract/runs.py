@@ -41,6 +41,8 @@ class RunRecord:
     """sha256 of the user's task files, by name, as copied into the run."""
     step: int | None = None
     """The last acknowledged step, for lists of runs."""
+    slowest: dict[str, float] = field(default_factory=dict)
+    """The longest time without a sign of life of a trainer that went on, by phase: what limits of silence are learned from."""
 
     @property
     def finished(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 # Commands, supervisor -> trainer.
 SAVE = "save"  # {"do": "save", "id": request id}: commit a checkpoint at the next step
+DUMP = "dump"  # {"do": "dump"}: it gave no sign of life for too long: write the stack of every thread into the log
 LEAVE = "leave"  # {"do": "leave", "why": "stop" | "pause", "save": bool}: commit (unless save is false), then exit LEFT
 
 # Events, trainer -> supervisor. Every event carries "event", "at" (UTC) and "monotonic".
@@ -25,6 +26,8 @@ EXACT = "exact"  # {now, since_step, because}
 MEMORY = "memory"  # {vram_allocated_bytes, vram_reserved_bytes, cleanups, oom_recoveries}
 CHECKPOINT = "checkpoint"  # {the Checkpoint of the status, "request": id or None}: acknowledged, it is durable
 UNSAVED = "unsaved"  # {since, missing_bytes, error, "request": id or None}; since None: saving works again
+BEAT = "beat"  # {phase, save}: a sign of life, made by the training thread itself; `save` numbers a save under way, or is None
+NAN = "nan"  # {step, epoch, what, samples, policy}: the first step whose numbers are not finite; an EXCEPTION follows
 WARNING = "warning"  # {text}: shown once in the status, and an event
 NOTE = "note"  # {kind, ...}: goes to events.jsonl only
 EXCEPTION = "exception"  # {type, text, permanent}: why the trainer is about to exit

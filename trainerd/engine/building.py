@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from trainerd.config.model import RunConfig
-from trainerd.contract import wire
+from trainerd.contract import phases, wire
 from trainerd.contract.errors import UsageError
 from trainerd.contract.paths import RunPaths
 from trainerd.engine import dropout, optimizers, precision, rng
@@ -21,10 +21,12 @@ from trainerd.engine.batches import Batches
 from trainerd.engine.checkpoints import CheckpointStore
 from trainerd.engine.determinism import Exactness
 from trainerd.engine.evaluation import Evaluation
+from trainerd.engine.finite import FiniteWatch
 from trainerd.engine.guard import MemoryWatch
 from trainerd.engine.loader import Loader, lengths_of
 from trainerd.engine.loop import Asked, Link, Training
 from trainerd.engine.metrics import MetricsLog
+from trainerd.engine.pulse import Pulse
 from trainerd.engine.saver import Saver, SaveSchedule
 from trainerd.engine.state import States
 from trainerd.engine.step import Stepper
@@ -50,11 +52,14 @@ def build(
     """The training, at `state` or at its beginning. What must be closed afterwards is put on the stack."""
     device = plans.device_of(plan)
     mixed = precision.Precision(plan["precision"], device)
+    pulse = Pulse(link.send)
     rng.seed(config.seed)
     task.bind(TaskContext(device=device, dtype=mixed.dtype, seed=config.seed, cache_dir=cache_dir, data=config.data))
     dataset, held_out = _datasets(task)
     batches = Batches(len(dataset), config.train.batch_size, config.seed, lengths=lengths_of(task, dataset), limit=config.data.size)
+    pulse.beat()
     model = task.model().to(device)
+    pulse.enter(phases.STARTING)
     model.train()
     optimizer = optimizers.build(model, task, config.train)
     plan["optimizer"] = optimizers.kernel(optimizer)
@@ -70,19 +75,30 @@ def build(
         config=config,
         plan=plan,
         link=link,
-        asked=Asked(link),
-        stepper=Stepper(task, model, optimizer, mixed, loader, max_grad_norm=config.train.max_grad_norm),
+        pulse=pulse,
+        asked=Asked(link, pulse),
+        stepper=Stepper(
+            task,
+            model,
+            optimizer,
+            mixed,
+            loader,
+            max_grad_norm=config.train.max_grad_norm,
+            leaves_out=config.faults.nan_steps > 0 and config.faults.nan != "ignore",
+        ),
         evaluation=_evaluation(task, model, mixed, held_out, config, plan),
         states=States(model, optimizer, mixed),
         saver=Saver(store, SaveSchedule(config.checkpoint), link.send, paths.home.root),
         store=store,
         metrics=metrics,
+        finite=FiniteWatch(config.faults, model, mixed, batches.ids, link.send),
         exact=Exactness(link.send),
         memory=MemoryWatch(config.memory, device, link.send),
         steps_per_epoch=batches.steps_per_epoch,
         total_steps=min(total_steps, config.train.max_steps or total_steps),
         about=_about(config, device),
     )
+    pulse.is_saving = lambda: training.saver.busy
     stack.callback(_close, training)
     if config.train.early_stopping is not None and held_out is None:
         link.send(wire.WARNING, text="train.early_stopping does nothing: the task holds out no sample to evaluate on.")

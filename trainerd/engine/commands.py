@@ -19,12 +19,22 @@ Command = dict[str, Any]
 
 class Commands:
     """Commands wait here until next() takes them. `leave_at_once` is called for a LEAVE that comes before the first next(),
-    `hurry` for one that comes later: whoever leaves should no longer be the last in the queue for the CPU."""
+    `hurry` for one that comes later: whoever leaves should no longer be the last in the queue for the CPU; `dump` for a DUMP;
+    `abandoned` when the pipe has ended."""
 
-    def __init__(self, descriptor: int, leave_at_once: Callable[[Command], None], hurry: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        descriptor: int,
+        leave_at_once: Callable[[Command], None],
+        hurry: Callable[[], None] = lambda: None,
+        dump: Callable[[], None] = lambda: None,
+        abandoned: Callable[[], None] = lambda: None,
+    ) -> None:
         self._descriptor = descriptor
         self._leave_at_once = leave_at_once
         self._hurry = hurry
+        self._dump = dump
+        self._abandoned = abandoned
         self._waiting: deque[Command] = deque()
         self._lock = threading.Lock()
         self.training = False
@@ -43,6 +53,9 @@ class Commands:
 
     def put(self, command: Command) -> None:
         """A command from elsewhere than the pipe: a signal."""
+        if command.get("do") == wire.DUMP:
+            self._dump()
+            return
         with self._lock:
             at_once = command.get("do") == wire.LEAVE and not self.training
             if not at_once:
@@ -61,6 +74,7 @@ class Commands:
             except OSError:
                 content = b""
             if not content:
+                self._abandoned()
                 self.put({"do": wire.LEAVE, "why": "the supervisor is gone", "save": True})
                 return
             *lines, line = (line + content).split(b"\n")

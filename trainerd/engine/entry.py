@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainerd.contract import runs, wire
-from trainerd.contract.errors import ConfigError, NoGoodCheckpoint, TrainerdError, UsageError
+from trainerd.contract.errors import ConfigError, NoGoodCheckpoint, NotFinite, TrainerdError, UsageError
 from trainerd.contract.paths import Home, RunPaths
 from trainerd.contract.runs import RunRecord
 
@@ -101,6 +101,8 @@ def verdict(error: BaseException, *, retry_helps: bool) -> tuple[int, dict[str, 
     """
     if isinstance(error, NoGoodCheckpoint):
         code = wire.EXIT_NO_CHECKPOINT
+    elif isinstance(error, NotFinite):
+        code = wire.EXIT_PERMANENT if error.for_good else _EXIT_CRASHED
     elif isinstance(error, UsageError) or (isinstance(error, _PROGRAMMING) and not retry_helps):
         code = wire.EXIT_PERMANENT
     else:

@@ -12,14 +12,16 @@ from typing import Any
 from torch import nn
 
 from trainerd.config.model import RunConfig
-from trainerd.contract import wire
+from trainerd.contract import phases, wire
 from trainerd.engine import plan as plans
 from trainerd.engine import schedules
 from trainerd.engine.checkpoints import CheckpointStore
 from trainerd.engine.determinism import Exactness
 from trainerd.engine.evaluation import Evaluation
+from trainerd.engine.finite import FiniteWatch
 from trainerd.engine.guard import MemoryWatch
 from trainerd.engine.metrics import MetricsLog, Rate, StepRecord
+from trainerd.engine.pulse import Pulse
 from trainerd.engine.saver import Saver
 from trainerd.engine.state import States
 from trainerd.engine.step import Stepper
@@ -52,8 +54,9 @@ class Result:
 class Asked:
     """What the outside has asked for and not been given yet."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, pulse: Pulse) -> None:
         self._command = link.command
+        self._pulse = pulse
         self.saves: list[str | None] = []
         self.leave: dict[str, Any] | None = None
 
@@ -62,7 +65,8 @@ class Asked:
         return self.leave is not None and not self.leave.get("save", True)
 
     def to_leave(self) -> bool:
-        """Take in the pending commands; whether one of them was to leave."""
+        """Take in the pending commands; whether one of them was to leave. Whoever asks is alive: the pulse beats."""
+        self._pulse.beat()
         while (command := self._command()) is not None:
             if command.get("do") == wire.SAVE:
                 self.saves.append(command.get("id"))
@@ -80,6 +84,7 @@ class Training:
     config: RunConfig
     plan: plans.Plan
     link: Link
+    pulse: Pulse
     asked: Asked
     stepper: Stepper
     evaluation: Evaluation
@@ -87,6 +92,7 @@ class Training:
     saver: Saver
     store: CheckpointStore
     metrics: MetricsLog
+    finite: FiniteWatch
     exact: Exactness
     memory: MemoryWatch
     steps_per_epoch: int
@@ -99,7 +105,6 @@ class Training:
     """The step of the newest saved state, and the last evaluation it knows."""
     rate: Rate = field(default_factory=Rate)
     next_report: float = 0.0
-    warned: bool = False
 
     @property
     def epoch(self) -> int:
@@ -142,6 +147,7 @@ class Training:
         self.exact.lost(self.step + 1, f"{operation} has no deterministic kernel")
 
     def _recovered(self, step: int, because: str, error: str) -> None:
+        self.pulse.beat()
         self.memory.oom_recoveries += 1
         self.exact.lost(step, because)
         self.link.send(wire.NOTE, kind="out_of_memory", step=step, text=because, error=error)
@@ -151,7 +157,7 @@ class Training:
 def train(training: Training) -> Result:
     """Train from where the training stands to its end, or until asked to leave. The state is saved in both cases."""
     t, asked, checkpoint = training, training.asked, training.config.checkpoint
-    _phase(t, "training")
+    _phase(t, phases.TRAINING)
     report(t)
     t.memory.look(time.monotonic())
     if evaluate(t):  # due already when the training was left in the middle of it
@@ -187,15 +193,11 @@ def train(training: Training) -> Result:
 
     # 5. Stop: asked to, or done.
     report(t)
-    if asked.leave is not None:
-        if not asked.leaves_unsaved:
-            _phase(t, "checkpointing")
-            save(t)
-            t.saver.wait()
-        return Result(LEFT, t.step, summary(t))
-    save(t)
-    t.saver.wait()
-    return Result(FINISHED, t.step, summary(t))
+    if not asked.leaves_unsaved:
+        _phase(t, phases.CHECKPOINTING)
+        save(t)
+        _until_saved(t)
+    return Result(FINISHED if asked.leave is None else LEFT, t.step, summary(t))
 
 
 def evaluate(t: Training) -> bool:
@@ -205,32 +207,35 @@ def evaluate(t: Training) -> bool:
     """
     if not t.evaluation.due(t.step, t.steps_per_epoch, t.total_steps):
         return False
-    _phase(t, "evaluating")
+    _phase(t, phases.EVALUATING)
     began = time.monotonic()
-    t.metrics.flush()
+    flush(t)
     better = t.evaluation.run(t.step, t.epoch - 1, t.asked.to_leave, t.evaluated_smaller)
     if better is None:
         return False
     t.metrics.add_evaluation(t.step, t.evaluation.values)
     t.rate.idle(time.monotonic() - began)
-    _phase(t, "training")
+    _phase(t, phases.TRAINING)
     report(t)
     return better and (t.config.checkpoint.keep_best or t.config.train.early_stopping is not None)
 
 
 def save(t: Training) -> None:
     """Take the state and hand it to the saving thread, once for everybody who asked."""
-    t.saver.wait()  # it reads the buffers that the next state is copied into
+    _until_saved(t)  # it reads the buffers that the next state is copied into
     position = (t.step, t.evaluation.last_step)
     if t.saved == position and t.saver.failure is None and not t.asked.saves:
         return
     began = time.perf_counter()
-    t.metrics.flush()
+    flush(t)
+    t.finite.look_at_weights(t.step, t.epoch)
     # Left in the middle of an evaluation, this step was saved without it; a committed name is never written again.
     again = t.saved[0] == t.step and t.saved != position
     state = t.states.capture(t.facts())
     blocked_seconds = time.perf_counter() - began
     for request in t.asked.saves or [None]:
+        _until_saved(t)
+        t.pulse.num_saves += 1
         t.saver.submit(
             state,
             epoch=t.epoch + again,
@@ -247,15 +252,24 @@ def save(t: Training) -> None:
     t.saved = position
 
 
+def _until_saved(t: Training) -> None:
+    """Wait for the save that is under way: a slow disk is no slow step, and has its own limit of silence."""
+    if t.saver.busy:
+        with t.pulse.within(phases.CHECKPOINTING):
+            t.saver.wait()
+
+
+def flush(t: Training) -> None:
+    """Write the metrics that have gathered. Raises NotFinite when one of them is no number, before anything is made of it."""
+    t.finite.look(t.metrics.flush())
+
+
 def report(t: Training) -> None:
     """Write the metrics that have gathered, and tell how far it is."""
-    t.metrics.flush()
+    flush(t)
     t.rate.mark()
     per_second, tokens_per_second = t.rate.per_second()
     last = t.metrics.last
-    if last and last["loss"] is None and not t.warned:
-        t.warned = True
-        t.link.send(wire.WARNING, text=f"The loss is not a finite number any more (step {t.step}). A lower learning rate may help.")
     values, best = t.evaluation.shown()
     left = (t.total_steps - t.step) * t.config.train.batch_size
     t.link.send(
@@ -278,6 +292,7 @@ def report(t: Training) -> None:
 
 
 def _phase(t: Training, name: str) -> None:
+    t.pulse.enter(name)
     t.link.send(wire.PHASE, name=name, done=None, total=None, unit=None)
 
 

@@ -59,10 +59,10 @@ class MetricsLog:
         self.flush()
         self._write([{"step": step, "eval": {name: _finite(value) for name, value in values.items()}}])
 
-    def flush(self) -> None:
-        """Read the pending numbers from the device, all in one go, and write their lines."""
+    def flush(self) -> list[dict[str, Any]]:
+        """Read the pending numbers from the device, all in one go, and write their lines; returns them."""
         if not self._pending:
-            return
+            return []
         pending, self._pending = self._pending, []
         values = iter(_resolve([n for r in pending for n in (r.loss, r.grad_norm, *r.metrics.values())]))
         lines = []
@@ -74,6 +74,7 @@ class MetricsLog:
             lines.append(line)
         self.last = lines[-1]
         self._write(lines)
+        return lines
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n" for line in lines).encode("ascii")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from trainerd.config.model import RunConfig
-from trainerd.contract.errors import ConfigError, RunFailed
+from trainerd.contract.errors import ConfigError, DeviceLost
 from trainerd.engine import precision
 from trainerd.engine.task import Task
 from trainerd.machine import cpu
@@ -60,11 +60,11 @@ def set_micro_batch(plan: Plan, micro_batch: int) -> None:
 
 
 def device_of(plan: Plan) -> torch.device:
-    """The device, checked to be there. Raises RunFailed: a driver may come back, so a later try may work."""
+    """The device, checked to be there. Raises DeviceLost: a driver may come back, so a later try may work."""
     device = torch.device(plan["device"])
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         message = f"This run was planned for {plan['device']}, and no such device answers now."
-        raise RunFailed(message, "If the GPU is gone for good, begin a new run with --no-resume.")
+        raise DeviceLost(message, "If the GPU is gone for good, begin a new run with --no-resume.")
     return device
 
 

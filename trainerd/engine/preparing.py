@@ -27,10 +27,10 @@ import torch
 
 from trainerd.config import catalogue
 from trainerd.config.model import RunConfig
-from trainerd.contract import clock, files, interpreter, wire
+from trainerd.contract import clock, files, interpreter, phases, wire
 from trainerd.contract.errors import Unreadable, UsageError
 from trainerd.contract.paths import Home
-from trainerd.engine import entry, provenance, space, taskfile
+from trainerd.engine import dumps, entry, provenance, space, taskfile
 from trainerd.engine.task import PrepareContext, Task
 
 Send = Callable[..., None]
@@ -263,6 +263,11 @@ class PreparingChild:
         if code != 0:
             raise entry.PreparingFailed(code, reading.told)
 
+    def dump(self) -> None:
+        """It seems to hang: its stacks go into the log (on Windows a timer of its own sees to it)."""
+        if self._process is not None and sys.platform != "win32":
+            self._process.send_signal(signal.SIGUSR1)
+
     def kill(self) -> None:
         """End it now; what it has done so far stays."""
         if self._process is not None:
@@ -290,13 +295,19 @@ def main(arguments: list[str] | None = None) -> int:
     """The child's entry."""
     asked = entry.parse("trainerd.engine.preparing", arguments)
     commands, events = entry.take_pipes()
+    dumps.arrange()
     threading.Thread(target=_end_with, args=(commands,), daemon=True).start()
+
+    faults: dict[str, Any] = {}
 
     def send(event: str, **fields: Any) -> None:
         os.write(events, wire.encode({"event": event, **fields}))
+        if event == wire.PHASE:
+            dumps.wind_up(phases.PREPARING, faults)
 
     try:
         run = entry.read_run(asked.home, asked.run)
+        faults |= run.config.faults.model_dump()
         task = taskfile.load_task(run.config, run.paths.task)
         cache_dir = cache_folder(run.home, task, run.config, run.record.identity.get("data", {}))
         prepare_here(task, run.config, cache_dir, send, provenance.of_identity(run.record.identity))

@@ -5,7 +5,6 @@ import torch: that comes with engine/training.py, after the locks, so that a per
 from __future__ import annotations
 
 import atexit
-import faulthandler
 import multiprocessing
 import os
 import signal
@@ -15,10 +14,10 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from trainerd.contract import wire
+from trainerd.contract import phases, wire
 from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home
-from trainerd.engine import entry
+from trainerd.engine import dumps, entry
 from trainerd.engine.commands import Command, Commands
 from trainerd.engine.locks import DeviceLock, device_name, hold
 from trainerd.engine.reporter import Reporter, say
@@ -35,7 +34,7 @@ class TrainerProcess:
     def __init__(self, home: Path, run: str, before_step: int | None, commands: int, events: int | None) -> None:
         self.before_step = before_step
         self.reporter = Reporter(events)
-        self.commands = Commands(commands, self._leave_at_once, _hurry)
+        self.commands = Commands(commands, self._leave_at_once, _hurry, self._dump, self._abandoned)
         self.child: PreparingChild | None = None
         """The preparing process while there is one: it must not outlive us."""
         self._home = home
@@ -90,6 +89,16 @@ class TrainerProcess:
         self.reporter.close(0.3)
         os._exit(wire.EXIT_LEFT)
 
+    def _dump(self) -> None:
+        """It seems to hang: leave the stacks in the log, those of a preparing process too."""
+        dumps.write()
+        child = self.child
+        if child is not None:
+            child.dump()
+
+    def _abandoned(self) -> None:
+        dumps.abandoned(phases.TRAINING)
+
     def _failed(self, error: BaseException) -> int:
         traceback.print_exception(error)
         if isinstance(error, entry.PreparingFailed) and error.told:
@@ -142,7 +151,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """The entry of `python -m trainerd.engine`."""
     asked = entry.parse("trainerd.engine", arguments)
     commands, events = entry.take_pipes()
-    faulthandler.enable()
+    dumps.arrange()
     process = TrainerProcess(asked.home, asked.run, asked.before_step, commands, events)
     _hear_signals(process)
     process.end(process.work())

@@ -16,7 +16,7 @@ from typing import Any
 
 from trainerd.contract import clock, wire
 
-_LATEST_WINS = frozenset({wire.PROGRESS, wire.MEMORY})
+_LATEST_WINS = frozenset({wire.PROGRESS, wire.MEMORY, wire.BEAT})
 _TICK_SECONDS = 0.25
 _QUEUE_LENGTH = 1000
 _LOG_EVERY_SECONDS = 10.0
@@ -152,7 +152,7 @@ def _words(message: Message) -> str:
         return f"{event}: {get('reason') or get('text')}"
     if event == wire.PHASE:
         return str(get("name")) + (f": {get('done')} of {get('total') or '?'} {get('unit') or ''}" if get("done") is not None else "")
-    if event in (wire.MEMORY, wire.NOTE):
+    if event in (wire.MEMORY, wire.NOTE, wire.BEAT, wire.NAN):
         return ""
     rest = {key: value for key, value in message.items() if key not in ("event", "at", "monotonic", "record")}
     return f"{event}: " + ", ".join(f"{key} {value}" for key, value in rest.items() if value is not None) if rest else event

@@ -47,13 +47,16 @@ class Stepper:
         loader: Loader,
         *,
         max_grad_norm: float | None,
+        leaves_out: bool = False,
     ) -> None:
+        """`leaves_out`: a step whose loss or gradient is no finite number changes nothing."""
         self._task = task
         self._model = model
         self._optimizer = optimizer
         self._precision = precision
         self._loader = loader
         self._max_grad_norm = max_grad_norm
+        self._leaves_out = leaves_out
         self._trainable = [p for group in optimizer.param_groups for p in group["params"]]
         self._statistics = [b for b in model.buffers() if b.numel() * b.element_size() <= _STATISTICS_BYTES]
         self._statistics_before = [b.clone() for b in self._statistics]
@@ -111,15 +114,19 @@ class Stepper:
         if loss is None:
             raise TrainerdError(f"The batch of step {window.step + 1} is empty.")
         num_samples = window.num_samples
-        grad_norm = self._update(lr)
+        grad_norm = self._update(lr, loss)
         means = {name: value / num_samples for name, value in sums.items()}
         return Taken(window.epoch, loss, grad_norm, means, num_samples, counts.get(task.tokens or "", 0))
 
-    def _update(self, lr: float) -> Tensor:
+    def _update(self, lr: float, loss: Tensor) -> Tensor:
         """Unscale, clip, step; returns the gradient's norm before clipping."""
         self._precision.unscale(self._optimizer)
         gradients = [p.grad for p in self._trainable if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        if self._leaves_out and self._precision.scaler is None and not bool(torch.isfinite(norm) & torch.isfinite(loss)):
+            self._forget_statistics()
+            self._optimizer.zero_grad(set_to_none=True)
+            return norm
         limit = self._max_grad_norm
         # On a CPU it costs nothing to look first; multiplying by 1 would cost a pass over all gradients.
         if limit is not None and (self._moves or not float(norm) <= limit):
@@ -149,9 +156,12 @@ class Stepper:
         self._optimizer.zero_grad(set_to_none=True)
         self._precision.forget_step()
         self._versions = None
+        self._forget_statistics()
+        rng.put_back(self._random_before)
+
+    def _forget_statistics(self) -> None:
         for kept, buffer in zip(self._statistics_before, self._statistics, strict=True):
             buffer.copy_(kept)
-        rng.put_back(self._random_before)
 
     def _version(self) -> int:
         """A number that every change of a weight or of the optimizer's state makes larger."""

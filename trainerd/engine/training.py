@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainerd.contract import wire
-from trainerd.engine import entry, preparing, provenance, space, taskfile
+from trainerd.engine import dumps, entry, preparing, provenance, space, taskfile
 from trainerd.engine.commands import Command, Commands
 from trainerd.engine.loop import Link
 from trainerd.engine.process import TrainerProcess
@@ -18,12 +18,15 @@ from trainerd.engine.trainer import Trainer
 class PipeLink(Link):
     """The loop's door to the supervisor."""
 
-    def __init__(self, reporter: Reporter, commands: Commands) -> None:
+    def __init__(self, reporter: Reporter, commands: Commands, faults: dict[str, Any]) -> None:
         self._reporter = reporter
         self._commands = commands
+        self._faults = faults
 
     def send(self, event: str, **fields: Any) -> None:
         self._reporter.send(event, **fields)
+        if event in (wire.BEAT, wire.PHASE):
+            dumps.wind_up(str(fields.get("phase") or fields.get("name")), self._faults)
 
     def command(self) -> Command | None:
         return self._commands.next()
@@ -39,7 +42,7 @@ def work(process: TrainerProcess, run: entry.Run) -> int:
         run.config,
         home=run.home.root,
         run=run.record.id,
-        link=PipeLink(process.reporter, process.commands),
+        link=PipeLink(process.reporter, process.commands, run.config.faults.model_dump()),
         plan=run.record.plan,
         before_step=process.before_step,
         cache_dir=cache_dir,

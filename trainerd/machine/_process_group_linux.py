@@ -48,6 +48,18 @@ class ProcessGroup:
         with self._reaping:
             return self._popen.wait()
 
+    def dump(self) -> bool:
+        """Make the leader write its stacks into its log, even when it is stopped; whether that was possible."""
+        with self._reaping:
+            if self._popen.returncode is not None:
+                return False
+            try:
+                os.kill(self.pid, signal.SIGUSR1)
+                os.killpg(self.pid, signal.SIGCONT)
+            except (ProcessLookupError, PermissionError):
+                return False
+        return True
+
     def kill(self) -> None:
         """Kill every process of the group; nothing happens when the leader was reaped already."""
         with self._reaping:

@@ -91,6 +91,10 @@ class ProcessGroup:
         self._close_job()
         return code
 
+    def dump(self) -> bool:
+        """There is no signal for it here: False."""
+        return False
+
     def kill(self) -> None:
         """Kill every process of the job."""
         job = self._job

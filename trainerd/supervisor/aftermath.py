@@ -6,14 +6,22 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from trainerd.contract import runs, status, wire
+from trainerd.contract import phases, runs, status, wire
 from trainerd.contract.paths import Home
 from trainerd.supervisor import death, logs, opening, report
+from trainerd.supervisor.death import Death
+from trainerd.supervisor.hang import Hang
 from trainerd.supervisor.restart import MAX_DEATHS
 from trainerd.supervisor.trainer import TrainerProcess
 
 if TYPE_CHECKING:
     from trainerd.supervisor.loop import Leaving, Supervisor
+
+_WHILE = {
+    phases.PREPARING: "preparing the data",
+    phases.CHECKPOINTING: "writing a checkpoint",
+    phases.EXPORTING: "writing the finished model",
+}
 
 
 def follow(supervisor: Supervisor, gone: TrainerProcess, leaving: Leaving | None) -> None:
@@ -26,10 +34,12 @@ def follow(supervisor: Supervisor, gone: TrainerProcess, leaving: Leaving | None
     run = supervisor.journal.record.id
     if gone.said_finished or result_stamp(supervisor.home, run) not in (None, gone.result_before):
         supervisor.end(status.COMPLETED, f"Completed. The model is in models/{run}.")
+    elif leaving is not None and leaving.hang is not None and leaving.why == "hang":
+        _died(supervisor, gone, Death(_hung(gone, leaving.hang)))
     elif leaving is not None:
         _left(supervisor, gone, leaving, at_stake)
     else:
-        _died(supervisor, gone)
+        _died(supervisor, gone, _explain(supervisor, gone))
 
 
 def result_stamp(home: Home, run: str) -> tuple[int, int] | None:
@@ -53,18 +63,32 @@ def _left(supervisor: Supervisor, gone: TrainerProcess, leaving: Leaving, at_sta
     if leaving.why != "pause":
         step = supervisor.journal.record.step
         where = "" if step is None else f" at step {step:,}"
-        supervisor.end(status.STOPPED, f"Stopped{where}; `resume` goes on from the last checkpoint.{words}")
+        supervisor.end(status.STOPPED, f"Stopped{where}; {how_to_go_on(supervisor)}{words}")
     elif supervisor.journal.record.wanted == runs.WANTED_RUNNING:
         supervisor.start_at = time.monotonic()  # resume came while it was leaving
     else:
         supervisor.rest_paused(words)
 
 
-def _died(supervisor: Supervisor, gone: TrainerProcess) -> None:
-    why = _explain(supervisor, gone)
+def how_to_go_on(supervisor: Supervisor) -> str:
+    """What `resume` will do, as the end of a sentence."""
+    steps = opening.committed_steps(supervisor.home.run(supervisor.journal.record.id).checkpoints)
+    return "`resume` goes on from the last checkpoint." if steps else "nothing was saved yet: `resume` begins at the beginning."
+
+
+def _hung(gone: TrainerProcess, hang: Hang) -> str:
+    where = _WHILE.get(hang.phase, hang.phase)
+    return f"it gave no sign of life for {hang.silent_seconds:.0f} s while {where} (its stacks are in training_logs/{gone.log_path.name})"
+
+
+def _died(supervisor: Supervisor, gone: TrainerProcess, why: Death) -> None:
     supervisor.starter.can_wrap &= gone.said_hello  # systemd-run may have failed in place of the trainer
     supervisor.report.status.trainer.last_exit = why.words
     run = supervisor.journal.record.id
+    supervisor.journal.save_record(slowest=supervisor.vigil.hang.learned())
+    if why.device_lost and _waits_for_device(supervisor, gone, why):
+        return
+    why = _not_finite(supervisor, gone, why)
     restart = None if why.permanent else supervisor.policy.died(opening.committed_steps(supervisor.home.run(run).checkpoints))
     deaths = supervisor.policy.deaths
     supervisor.journal.note("death", exit_code=gone.exit_code, why=why.words, log=gone.log_path.name, deaths=deaths)
@@ -83,7 +107,33 @@ def _died(supervisor: Supervisor, gone: TrainerProcess) -> None:
     supervisor.report.state(status.RECOVERING, f"The trainer died: {why.words.rstrip('.?!')}; {when}{count}.")
 
 
-def _explain(supervisor: Supervisor, gone: TrainerProcess) -> death.Death:
+def _waits_for_device(supervisor: Supervisor, gone: TrainerProcess, why: Death) -> bool:
+    """The device is gone: look for it again after a while, by starting a trainer. Whether that is what to do."""
+    delay_seconds = supervisor.device.lost(gone.has_trained)
+    if delay_seconds is None:
+        return False
+    supervisor.journal.note("device lost", why=why.words, log=gone.log_path.name, next_look_seconds=delay_seconds)
+    supervisor.start_at = time.monotonic() + delay_seconds
+    when = f"Looking for it again in {delay_seconds:.0f} s."
+    supervisor.report.state(status.WAITING, f"Waiting for the GPU: {why.words.rstrip('.?!')}. {when}")
+    return True
+
+
+def _not_finite(supervisor: Supervisor, gone: TrainerProcess, why: Death) -> Death:
+    """The first time at a step the last checkpoint helps, if it was an accident of the hardware; the second time it is the step."""
+    told = gone.not_finite
+    if told is None:
+        return why
+    step = told.get("step")
+    facts = {name: told.get(name) for name in ("step", "epoch", "what", "samples", "num_samples")}
+    supervisor.journal.note("not finite", **facts)
+    again = step in supervisor.not_finite_at
+    if isinstance(step, int):
+        supervisor.not_finite_at.add(step)
+    return Death(f"the second time at the same step: {why.words}", permanent=True) if again else why
+
+
+def _explain(supervisor: Supervisor, gone: TrainerProcess) -> Death:
     before, now = gone.out_of_memory_kills, death.out_of_memory_kills()
     killer = before is not None and now is not None and now > before
     return death.explain(gone.exit_code or 0, gone.exception, logs.tail(gone.log_path), out_of_memory_killed=killer)

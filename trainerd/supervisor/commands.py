@@ -67,7 +67,7 @@ def stop(supervisor: Supervisor, request: Request) -> str:
 
 def pause(supervisor: Supervisor, request: Request) -> str:
     """Commit and let the trainer go, so that its memory is free; the supervisor stays."""
-    if supervisor.leaving is not None and supervisor.leaving.why != "pause":
+    if supervisor.leaving is not None and supervisor.leaving.for_good:
         return "refused: it is stopping."
     if supervisor.journal.record.wanted == runs.WANTED_PAUSED:
         return DONE
@@ -82,7 +82,7 @@ def pause(supervisor: Supervisor, request: Request) -> str:
 
 def resume(supervisor: Supervisor, request: Request) -> str:
     """Bring a paused trainer back."""
-    if supervisor.leaving is not None and supervisor.leaving.why != "pause":
+    if supervisor.leaving is not None and supervisor.leaving.for_good:
         return "refused: it is stopping."
     if supervisor.journal.record.wanted != runs.WANTED_PAUSED:
         return DONE

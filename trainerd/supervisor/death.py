@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainerd.contract import wire
+from trainerd.contract.errors import DeviceLost
 
 _MAX_WORDS = 300
 _SIGNALS = {
@@ -39,13 +40,22 @@ _WINDOWS_CODES = {
     0xC0000142: "the system was shutting down or out of resources (0xC0000142)",
     0xC0000409: "a fatal error in native code (0xC0000409)",
 }
-_CUDA = re.compile(r"(CUDA (?:driver )?error: [^\n]*|CUDA out of memory[^\n]*|(?i:cudnn)[^\n]*STATUS[^\n]*|CUBLAS_STATUS_\w+)")
+_CUDA = re.compile(
+    r"(CUDA (?:driver )?error: [^\n]*|CUDA unknown error[^\n]*|CUDA driver initialization failed[^\n]*|CUDA out of memory[^\n]*"
+    r"|(?i:cudnn)[^\n]*STATUS[^\n]*|CUBLAS_STATUS_\w+)"
+)
 _CUDA_MEANS = {
-    "unknown error": "the GPU was lost, as after suspend; on Linux reload the module nvidia_uvm, or reboot",
-    "launch timed out": "Windows reset the graphics driver because one step took over two seconds",
+    "unknown error": "the GPU was lost, as after suspend; on Linux: sudo rmmod nvidia_uvm && sudo modprobe nvidia_uvm, or reboot",
+    "launch timed out": "Windows reset the graphics driver because one step took over two seconds; a smaller train.micro_batch helps",
     "device-side assert": "an index out of range on the GPU, usually a label or token outside the model's range",
     "out of memory": "the GPU's memory was full",
 }
+# The device itself is gone, not only what ran on it. A fresh process fails the same way until it is back.
+_LOST = re.compile(
+    r"CUDA unknown error|CUDA driver initialization failed|No CUDA GPUs are available|Found no NVIDIA driver|GPU is lost"
+    r"|CUDA (?:driver )?error: (?:unknown error|no CUDA-capable device|initialization error|system not yet initialized"
+    r"|all CUDA-capable devices are busy or unavailable|the launch timed out|uncorrectable ECC|device lost|driver shutting down)"
+)
 _PYTHON = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Warning|Iteration)\b.*$")
 _FATAL = re.compile(r"^(Fatal Python error: .*|terminate called .*)$", re.MULTILINE)
 _VMSTAT = Path("/proc/vmstat")
@@ -53,16 +63,19 @@ _VMSTAT = Path("/proc/vmstat")
 
 @dataclass(frozen=True)
 class Death:
-    """`permanent`: no restart can mend it."""
+    """`permanent`: no restart can mend it. `device_lost`: none can before the device is back."""
 
     words: str
     permanent: bool = False
+    device_lost: bool = False
 
 
 def explain(code: int, exception: Mapping[str, Any] | None, log_tail: str, *, out_of_memory_killed: bool = False) -> Death:
     """The death of a trainer with exit code `code` (negative: a signal) and its last EXCEPTION event, if any."""
     if exception is not None:
-        return Death(_exception(exception), bool(exception.get("permanent")) or code in (wire.EXIT_PERMANENT, wire.EXIT_NO_CHECKPOINT))
+        permanent = bool(exception.get("permanent")) or code in (wire.EXIT_PERMANENT, wire.EXIT_NO_CHECKPOINT)
+        lost = exception.get("type") == DeviceLost.__name__ or _LOST.search(str(exception.get("text"))) is not None
+        return Death(_exception(exception), permanent, lost and not permanent)
     last = _last_words(log_tail)
     if code == wire.EXIT_NO_CHECKPOINT:
         return Death(last or "no checkpoint could be loaded", permanent=True)
@@ -78,7 +91,8 @@ def explain(code: int, exception: Mapping[str, Any] | None, log_tail: str, *, ou
         detail = last if "CUDA" in last else _shorten(fatal[-1]) if fatal else ""
         by_code = f"{by_code}: {_with_meaning(detail)}" if detail else by_code
     silent = "somebody ended it (exit code 1, as taskkill does), or it failed without a word" if code == 1 else f"exit code {code}"
-    return Death(by_code or _with_meaning(last) or silent)
+    words = by_code or _with_meaning(last) or silent
+    return Death(words, device_lost=_LOST.search(words) is not None)
 
 
 def out_of_memory_kills(vmstat: Path = _VMSTAT) -> int | None:

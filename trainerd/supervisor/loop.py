@@ -18,12 +18,14 @@ from trainerd.contract.paths import Home
 from trainerd.contract.status import SupervisorInfo
 from trainerd.machine import priority
 from trainerd.supervisor import aftermath, commands, events, journal, opening, report
+from trainerd.supervisor.hang import Hang
 from trainerd.supervisor.opening import Opening
 from trainerd.supervisor.power import AUTO, Power
-from trainerd.supervisor.restart import RestartPolicy
+from trainerd.supervisor.restart import DeviceWait, RestartPolicy
 from trainerd.supervisor.sensors import Sensors
 from trainerd.supervisor.starter import Starter
 from trainerd.supervisor.trainer import Inbox, TrainerProcess
+from trainerd.supervisor.vigil import Vigil
 
 
 @dataclass(frozen=True)
@@ -32,24 +34,34 @@ class Timing:
 
     tick_seconds: float = 1.0
     backoff_seconds: float = 1.0
+    device_seconds: float = 10.0
+    """Until a lost device is looked for again; then twice as long each time."""
     leave_seconds: float = 60.0
     """For a trainer with something to save; ten times the last save's duration is added."""
     leave_now_seconds: float = 2.0
     """For one with nothing to save."""
     unkillable_seconds: float = 10.0
     """After a kill: a process stuck in a driver cannot be ended, and nobody waits for it forever."""
+    hung_seconds: float = 10.0
+    """For a trainer that gave no sign of life: it may come to itself and save."""
     slept_seconds: float = 10.0
     """A tick this late means that the machine or the supervisor slept: deadlines move."""
 
 
 @dataclass
 class Leaving:
-    """The trainer is about to be gone: why ("stop", "pause", "signal", "finished"), and until when."""
+    """The trainer is about to be gone: why ("stop", "pause", "signal", "finished", "hang"), and until when."""
 
     why: str
     save: bool
     deadline: float
     killed_at: float | None = None
+    hang: Hang | None = None
+
+    @property
+    def for_good(self) -> bool:
+        """Whether the run ends with it, or goes on with another trainer."""
+        return self.why not in ("pause", "hang")
 
 
 class Supervisor:
@@ -71,6 +83,8 @@ class Supervisor:
         self.inbox: Inbox = queue.SimpleQueue()  # of what wakes us; None is a bare wake-up
         self.starter = Starter(home, instance, command)
         self.policy = RestartPolicy(self.timing.backoff_seconds)
+        self.device = DeviceWait(self.timing.device_seconds)
+        self.not_finite_at: set[int] = set()  # steps whose numbers were none
         self.start_at: float | None = time.monotonic()  # when the next trainer is due; None: not at all
         self.before_step: int | None = None  # it shall go back before this step
         self.trainer: TrainerProcess | None = None
@@ -81,6 +95,7 @@ class Supervisor:
         self.result: str | None = None
         self._arrived: list[tuple[TrainerProcess, dict[str, Any] | None] | None] = []
         self._signals_seen = 0
+        self.vigil = Vigil(start.record, self.timing.tick_seconds)
         self._sensors = Sensors(start.record.config.get("memory") or {})
         keep_awake = str((start.record.config.get("polite") or {}).get("keep_awake", AUTO))
         self._power = Power(keep_awake, lambda: self.inbox.put(None))
@@ -110,6 +125,7 @@ class Supervisor:
         self.take_events()
         self.notice_death()
         self.obey()
+        self.watch()
         self.keep_deadlines()
         self.start_if_due()
         self._power.look(self)
@@ -135,6 +151,7 @@ class Supervisor:
     def _heard(self, sender: TrainerProcess, message: dict[str, Any]) -> None:
         events.apply(self.report.status, message)
         event = message.get("event")
+        self.vigil.hear(sender, message)
         if event == wire.HELLO:
             sender.said_hello = True
         elif event == wire.WAITING and self.leaving is None:
@@ -143,6 +160,8 @@ class Supervisor:
             self._saved(message)
         elif event == wire.EXCEPTION:
             sender.exception = message
+        elif event == wire.NAN:
+            sender.not_finite = message
         elif event == wire.FINISHED:
             sender.said_finished = aftermath.result_stamp(self.home, self.journal.record.id) is not None
             if sender.said_finished:  # a process may wedge in a driver on its way out, with all its work done
@@ -168,6 +187,9 @@ class Supervisor:
         if saved is None:
             return
         self.policy.acknowledged(saved.step)
+        if self.policy.deaths == 0:  # it is beyond what was there before
+            self.vigil.hang.progressed()
+            self.device.acknowledged()
         self.journal.record.step = saved.step
         request = message.get("request")
         if request in self.saves_asked:
@@ -198,7 +220,7 @@ class Supervisor:
         if self.stop_wanted:
             self.journal.save_record(wanted=runs.WANTED_STOPPED)
         if self.trainer is None:
-            self.end(status.STOPPED, "Stopped by a signal; `resume` goes on from the last checkpoint.")
+            self.end(status.STOPPED, f"Stopped by a signal; {aftermath.how_to_go_on(self)}")
         else:
             self.leave("signal", save=self.signals == 1, limit_seconds=None)
 
@@ -206,25 +228,42 @@ class Supervisor:
         """Ask the trainer to commit and leave, and give it its ordinary weight back so that this is quick."""
         if self.trainer is None:
             return
-        if self.leaving is not None and self.leaving.why != "pause" and save:
+        if self.leaving is not None and self.leaving.for_good and save:
             return  # it is at it already
         current = self.report.status
         nothing_yet = current.phase is None or current.phase.name in ("starting", "preparing") or current.state == status.WAITING
-        if not save or nothing_yet:
+        if not save or (nothing_yet and why != "hang"):
             limit = self.timing.leave_now_seconds
         else:
             last = current.checkpoint.seconds if current.checkpoint else None
             limit = limit_seconds or self.timing.leave_seconds + 10 * (last or 0.0)
-        killed_at = self.leaving.killed_at if self.leaving else None
-        self.leaving = Leaving(why, save, time.monotonic() + limit, killed_at)
+        before, deadline = self.leaving, time.monotonic() + limit
+        if before is not None and before.hang is not None:
+            deadline = min(deadline, before.deadline)  # it was not alive before, either
+        self.leaving = Leaving(why, save, deadline, before.killed_at if before else None)
         self.trainer.send(wire.LEAVE, why="pause" if why == "pause" else "stop", save=save)
         priority.raise_process(self.trainer.pid)
         what = "the trainer saves and leaves" if save and not nothing_yet else "the trainer leaves"
         if why == "pause":
             self.report.state(status.RUNNING, f"Pausing: {what}.")
+        elif why == "hang":
+            self.report.state(status.RECOVERING, "The trainer gives no sign of life: it is ended and started again.")
         else:
             self.report.state(status.STOPPING, f"Stopping: {what}.")
         self.report.urgent()
+
+    def watch(self) -> None:
+        """A trainer that gives no sign of life for longer than its phase may take has hung: its stacks are kept, and it has to go."""
+        trainer = self.trainer
+        hang = self.vigil.look(trainer if self.leaving is None else None)
+        if hang is None or trainer is None:
+            return
+        facts = {"phase": hang.phase, "silent_seconds": round(hang.silent_seconds, 1), "limit_seconds": round(hang.limit_seconds, 1)}
+        self.journal.note("hang", **facts, log=trainer.log_path.name)
+        trainer.dump()
+        self.leave("hang", save=True, limit_seconds=self.timing.hung_seconds)
+        if self.leaving is not None:
+            self.leaving.hang = hang
 
     def keep_deadlines(self) -> None:
         """A trainer that does not leave in time is killed; one that cannot be killed is not waited for."""
@@ -235,7 +274,7 @@ class Supervisor:
             leaving.killed_at = now
             leaving.deadline = now + self.timing.unkillable_seconds
             self.trainer.kill()
-        elif leaving.why == "pause":
+        elif not leaving.for_good:
             leaving.deadline = now + self.timing.unkillable_seconds
             self.report.warn(f"The trainer (process {self.trainer.pid}) cannot be killed: it is stuck in a driver.")
         else:
@@ -261,6 +300,7 @@ class Supervisor:
         except (OSError, ValueError) as error:
             self._cannot_start(error)
             return
+        self.vigil.hang.started()
         self.report.trainer_started(self.trainer.pid, self.trainer.started_at, self.trainer.log_path)
         self.journal.note("trainer started", pid=self.trainer.pid, log=self.trainer.log_path.name, before_step=before)
 
@@ -294,7 +334,7 @@ class Supervisor:
     def tell(self) -> None:
         """Measure the machine and write the status: at once when something changed, else once a second."""
         if self.report.status.state == status.RUNNING and self.leaving is None:
-            self.report.state(status.RUNNING, report.doing(self.report.status))
+            self.report.state(status.RUNNING, f"{report.doing(self.report.status)} {self.vigil.hang.words()}".rstrip())
         self._sensors.sample(self.report.status)
         self.journal.retry()
         self.report.write_if_due(self.timing.tick_seconds * 0.95)

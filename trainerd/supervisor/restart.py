@@ -14,6 +14,9 @@ MAX_DEATHS = 5
 MAX_DELAY_SECONDS = 300.0
 
 
+_FIRST_LOOK_SECONDS = 10.0
+
+
 @dataclass(frozen=True)
 class Restart:
     """Start again after `delay_seconds`; with `before_step`, from the checkpoint before that step."""
@@ -52,3 +55,28 @@ class RestartPolicy:
 
     def _delay(self) -> float:
         return min(MAX_DELAY_SECONDS, self._backoff_seconds * 2.0 ** (self.deaths - 2))
+
+
+class DeviceWait:
+    """Waits for a device that is gone: 10, 20, 40 … 300 s, for as long as it takes, and none of it counts as a death."""
+
+    def __init__(self, first_look_seconds: float = _FIRST_LOOK_SECONDS) -> None:
+        self._first_look_seconds = first_look_seconds
+        self._looks = 0
+        self._lost_at_work = False
+
+    def lost(self, at_work: bool) -> float | None:
+        """When to look for it again; None: this counts as a death.
+
+        `at_work`: the trainer had been training on it. One that comes back and is lost again each time before anything was
+        saved is lost by what is done with it.
+        """
+        if at_work and self._lost_at_work:
+            return None
+        self._lost_at_work |= at_work
+        self._looks += 1
+        return min(MAX_DELAY_SECONDS, self._first_look_seconds * 2.0 ** min(self._looks - 1, 10))
+
+    def acknowledged(self) -> None:
+        """A new checkpoint: the device works."""
+        self._looks, self._lost_at_work = 0, False

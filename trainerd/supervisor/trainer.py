@@ -22,7 +22,7 @@ _READ_BYTES = 64 * 1024
 # Between reads, so that a chatty trainer costs the supervisor nothing: what is superseded meanwhile is skipped unread.
 _READ_PAUSE_SECONDS = 0.05
 _DRAIN_SECONDS = 1.0
-_LATEST_WINS = (wire.PROGRESS, wire.MEMORY)
+_LATEST_WINS = (wire.PROGRESS, wire.MEMORY, wire.BEAT)
 _MARKS = tuple(f'"event":"{name}"'.encode() for name in _LATEST_WINS)
 
 
@@ -38,7 +38,8 @@ class TrainerProcess:
         self.log_path = log[0]
         self.started_at, self.started_monotonic = clock.wall(), time.monotonic()
         self.exception: dict[str, Any] | None = None
-        self.said_hello = self.said_finished = False
+        self.not_finite: dict[str, Any] | None = None
+        self.said_hello = self.said_finished = self.has_trained = False
         self.latest: dict[str, dict[str, Any]] = {}
         self.result_before: tuple[int, int] | None = None
         self.out_of_memory_kills: int | None = None
@@ -57,6 +58,11 @@ class TrainerProcess:
             self._group.stdin.write(wire.encode({"do": do, **fields}))
         except (OSError, ValueError):
             pass
+
+    def dump(self) -> None:
+        """Have it write its stacks into its log, if anything in it still can."""
+        if not (self.said_hello and self._group.dump()):
+            self.send(wire.DUMP)
 
     def kill(self) -> None:
         """Kill it and everything it started. Its death arrives as always."""
