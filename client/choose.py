@@ -23,6 +23,9 @@ from trainerd.contract.runs import RunRecord
 
 from . import console
 
+_MANIFEST = re.compile(r"checkpoint_epoch_(?P<epoch>\d+)_step_(?P<step>\d+)\.json")
+_MORE = "Ask for more, or begin a new run with --no-resume."
+
 
 @dataclass
 class Choice:
@@ -59,7 +62,7 @@ def choose(home: Home, asked: Resolved, resume: bool) -> Choice:
     unfinished = [record for record in _records(home) if not record.finished]
     same = next((record for record in unfinished if record.identity == wanted), None) if resume and config.name is None else None
     if same is not None:
-        return _go_on(same, asked)
+        return _go_on(home, same, asked)
     told = ""
     started = [record for record in unfinished if not _never_began(record)]
     if resume and started:
@@ -114,10 +117,10 @@ def _named(home: Home, name: str, asked: Resolved, wanted: Mapping[str, Any], re
         raise Refused(f"The run {name} is another one: {'; '.join(unlike)}.", other)
     if record.finished:
         raise Refused(f"The run {name} is completed.", other)
-    return _go_on(record, asked)
+    return _go_on(home, record, asked)
 
 
-def _go_on(record: RunRecord, asked: Resolved) -> Choice:
+def _go_on(home: Home, record: RunRecord, asked: Resolved) -> Choice:
     try:
         resumption = resumed(record.config, asked.config, asked.explicit)
     except ValueError:
@@ -127,10 +130,22 @@ def _go_on(record: RunRecord, asked: Resolved) -> Choice:
             f"{'; '.join(resumption.forbidden)}: cannot change while the run {record.id} goes on.",
             "Go on without it, or begin a new run with --no-resume.",
         )
+    _refuse_the_past(home, record.id, resumption.config)
     changed = f" Changed: {'; '.join(resumption.changes)}." if resumption.changes else ""
     at = f" from step {record.step:,}" if record.step else ""
     told = f"Going on with the unfinished run {record.id}{at}.{changed} (--no-resume begins a new one.)"
     return Choice(record.id, True, resumption.config, record.identity, None, resumption.changes, told)
+
+
+def _refuse_the_past(home: Home, run: str, config: RunConfig) -> None:
+    """A run that is to end before where it is would be over at once, with a result nobody asked for."""
+    names = (_MANIFEST.fullmatch(path.name) for path in home.run(run).checkpoints.glob("checkpoint_*.json"))
+    step, epoch = max(((int(name["step"]), -int(name["epoch"])) for name in names if name), default=(0, 0))
+    train = config.train
+    if train.max_steps is not None and train.max_steps < step:
+        raise Refused(f"train.max_steps {train.max_steps} is behind step {step}, which the run {run} has reached.", _MORE)
+    if train.epochs < -epoch:
+        raise Refused(f"train.epochs {train.epochs} is behind epoch {-epoch} (step {step}), which the run {run} has reached.", _MORE)
 
 
 def _another_version(record: RunRecord) -> Refused:

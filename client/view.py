@@ -26,11 +26,18 @@ _LEAST_BAR = 6
 INDENT = " " * 13
 """What stands before the values of a report."""
 _EXITS = {STOPPED: 3, NEVER_STARTED: 3, FAILED: 4, CRASHED: 4, UNREADABLE: 4, NOT_ANSWERING: 4}
+_REFUSALS = {"UsageError": 2, "ConfigError": 2, "Refused": 5}
 
 
 def exit_code(reading: Reading) -> int:
     """0 live or completed, 3 stopped or never started, 4 failed, crashed, unreadable or not answering."""
     return _EXITS.get(reading.state, 0)
+
+
+def result_code(reading: Reading) -> int:
+    """What `--wait` returns: as exit_code(), but a run that could not be trained at all says why as a wrong word would have."""
+    words = reading.status.trainer.last_exit if reading.state == FAILED and reading.status else None
+    return _REFUSALS.get((words or "").partition(":")[0], exit_code(reading))
 
 
 def summary(reading: Reading) -> str:

@@ -11,7 +11,8 @@ from typing import Any, BinaryIO
 import torch
 
 from trainerd.contract import files
-from trainerd.engine.checkpoints import CheckpointStore, Manifest
+from trainerd.engine.checkpoints import CheckpointStore
+from trainerd.engine.manifest import Manifest
 
 
 class Notes(list[tuple[str, dict[str, Any]]]):
@@ -72,6 +73,13 @@ class WatchedDisk(files.Disk):
 
     def write(self, file: BinaryIO, content: bytes | memoryview) -> None:
         self.at("write", Path(file.name), lambda: super(WatchedDisk, self).write(file, content), (file, content))
+
+    def open_to_append(self, path: Path) -> BinaryIO:
+        found: BinaryIO = self.at("open", path, lambda: super(WatchedDisk, self).open_to_append(path))
+        return found
+
+    def truncate(self, file: BinaryIO, size: int) -> None:
+        self.at("truncate", Path(file.name), lambda: super(WatchedDisk, self).truncate(file, size))
 
     def sync(self, file: BinaryIO) -> None:
         self.at("sync", Path(file.name), lambda: super(WatchedDisk, self).sync(file))

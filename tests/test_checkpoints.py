@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -21,7 +22,8 @@ from tests.disks import Notes, RecordingDisk, commit, loaded_step, names, pair, 
 from trainerd.contract import files
 from trainerd.contract.errors import NoGoodCheckpoint
 from trainerd.engine import checkpoints
-from trainerd.engine.checkpoints import CheckpointStore, Manifest
+from trainerd.engine.checkpoints import CheckpointStore
+from trainerd.engine.manifest import Manifest, signed
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="needs symbolic links")
 
@@ -47,7 +49,7 @@ def test_the_metrics_are_durable_before_the_manifest(tmp_path: Path, monkeypatch
     """The order on the disk is state, metrics, manifest, and each is synced before the next begins; then it is acknowledged."""
     disk = RecordingDisk()
     monkeypatch.setattr(files, "disk", disk)
-    (tmp_path / "metrics.jsonl").write_text("{}\n", encoding="utf-8")
+    (tmp_path / "metrics.jsonl").write_text("{long}\n", encoding="utf-8")
     folder = tmp_path / "checkpoints"
     acknowledged: list[int] = []
     store = CheckpointStore(folder)
@@ -142,7 +144,7 @@ def vouch_for(path: Path) -> None:
     document = json.loads(path.with_suffix(".json").read_bytes())
     del document["check"]
     document["bytes"], document["sha256"] = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
-    path.with_suffix(".json").write_bytes(checkpoints._signed(document))
+    path.with_suffix(".json").write_bytes(signed(document))
 
 
 def exploit(path: Path) -> None:
@@ -248,6 +250,85 @@ def test_lost_manifests_are_not_a_beginning(tmp_path: Path) -> None:
     with pytest.raises(NoGoodCheckpoint):
         store.load()
     assert notes == [("uncommitted", {"file": "checkpoint_epoch_1_step_10.pt"})]
+
+
+def test_a_lost_folder_is_no_beginning(tmp_path: Path) -> None:
+    """With the whole folder gone, a mark outside of it or the acknowledged step of the record tells that there was something; a
+    run that only never had a checkpoint begins."""
+    mark = tmp_path / "runs" / "run" / "committed.json"
+    store = CheckpointStore(tmp_path / "c", mark=mark)
+    assert store.load() is None
+    there: list[bool] = []
+    commit(store, 10, acknowledge=lambda manifest: there.append(mark.exists()))
+    assert there == [True], "acknowledged before it was known that there is something to lose"
+    shutil.rmtree(tmp_path / "c")
+    with pytest.raises(NoGoodCheckpoint, match="are gone") as error:
+        store.load()
+    assert "--no-resume" in error.value.hint
+    mark.unlink()
+    assert store.load() is None
+    with pytest.raises(NoGoodCheckpoint, match="step 10 was saved"):
+        CheckpointStore(tmp_path / "c", reached_step=10).load()
+    assert not (tmp_path / "c").exists() or not any((tmp_path / "c").iterdir())
+
+
+def test_what_is_set_aside_does_not_fill_the_disk(tmp_path: Path) -> None:
+    """The newest two bad and the newest two superseded ones stay; and every one until a good checkpoint has come as far again."""
+    notes = Notes()
+    store = CheckpointStore(tmp_path, keep=2, note=notes)
+    for step in (10, 20, 30, 40, 50):
+        commit(store, step)
+        if step < 50:
+            commit(store, step + 1)
+            flip(state_file(tmp_path, step + 1), 9999)
+            assert loaded_step(store) == step
+    bad = {name for step in (31, 41) for name in (f"{n}.bad-1" for n in pair(step))}
+    assert {name for name in names(tmp_path) if ".bad-" in name} == bad
+    assert "forgotten" in notes.kinds()
+    for _ in range(4):
+        loaded_step(store, before_step=50)
+        commit(store, 45)
+        assert len([name for name in names(tmp_path) if name.startswith(state_file(tmp_path, 50).name)]) > 0
+        commit(store, 50)
+    assert len([name for name in names(tmp_path) if ".superseded-" in name]) == 4
+
+
+def test_a_manifest_from_before_is_as_good(tmp_path: Path) -> None:
+    """One without the hash of the metrics and without what was written that day loads, and the next ones have both."""
+    store = CheckpointStore(tmp_path)
+    commit(store, 10, metrics_sha256="ab", spent_bytes=5.0)
+    path = state_file(tmp_path, 10).with_suffix(".json")
+    document = json.loads(path.read_bytes())
+    assert document["metrics_sha256"] == "ab" and document["spent_bytes"] == 5.0 + document["bytes"]
+    for name in ("check", "metrics_sha256", "spent_bytes"):
+        del document[name]
+    path.write_bytes(signed(document))
+    assert loaded_step(store) == 10
+    assert store.committed()[0].metrics_sha256 is None and store.committed()[0].spent_bytes == 0.0
+
+
+@posix
+def test_a_manifest_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    """Not even to a manifest that is whole."""
+    store = CheckpointStore(tmp_path / "c")
+    manifest = commit(store, 10).path.with_suffix(".json")
+    shutil.move(manifest, tmp_path / "elsewhere.json")
+    manifest.symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(NoGoodCheckpoint):
+        store.load()
+    assert (tmp_path / "elsewhere.json").is_file()
+
+
+def test_every_load_of_a_state_is_of_weights_only() -> None:
+    """Nowhere in the program is a pickle loaded that could run something."""
+    root = Path(checkpoints.__file__).parents[1]
+    for path in [*root.rglob("*.py"), *root.with_name("client").rglob("*.py")]:
+        for call in (node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Call)):
+            called = ast.unparse(call.func)
+            given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+            assert called != "torch.load" or given.get("weights_only") == "True", f"{path}:{call.lineno}"
+            assert not called.startswith(("pickle.", "marshal.", "shelve.", "joblib.", "dill.")), f"{path}:{call.lineno}"
+            assert called != "np.load" or given.get("allow_pickle", "False") == "False", f"{path}:{call.lineno}"
 
 
 def test_leftovers_of_a_crash_are_removed(tmp_path: Path) -> None:

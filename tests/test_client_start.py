@@ -94,8 +94,8 @@ def test_a_task_file_that_cannot_be_trained_is_told_by_start(person: Person, tmp
 def test_a_run_that_fails_is_waited_for_as_failed(person: Person, tmp_path: Path) -> None:
     """--wait returns the run's own result: 4 for a failure, with its reason."""
     path = tmp_path / "failing.py"
-    broken = "from trainerd.contract.errors import UsageError\n" + TASK  # an error no restart mends: the first death is the end
-    path.write_text(broken.replace('return {"loss": len(batch["y"])}', 'raise UsageError("the shape is wrong")'), encoding="utf-8")
+    # An error of the very first step would only come again: the first death is the end.
+    path.write_text(TASK.replace('return {"loss": len(batch["y"])}', 'raise ArithmeticError("the shape is wrong")'), encoding="utf-8")
     done = person.types("start", "--task", f"{path}:Mine", "--wait")
     assert done.returncode == 4 and "the shape is wrong" in done.stdout + done.stderr
 

@@ -1,14 +1,17 @@
 """A run that was interrupted is, to the last bit, the run that was not."""
 
 import multiprocessing
+import shutil
+import sys
 import threading
 import time
 
 import pytest
 
-from tests.toy import LEAVE, Script, Toy, config, lines, run, same
-from trainerd.contract.errors import TrainerdError
+from tests.toy import LEAVE, Script, Toy, config, lines, run, same, weights
+from trainerd.contract.errors import NoGoodCheckpoint, TrainerdError, UsageError
 from trainerd.contract.paths import Home
+from trainerd.engine import loop
 
 VARIANTS = {
     "plain": config(),
@@ -119,6 +122,72 @@ def test_more_epochs_may_be_asked_for_on_resume(tmp_path):
     result = run(tmp_path, config({"epochs": 5}))
     assert result.step == 35
     assert [line for line in lines(tmp_path) if "loss" in line][: len(before)] == before
+
+
+@pytest.mark.parametrize("less", [{"epochs": 1}, {"max_steps": 11}])
+def test_an_end_that_lies_behind_is_refused(tmp_path, less):
+    """Asked to end before the step that was reached, it says where it is instead of being done at once."""
+    run(tmp_path, config(), Script({16: LEAVE}))
+    with pytest.raises(UsageError, match="has reached step 13"):
+        run(tmp_path, config(less))
+    assert run(tmp_path, config({"max_steps": 13})).step == 13
+
+
+def test_lost_checkpoints_are_no_beginning(tmp_path):
+    """With the whole folder gone the run stops and says so; one that died before its first checkpoint begins again, aloud."""
+    run(tmp_path, config(), Script({5: LEAVE}))
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(NoGoodCheckpoint, match="are gone"):
+        run(tmp_path, config())
+    run(tmp_path / "other", config(), Script({5: {**LEAVE, "save": False}}))
+    assert lines(tmp_path / "other")
+    link = Script()
+    assert run(tmp_path / "other", config(), link).outcome == "finished"
+    assert "was ever saved" in link.of("warning")[0]["text"]
+
+
+def test_damaged_metrics_are_told_and_kept(tmp_path):
+    """A changed line before the checkpoint is noticed, the run goes on to the same weights, and the next resume is quiet."""
+    run(tmp_path / "whole", config())
+    run(tmp_path / "parts", config(), Script({9: LEAVE}))
+    metrics = Home(tmp_path / "parts").run("toy").metrics
+    metrics.write_bytes(metrics.read_bytes().replace(b'"step":2,', b'"step":9,', 1))
+    link = Script({9: LEAVE})
+    run(tmp_path / "parts", config(), link)
+    assert ["sha256" in e["text"] for e in link.of("warning")] == [True]
+    link = Script()
+    run(tmp_path / "parts", config(), link)
+    assert link.of("warning") == []
+    assert weights(tmp_path / "parts").keys() == weights(tmp_path / "whole").keys()
+    assert all((value == weights(tmp_path / "whole")[name]).all() for name, value in weights(tmp_path / "parts").items())
+
+
+def test_a_checkpoint_from_before_the_hash_of_the_metrics_resumes(tmp_path):
+    """States and manifests without it are as good as ever."""
+    run(tmp_path / "whole", config())
+    training, old = Script({9: LEAVE}), loop.Training.facts
+    try:
+        loop.Training.facts = lambda self: {key: value for key, value in old(self).items() if key != "metrics_sha256"}
+        run(tmp_path / "parts", config(), training)
+    finally:
+        loop.Training.facts = old
+    link = Script()
+    run(tmp_path / "parts", config(), link)
+    assert link.of("warning") == [] and same(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs symbolic links")
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/toy", "models/toy", "models/toy/a.txt", "runs/toy/metrics.jsonl", "runs"])
+def test_nothing_is_written_through_a_link(tmp_path, place):
+    """A link in the home, in place of a folder or a file that a training writes, is refused by name."""
+    outside, home = tmp_path / "outside", tmp_path / "home"
+    outside.mkdir()
+    link = home / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(outside / "file" if link.suffix else outside)
+    with pytest.raises(UsageError, match=f"{link.name} is a link"):
+        run(home, config())
+    assert list(outside.iterdir()) == []
 
 
 def test_other_data_is_refused(tmp_path):

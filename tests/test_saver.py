@@ -140,7 +140,7 @@ def steps_saved(plan: SaveSchedule, steps: int, step_seconds: float, blocked: fl
         if plan.due(step, now):
             saved.append(step)
             plan.began(now)
-            plan.saved(size_bytes, blocked, cpu)
+            plan.saved(size_bytes, blocked, cpu, now)
     return saved
 
 
@@ -170,6 +170,28 @@ def test_the_disk_is_spared() -> None:
     assert len(saved) > 40
 
 
+def test_a_run_that_dies_again_and_again_spares_the_disk_as_well() -> None:
+    """What earlier processes have written counts: a crash loop does not begin with a fresh allowance each time. But after
+    every_minutes without any checkpoint one is due at the next mark, whatever was written."""
+    rate, size = 10**6, 10**8  # 86.4 GB a day
+    written, spent, wall, last_at = 0, 0.0, 0.0, 0.0
+    while wall < 20_000:  # lives of 40 s
+        plan = schedule(every_steps=1, every_minutes=5, max_write_per_day="86.4GB")
+        plan.go_on(spent, wall - last_at)
+        for second in range(1, 41):
+            if plan.due(second, float(second)):
+                spent, last_at = plan.spent_bytes(float(second)) + size, wall + second
+                plan.began(float(second))
+                plan.saved(size, 0.0, 0.0, float(second))
+                written += size
+        wall += 40
+    assert written <= rate * (20_000 + 600) + size
+    assert written > rate * 19_000
+    plan = schedule(every_steps=1, every_minutes=5, max_write_per_day="1MB")
+    plan.go_on(10.0**9, 299.0)
+    assert not plan.due(1, 0.5) and plan.due(2, 1.0)
+
+
 def test_exact_saves_at_every_mark_whatever_it_costs() -> None:
     """checkpoint.exact: true is a promise of every mark."""
     assert steps_saved(schedule(every_steps=5, exact=True), 20, 0.01, 10.0, 10.0, 10**12) == [5, 10, 15, 20]
@@ -183,5 +205,5 @@ def test_after_a_failure_it_tries_again_later_each_time() -> None:
     assert not plan.due(50, 109.0) and plan.due(51, 110.0)
     plan.failed(110.0, 0.0)
     assert not plan.due(100, 129.0) and plan.due(101, 130.0)
-    plan.saved(1, 0.0, 0.0)
+    plan.saved(1, 0.0, 0.0, 130.0)
     assert not plan.due(102, 131.0) and plan.due(150, 132.0)

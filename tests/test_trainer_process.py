@@ -194,6 +194,7 @@ def test_the_preparing_child_does_not_outlive_a_killed_trainer(tmp_path: Path) -
     [
         ("prepare", wire.EXIT_PERMANENT, "The data is of no use."),
         ("model", wire.EXIT_PERMANENT, "this model is wrong"),
+        ("first step", wire.EXIT_PERMANENT, "mat1 and mat2"),
         ("step", 1, "in the middle of training"),
     ],
 )

@@ -59,6 +59,8 @@ class Tiny(Task):
         if os.environ.get("TINY_FAIL") == "step" and ctx.step >= 12:
             raise KeyError("in the middle of training")
         x, y = batch
+        if os.environ.get("TINY_FAIL") == "first step":
+            x = x[:, :3]
         return {"loss": (nn.functional.mse_loss(model(x), y, reduction="sum"), 1.0)}, {}
 '''
 

@@ -11,7 +11,7 @@ import click
 from trainerd.contract import status
 from trainerd.contract.paths import Home
 
-from .. import choose, console, fit, follow, limits, options, registration, view
+from .. import choose, console, fit, follow, limits, options, registration, room, view
 from ..cli import pass_home
 
 
@@ -27,6 +27,8 @@ def command(home: Home, /, wait: bool, no_autostart: bool, as_json: bool, **word
     follow.refuse_if_running(home)
     warnings = follow.prepare_home(home)
     choice = choose.choose(home, asked, resume=not words["no_resume"])
+    if not choice.resume:
+        room.refuse_without_room(home, choice.config)
     return begin(home, choice, warnings, wait, as_json, autostart=not no_autostart)
 
 
@@ -51,7 +53,7 @@ def begin(home: Home, choice: choose.Choice, warnings: list[str], wait: bool, as
     code = 0
     if wait:
         reading = _until_end(home)
-        code = view.exit_code(reading)
+        code = view.result_code(reading)
         if not as_json:
             console.say(view.summary(reading))
     if as_json:

@@ -29,6 +29,8 @@ class TaskEntry:
     task: str
     settings: str
     data: str
+    size: str | None = None
+    """How large its model will be, without torch."""
 
     @cached_property
     def settings_model(self) -> type[BaseModel]:
@@ -39,6 +41,10 @@ class TaskEntry:
     @property
     def data_module(self) -> ModuleType:
         return import_module(self.data)
+
+    @property
+    def size_module(self) -> ModuleType:
+        return import_module(str(self.size))
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -52,6 +58,7 @@ BUILTIN = {
         task="trainerd.tasks.cadence.task:CadenceTask",
         settings="trainerd.tasks.cadence.settings:CadenceSettings",
         data="trainerd.tasks.cadence.data",
+        size="trainerd.tasks.cadence.size",
     ),
 }
 

@@ -7,6 +7,7 @@ that a test can count, cut, fail or record every single one.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from trainerd.contract.errors import Unreadable
+from trainerd.contract.errors import Unreadable, UsageError
 
 SCHEMA = 1
 _WINDOWS = sys.platform == "win32"
@@ -26,6 +27,7 @@ _WINDOWS = sys.platform == "win32"
 _BUSY_ON_WINDOWS = (5, 32, 33)
 _BUSY_SECONDS = 2.5
 _CHUNK_BYTES = 1 << 20
+_TAGS_OF_LINKS = (0xA000000C, 0xA0000003)  # symbolic links and junctions on Windows
 
 
 class Disk:
@@ -34,8 +36,17 @@ class Disk:
     def create(self, path: Path) -> BinaryIO:
         return open(path, "wb")
 
+    def open_to_append(self, path: Path) -> BinaryIO:
+        """Unbuffered: what is written is known to be written, or not."""
+        return open(path, "ab", buffering=0, opener=_no_link)
+
     def write(self, file: BinaryIO, content: bytes | memoryview) -> None:
-        file.write(content)
+        view = memoryview(content)
+        while len(view):  # an unbuffered file may take a part, and say why not the rest only the next time
+            view = view[file.write(view) :]
+
+    def truncate(self, file: BinaryIO, size: int) -> None:
+        file.truncate(size)
 
     def sync(self, file: BinaryIO) -> None:
         file.flush()
@@ -56,6 +67,15 @@ class Disk:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Opens the file itself: a link in its place would lead a write out of the home, a pipe would hold it for ever."""
+    descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0), 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a plain file", path)
+    return descriptor
 
 
 disk = Disk()
@@ -141,6 +161,24 @@ def tidy(folder: Path, name: str | None = None) -> None:
         remove(path)
 
 
+def is_link(path: Path) -> bool:
+    """Whether `path` itself leads elsewhere: a symbolic link, or a junction on Windows."""
+    try:
+        seen = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISLNK(seen.st_mode) or getattr(seen, "st_reparse_tag", 0) in _TAGS_OF_LINKS
+
+
+def refuse_links(root: Path, path: Path) -> None:
+    """Raise UsageError when `path`, or a folder between `root` and it, is a link: nothing is written through one out of the home."""
+    for place in (path, *path.parents):
+        if place == root or not place.is_relative_to(root):
+            return
+        if is_link(place):
+            raise UsageError(f"{place} is a link, and what is written there would leave {root}.", "Put a real folder or file in its place.")
+
+
 def write_atomic(path: Path, content: bytes, *, durable: bool = False, busy_seconds: float = _BUSY_SECONDS) -> None:
     """Put `content` at `path` so that no reader and no crash ever sees half of it. Raises OSError."""
     temporary = _temporary(path)
@@ -204,6 +242,38 @@ def write_stream(path: Path, produce: Callable[[Sink], object]) -> tuple[int, st
     return sink.bytes, sink.sha256
 
 
+class Growing:
+    """A file that only grows, a whole piece at a time: of a piece that cannot be written nothing stays."""
+
+    def __init__(self, path: Path, keep_bytes: int) -> None:
+        """Cuts the file back to its first `keep_bytes`, if it is longer. Raises OSError, also for a link or a pipe."""
+        self._file = disk.open_to_append(path)
+        try:
+            if os.fstat(self._file.fileno()).st_size > keep_bytes:
+                disk.truncate(self._file, keep_bytes)
+            self.bytes = os.fstat(self._file.fileno()).st_size
+        except OSError:
+            self._file.close()
+            raise
+
+    def append(self, content: bytes) -> None:
+        """Add one piece. Raises OSError; then the file is as it was, or will be cut back by the next append."""
+        if os.fstat(self._file.fileno()).st_size != self.bytes:
+            disk.truncate(self._file, self.bytes)
+        try:
+            disk.write(self._file, content)
+        except OSError:
+            try:
+                disk.truncate(self._file, self.bytes)
+            except OSError:
+                pass  # the next append, or the next start, cuts it back
+            raise
+        self.bytes += len(content)
+
+    def close(self) -> None:
+        self._file.close()
+
+
 def _discard(temporary: Path) -> None:
     """Remove our own unfinished file; what made it unfinishable may forbid that too, and is the error to report."""
     try:
@@ -244,13 +314,18 @@ def read_json(path: Path, what: str, max_bytes: int = 16 << 20) -> dict[str, Any
     return document
 
 
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file's content. Raises OSError."""
+def hash_of(path: Path) -> hashlib._Hash:
+    """The sha256 of a file's content, to go on from. Raises OSError."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
-    return digest.hexdigest()
+    return digest
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's content. Raises OSError."""
+    return hash_of(path).hexdigest()
 
 
 def append_line(path: Path, line: str) -> None:

@@ -96,6 +96,11 @@ class RunPaths:
         return self.folder / "events.jsonl"
 
     @property
+    def committed(self) -> Path:
+        """committed.json: this run has had a checkpoint. So that losing them all is told from a beginning. Written by the engine."""
+        return self.folder / "committed.json"
+
+    @property
     def task(self) -> Path:
         """The run's own copy of a user's task file; restarts use the copy."""
         return self.folder / "task"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from trainerd.config.model import RunConfig
 from trainerd.contract import phases, wire
 from trainerd.contract.errors import UsageError
 from trainerd.contract.paths import RunPaths
-from trainerd.engine import dropout, optimizers, precision, rng
+from trainerd.engine import dropout, optimizers, precision, rng, space
 from trainerd.engine import plan as plans
 from trainerd.engine.batches import Batches
 from trainerd.engine.checkpoints import CheckpointStore
@@ -141,12 +142,28 @@ def _metrics(config: RunConfig, paths: RunPaths, link: Link, state: State | None
         tensorboard = TensorBoard(paths.folder / "tensorboard", state["step"] if state else 0, link.send)
         stack.callback(tensorboard.close)
         on_line = tensorboard.line
-    metrics = MetricsLog(paths.metrics, state["metrics_bytes"] if state else 0, on_line)
+    metrics = _open_metrics(paths, link, state, on_line)
     stack.callback(metrics.close)
+    if metrics.damaged:
+        link.send(wire.NOTE, kind="metrics_damaged", file=paths.metrics.name, bytes=metrics.bytes)
+        text = f"{paths.metrics} was changed or damaged since it was saved (sha256): some of its numbers may be wrong."
+        link.send(wire.WARNING, text=text + " It is kept as it is; the training does not read it.")
     if metrics.missing_bytes:
         text = f"{paths.metrics} is {metrics.missing_bytes:,} bytes shorter than the checkpoint says: some steps are missing from it."
         link.send(wire.WARNING, text=text)
     return metrics
+
+
+def _open_metrics(paths: RunPaths, link: Link, state: State | None, on_line: Callable[[dict[str, Any]], None] | None) -> MetricsLog:
+    kept_bytes, sha256 = (state["metrics_bytes"], state.get("metrics_sha256")) if state else (0, None)
+    waiting = space.Wait(paths.home.root, "The training", link.send)
+    while True:
+        try:
+            return MetricsLog(paths.metrics, kept_bytes, on_line, sha256)
+        except OSError as error:
+            if not space.is_full(error, paths.home.root):
+                raise
+        waiting.until_room(None)  # nothing is trained yet: a LEAVE ends the process by itself
 
 
 def _close(training: Training) -> None:
@@ -160,6 +177,9 @@ def _put_back(training: Training, state: State) -> None:
     if state["steps_per_epoch"] != training.steps_per_epoch:
         message = f"The data has changed: an epoch has {training.steps_per_epoch} steps now, {state['steps_per_epoch']} when the run began."
         raise UsageError(message, "Bring the data back, or begin a new run with --no-resume.")
+    if training.total_steps < state["step"]:
+        message = f"The run has reached step {state['step']}, and train.epochs and train.max_steps ask for {training.total_steps} in all."
+        raise UsageError(message, "Ask for more, or begin a new run with --no-resume.")
     training.states.restore(state)
     training.step, training.samples = state["step"], state["samples"]
     training.evaluation.restore(state["evaluation"])

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import math
 import os
 import re
@@ -20,7 +19,7 @@ import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,48 +27,43 @@ import torch
 
 from trainerd.contract import clock, files
 from trainerd.contract.errors import NoGoodCheckpoint
+from trainerd.engine import manifest as manifests
+from trainerd.engine.manifest import BadCheckpoint, Manifest
 
 State = dict[str, Any]
-_NAME = re.compile(r"checkpoint_epoch_(\d+)_step_(\d+)\.json")
+_KINDS = ("bad", "superseded")
+_SET_ASIDE = re.compile(r"checkpoint_epoch_\d+_step_(?P<step>\d+)\.(json|pt)\.(?P<kind>bad|superseded)-(?P<number>\d+)")
+_KEEP_SET_ASIDE = 2
 _FIRST_COMMIT = "first_commit.json"
 _PLAIN = (str, int, float, bool, bytes, type(None), torch.Tensor)
 _CHUNK_BYTES = 4 << 20
-_MANIFEST_BYTES = 1 << 20
 # What a state takes on disk beyond its tensors, generously; only used to foresee a full disk.
 _OVERHEAD_BYTES = 64 << 10
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a committed checkpoint is. `best`: the best evaluation so far; `metrics_bytes`: where metrics.jsonl ended."""
-
-    path: Path
-    epoch: int
-    step: int
-    at: float
-    bytes: int
-    sha256: str
-    seconds: float
-    best: float | None
-    metrics_bytes: int
-    about: dict[str, Any] = field(default_factory=dict)
-
-
-_FIELDS = [name for name in Manifest.__dataclass_fields__ if name != "path"]
-
-
-class _BadCheckpoint(Exception):
-    """Why one checkpoint cannot be used."""
 
 
 class CheckpointStore:
     """The checkpoints of one run, in one folder. One process at a time may use it: the holder of the trainer lock."""
 
-    def __init__(self, folder: Path, *, keep: int = 3, keep_best: bool = True, note: Callable[..., None] = lambda *_, **__: None) -> None:
-        """`note(kind, **facts)` hears of what is worth telling: quarantine, superseded, uncommitted, not_deleted."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 3,
+        keep_best: bool = True,
+        mark: Path | None = None,
+        reached_step: int | None = None,
+        note: Callable[..., None] = lambda *_, **__: None,
+    ) -> None:
+        """`note(kind, **facts)` hears of what is worth telling: quarantine, superseded, uncommitted, not_deleted, forgotten.
+
+        That there has been a checkpoint is known from three places, so that losing the folder is no beginning: a file in it,
+        the file `mark` outside of it, and `reached_step`, what was acknowledged according to the run's record.
+        """
         self.folder = folder
-        self._keep = keep
-        self._keep_best = keep_best
+        self.keep = keep
+        self.keep_best = keep_best
+        self._mark = mark
+        self._reached_step = reached_step
         self._note = note
 
     # commit
@@ -84,6 +78,8 @@ class CheckpointStore:
         metrics: Path | None,
         metrics_bytes: int,
         about: dict[str, Any],
+        metrics_sha256: str | None = None,
+        spent_bytes: float = 0.0,
         acknowledge: Callable[[Manifest], None] = lambda manifest: None,
     ) -> Manifest:
         """Put the state on the disk, call `acknowledge` once it is durable, then delete what need not be kept.
@@ -102,21 +98,25 @@ class CheckpointStore:
             if metrics is not None:
                 files.sync_file(metrics)
                 files.sync_folder(metrics.parent)
+                if metrics.stat().st_size < metrics_bytes:
+                    raise OSError(errno.EIO, "its metrics are not on the disk yet", str(metrics))
             finite_best = best if best is not None and math.isfinite(best) else None
             seconds = round(time.monotonic() - began, 6)
             committed = Manifest(path, epoch, step, clock.wall(), size, digest, seconds, finite_best, metrics_bytes, about)
+            committed = replace(committed, metrics_sha256=metrics_sha256, spent_bytes=spent_bytes + size)
             self._write_manifest(committed)
         acknowledge(committed)
         self.prune()
+        self._forget_set_aside(step)
         return committed
 
     def _committed_as(self, path: Path) -> Manifest | None:
         manifest = path.with_suffix(".json")
         try:
-            return _read_manifest(manifest)
+            return manifests.read(manifest)
         except FileNotFoundError:
             return None
-        except _BadCheckpoint as error:
+        except BadCheckpoint as error:
             self._set_aside(manifest, str(error))
             return None
 
@@ -128,11 +128,12 @@ class CheckpointStore:
     def _write_manifest(self, manifest: Manifest) -> None:
         path = manifest.path.with_suffix(".json")
         try:
-            files.write_atomic(path, _encode(manifest), durable=True)
-            marker = self.folder / _FIRST_COMMIT
-            if not marker.exists():
-                # So that a folder that lost every manifest is told from one that never had any.
-                files.write_json(marker, {"schema": files.SCHEMA, "step": manifest.step}, durable=True)
+            files.write_atomic(path, manifests.encode(manifest), durable=True)
+            # Before it is acknowledged: what lost every manifest must be told from what never had any.
+            for mark in filter(None, (self.folder / _FIRST_COMMIT, self._mark)):
+                if not mark.exists():
+                    files.make_folder(mark.parent)
+                    files.write_json(mark, {"schema": files.SCHEMA, "step": manifest.step}, durable=True)
         except OSError:
             # Not durable, so not committed: the next attempt must not find it and take it for acknowledged.
             _done(lambda: files.remove(path))
@@ -148,11 +149,11 @@ class CheckpointStore:
         """
         self._tidy()
         for manifest_path in reversed(self._manifests()):
-            if before_step is not None and _order(manifest_path)[0] >= before_step:
+            if before_step is not None and manifests.order(manifest_path)[0] >= before_step:
                 continue
             try:
                 state, manifest = self._read(manifest_path)
-            except _BadCheckpoint as error:
+            except BadCheckpoint as error:
                 self._set_aside(manifest_path, str(error))
                 continue
             if before_step is not None:
@@ -161,36 +162,37 @@ class CheckpointStore:
             return state, manifest
         if not self._was_used():
             return None
+        what_to_do = "Put back a copy of that folder, or begin a new run with --no-resume."
+        if not any(path.name.startswith("checkpoint_") for path in self._entries()):
+            reached = "" if self._reached_step is None else f" (step {self._reached_step} was saved)"
+            raise NoGoodCheckpoint(f"The checkpoints of this run are gone{reached}: there is none in {self.folder}.", what_to_do)
         before = "" if before_step is None else f" before step {before_step}"
-        raise NoGoodCheckpoint(
-            f"None of the checkpoints{before} in {self.folder} can be loaded; nothing was deleted.",
-            "Put back a copy of that folder, or begin a new run with --no-resume.",
-        )
+        raise NoGoodCheckpoint(f"None of the checkpoints{before} in {self.folder} can be loaded; nothing was deleted.", what_to_do)
 
     def read_step(self, step: int) -> State | None:
         """The state committed at `step`, None when there is no good one; nothing is renamed. For the best one's weights."""
         for manifest_path in reversed(self._manifests()):
-            if _order(manifest_path)[0] == step:
+            if manifests.order(manifest_path)[0] == step:
                 try:
                     return self._read(manifest_path)[0]
-                except _BadCheckpoint as error:
+                except BadCheckpoint as error:
                     self._set_aside(manifest_path, str(error))
         return None
 
     def _read(self, manifest_path: Path) -> tuple[State, Manifest]:
         try:
-            manifest = _read_manifest(manifest_path)
+            manifest = manifests.read(manifest_path)
             if not stat.S_ISREG(manifest.path.lstat().st_mode):
-                raise _BadCheckpoint("it is not a plain file")
+                raise BadCheckpoint("it is not a plain file")
             with open(manifest.path, "rb") as file:
                 _verify(file, manifest)
                 return _unpickle(file), manifest
         except FileNotFoundError:
-            raise _BadCheckpoint("its .pt file is missing") from None
+            raise BadCheckpoint("its .pt file is missing") from None
         except OSError as error:
             if error.errno != errno.EIO:
                 raise  # no rights, too many files open: says nothing about the checkpoint
-            raise _BadCheckpoint(f"it cannot be read: {error.strerror}") from None
+            raise BadCheckpoint(f"it cannot be read: {error.strerror}") from None
 
     def _tidy(self) -> None:
         """Remove what a crash left half written; name what was never committed."""
@@ -202,6 +204,8 @@ class CheckpointStore:
                 self._note("uncommitted", file=path.name)
 
     def _was_used(self) -> bool:
+        if self._reached_step is not None or (self._mark is not None and self._mark.exists()):
+            return True
         return any(path.name == _FIRST_COMMIT or (path.name.startswith("checkpoint_") and path.suffix != ".pt") for path in self._entries())
 
     # keep
@@ -211,17 +215,17 @@ class CheckpointStore:
         found = []
         for path in self._manifests():
             try:
-                found.append(_read_manifest(path))
-            except (_BadCheckpoint, FileNotFoundError):
+                found.append(manifests.read(path))
+            except (BadCheckpoint, FileNotFoundError):
                 continue  # load() sets it aside
         return found
 
     def prune(self) -> None:
         """Delete all but the last `keep` and the best, manifests first. What cannot be deleted is noted, and no failure."""
         manifests = self.committed()
-        kept = {manifest.path for manifest in manifests[-self._keep :]}
+        kept = {manifest.path for manifest in manifests[-self.keep :]}
         rated = [manifest for manifest in manifests if manifest.best is not None]
-        if self._keep_best and rated:
+        if self.keep_best and rated:
             kept.add(min(rated, key=lambda manifest: (manifest.best, manifest.step, manifest.epoch)).path)
         surplus = [manifest.path for manifest in manifests if manifest.path not in kept]
         for path in surplus:
@@ -236,9 +240,23 @@ class CheckpointStore:
     def supersede(self, after_step: int) -> None:
         """Rename every checkpoint after `after_step` out of the way, newest first, manifest before state."""
         for path in reversed(self._manifests()):
-            if _order(path)[0] > after_step:
+            if manifests.order(path)[0] > after_step:
                 self._rename_pair(path, "superseded")
-                self._note("superseded", file=path.with_suffix(".pt").name, step=_order(path)[0])
+                self._note("superseded", file=path.with_suffix(".pt").name, step=manifests.order(path)[0])
+
+    def _forget_set_aside(self, step: int) -> None:
+        """Of what was set aside keep the newest two of each kind. One of a step that no good checkpoint has reached again stays."""
+        for kind in _KINDS:
+            pairs: dict[tuple[int, int], list[Path]] = {}
+            for path in self._entries():
+                match = _SET_ASIDE.fullmatch(path.name)
+                if match and match["kind"] == kind:
+                    pairs.setdefault((int(match["step"]), int(match["number"])), []).append(path)
+            for (of_step, _), paths in sorted(pairs.items())[:-_KEEP_SET_ASIDE]:
+                if of_step <= step:
+                    for path in sorted(paths):  # .json before .pt
+                        self._delete(path)
+                    self._note("forgotten", files=[path.name for path in sorted(paths)])
 
     def _delete(self, path: Path) -> None:
         try:
@@ -270,7 +288,7 @@ class CheckpointStore:
 
     def _manifests(self) -> list[Path]:
         """The manifest files, oldest step first."""
-        return sorted((path for path in self._entries() if _NAME.fullmatch(path.name)), key=_order)
+        return sorted((path for path in self._entries() if manifests.NAME.fullmatch(path.name)), key=manifests.order)
 
 
 def size_of(state: Any, where: str = "state") -> int:
@@ -291,60 +309,23 @@ def _size_of(value: Any, where: str) -> int:
     raise TypeError(f"{where} is a {kind.__module__}.{kind.__qualname__}; a checkpoint holds only tensors and plain Python values")
 
 
-def _order(manifest_path: Path) -> tuple[int, int]:
-    match = _NAME.fullmatch(manifest_path.name)
-    if match is None:
-        raise ValueError(f"{manifest_path.name} is not the name of a manifest")
-    return int(match[2]), int(match[1])
-
-
-def _encode(manifest: Manifest) -> bytes:
-    document: dict[str, Any] = {"schema": files.SCHEMA, "file": manifest.path.name}
-    return _signed(document | {name: getattr(manifest, name) for name in _FIELDS})
-
-
-def _signed(document: dict[str, Any]) -> bytes:
-    """The document as text, with a checksum of its own: a flipped bit in a manifest must be noticed too."""
-    content = json.dumps(document, allow_nan=False).encode("ascii")
-    return json.dumps({**document, "check": hashlib.sha256(content).hexdigest()}, allow_nan=False, indent=1).encode("ascii") + b"\n"
-
-
-def _read_manifest(path: Path) -> Manifest:
-    """Raises FileNotFoundError, or _BadCheckpoint when it is not a whole manifest of the checkpoint it is named after."""
-    with open(path, "rb") as file:
-        content = file.read(_MANIFEST_BYTES)
-    step, epoch = _order(path)
-    expected = {"file": path.with_suffix(".pt").name, "epoch": epoch, "step": step}
-    try:
-        document = json.loads(content)
-        document.pop("check")
-        # Compared as text: a flip in the last digit of a number may be the same number.
-        whole = _signed(document) == content and all(document[key] == value for key, value in expected.items())
-        values = {name: document[name] for name in _FIELDS}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        whole, values = False, {}
-    if not whole:
-        raise _BadCheckpoint("its manifest is damaged")
-    return Manifest(path=path.with_suffix(".pt"), **values)
-
-
 def _verify(file: BinaryIO, manifest: Manifest) -> None:
     """Size, then hash, then that it would not unpack to more than itself; all on the one open file that is then read."""
     size = os.fstat(file.fileno()).st_size
     if size != manifest.bytes:
-        raise _BadCheckpoint(f"it has {size:,} bytes instead of {manifest.bytes:,}")
+        raise BadCheckpoint(f"it has {size:,} bytes instead of {manifest.bytes:,}")
     digest = hashlib.sha256()
     while chunk := file.read(_CHUNK_BYTES):
         digest.update(chunk)
     if digest.hexdigest() != manifest.sha256:
-        raise _BadCheckpoint("its content has changed since it was written (sha256)")
+        raise BadCheckpoint("its content has changed since it was written (sha256)")
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, ValueError) as error:
-        raise _BadCheckpoint(f"it is not a checkpoint: {error}") from None
+        raise BadCheckpoint(f"it is not a checkpoint: {error}") from None
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(entry.file_size for entry in entries) > size:
-        raise _BadCheckpoint("it is packed, which ours never are")
+        raise BadCheckpoint("it is packed, which ours never are")
 
 
 def _unpickle(file: BinaryIO) -> State:
@@ -356,9 +337,9 @@ def _unpickle(file: BinaryIO) -> State:
     except Exception as error:
         if "allocate memory" in str(error):
             raise MemoryError(str(error).splitlines()[0]) from None  # the file is fine, the machine is full
-        raise _BadCheckpoint(f"it cannot be unpickled: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        raise BadCheckpoint(f"it cannot be unpickled: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
     if not isinstance(state, dict):
-        raise _BadCheckpoint("it holds no state")
+        raise BadCheckpoint("it holds no state")
     return state
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import sys
 import traceback
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from trainerd.contract import runs, wire
-from trainerd.contract.errors import ConfigError, NoGoodCheckpoint, NotFinite, TrainerdError, UsageError
+from trainerd.contract.errors import ConfigError, NoGoodCheckpoint, NotFinite, Refused, TrainerdError, UsageError
 from trainerd.contract.paths import Home, RunPaths
 from trainerd.contract.runs import RunRecord
 
@@ -21,8 +23,9 @@ if TYPE_CHECKING:
 _EXIT_CRASHED = 1
 EXIT_DISK_FULL = 28
 """Of the preparing child: it can be tried again when there is space."""
-# Errors of the program rather than of the moment: the same again at every try.
-_PROGRAMMING = (TypeError, AttributeError, NameError, LookupError, ImportError, SyntaxError, NotImplementedError, ValueError)
+# Errors of the moment rather than of the program: another try may go better. torch says in words what is the device's.
+_OF_THE_MOMENT = (OSError, MemoryError, TrainerdError, EOFError)
+_OF_THE_DEVICE = re.compile(r"CUDA|cuDNN|CUBLAS|out of memory|allocate memory|DataLoader worker|driver", re.IGNORECASE)
 
 
 def parse(program: str, arguments: list[str] | None) -> argparse.Namespace:
@@ -34,10 +37,33 @@ def parse(program: str, arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+class _Patient:
+    """A stream that forgives the disk: what a task prints must not end a training because the log cannot take it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def take_pipes() -> tuple[int, int]:
     """(commands, events): descriptors of what were stdin and stdout. From here on prints land in the log, and no child
     process inherits the pipes."""
     commands, events = os.dup(0), os.dup(1)
+    sys.stdout, sys.stderr = cast(TextIO, _Patient(sys.stdout)), cast(TextIO, _Patient(sys.stderr))
     os.dup2(2, 1)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -94,16 +120,23 @@ class PreparingFailed(TrainerdError):
         """Whether its own EXCEPTION event was passed on."""
 
 
+def _of_the_moment(error: BaseException) -> bool:
+    if isinstance(error, _OF_THE_MOMENT) or not isinstance(error, Exception):
+        return True
+    return _OF_THE_DEVICE.search(f"{type(error).__name__}: {error}") is not None
+
+
 def verdict(error: BaseException, *, retry_helps: bool) -> tuple[int, dict[str, Any]]:
     """The exit code an error ends in, and the fields of its EXCEPTION event.
 
-    `retry_helps` is False while nothing was ever trained: then an error of the program would only come again.
+    `retry_helps` is False while nothing was ever trained: then an error of the program, a wrong shape in its first step, would
+    only come again.
     """
     if isinstance(error, NoGoodCheckpoint):
         code = wire.EXIT_NO_CHECKPOINT
     elif isinstance(error, NotFinite):
         code = wire.EXIT_PERMANENT if error.for_good else _EXIT_CRASHED
-    elif isinstance(error, UsageError) or (isinstance(error, _PROGRAMMING) and not retry_helps):
+    elif isinstance(error, (UsageError, Refused)) or not (retry_helps or _of_the_moment(error)):
         code = wire.EXIT_PERMANENT
     else:
         code = _EXIT_CRASHED

@@ -5,7 +5,7 @@ Everything else is durable before result.json is: with it the run is finished, w
 
 from __future__ import annotations
 
-import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from trainerd.contract.paths import RunPaths
 from trainerd.engine.task import Task
 
 WEIGHTS = "model.safetensors"
+_SMALL_FILES_BYTES = 1 << 20
 
 
 def export(task: Task, model: nn.Module, config: RunConfig, paths: RunPaths, *, frozen: dict[str, str], facts: dict[str, Any]) -> None:
@@ -65,18 +66,26 @@ def _write_weights(model: nn.Module, path: Path) -> dict[str, str]:
         known[key] = name
         stored[name] = value.detach().cpu().contiguous()
     temporary = path.with_name(f".{path.name}.tmp")
-    # One metadata key at most: several are written in an order that differs between processes.
-    save_file(stored, str(temporary), metadata={"format": "pt"})
-    files.sync_file(temporary)
-    files.replace(temporary, path)
+    try:
+        files.remove(temporary)  # a link left there would be followed
+        # One metadata key at most: several are written in an order that differs between processes.
+        save_file(stored, str(temporary), metadata={"format": "pt"})
+        files.sync_file(temporary)
+        files.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            files.remove(temporary)
+        raise
     files.sync_folder(path.parent)
     return tied
 
 
+def weights_bytes(model: nn.Module) -> int:
+    """About what the result takes on the disk, its small files included."""
+    tensors = {value.data_ptr(): value for value in model.state_dict().values() if isinstance(value, Tensor)}
+    return _SMALL_FILES_BYTES + sum(value.numel() * value.element_size() for value in tensors.values())
+
+
 def _durable_sha256(path: Path) -> str:
     files.sync_file(path)
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(4 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return files.sha256_of(path)

@@ -2,6 +2,7 @@
 
 A step's numbers stay on the device until flush(): so a GPU is not waited for in every step. What a crash loses here was
 not in a checkpoint either: a resume cuts the file back to the length its checkpoint names, and writes those steps again.
+A full disk stops nothing: lines wait in memory until they can be written, and no checkpoint is committed before they are.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainerd.contract import files
+from trainerd.engine.reporter import say
+
 Number = float | Tensor
+# Of lines that cannot be written, about a third of a million steps; then the oldest go.
+_WAITING_BYTES = 64 << 20
 
 
 @dataclass
@@ -36,19 +42,36 @@ class StepRecord:
 
 
 class MetricsLog:
-    """The file. `on_step` sees each resolved line (for TensorBoard)."""
+    """The file. `on_line` sees each resolved line (for TensorBoard)."""
 
-    def __init__(self, path: Path, resume_bytes: int, on_line: Callable[[dict[str, Any]], None] | None = None) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self, path: Path, resume_bytes: int, on_line: Callable[[dict[str, Any]], None] | None = None, sha256: str | None = None
+    ) -> None:
+        """`sha256` is what the first `resume_bytes` had when the checkpoint was written; None: nobody knows. Raises OSError."""
+        files.make_folder(path.parent)
         self.path = path
         self._on_line = on_line
         self._pending: list[StepRecord] = []
-        self._file = open(path, "ab")  # noqa: SIM115 - lives as long as the run
-        if self._file.tell() > resume_bytes:
-            self._file.truncate(resume_bytes)
-        self.bytes = min(self._file.tell(), resume_bytes)
-        self.missing_bytes = resume_bytes - self.bytes
+        self._file = files.Growing(path, resume_bytes)
+        self._hash = files.hash_of(path)
+        self._waiting: deque[bytes] = deque()
+        self.missing_bytes = resume_bytes - self._file.bytes
+        self.damaged = sha256 is not None and not self.missing_bytes and self._hash.hexdigest() != sha256
+        """Whether what was kept is not what was written: what will be added is hashed together with it as it is."""
         self.last: dict[str, Any] = {}
+
+    @property
+    def bytes(self) -> int:
+        """How long the file is, or will be once it can be written again."""
+        return self._file.bytes + sum(map(len, self._waiting))
+
+    @property
+    def sha256(self) -> str:
+        """Of that much of it."""
+        whole = self._hash.copy()
+        for text in self._waiting:
+            whole.update(text)
+        return whole.hexdigest()
 
     def add(self, record: StepRecord) -> None:
         """Keep a step's numbers; nothing is read from the device or written yet."""
@@ -61,6 +84,7 @@ class MetricsLog:
 
     def flush(self) -> list[dict[str, Any]]:
         """Read the pending numbers from the device, all in one go, and write their lines; returns them."""
+        self._catch_up()
         if not self._pending:
             return []
         pending, self._pending = self._pending, []
@@ -78,12 +102,22 @@ class MetricsLog:
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n" for line in lines).encode("ascii")
-        self._file.write(text)
-        self._file.flush()
-        self.bytes += len(text)
+        self._waiting.append(text)
+        self._catch_up()
         if self._on_line is not None:
             for line in lines:
                 self._on_line(line)
+
+    def _catch_up(self) -> None:
+        """Write what waits, if the disk takes it. What it is missing is told with the checkpoint that cannot be saved."""
+        try:
+            while self._waiting:
+                self._file.append(self._waiting[0])
+                self._hash.update(self._waiting.popleft())
+        except OSError:
+            while sum(map(len, self._waiting)) > _WAITING_BYTES:
+                lost = len(self._waiting.popleft())
+                say(f"metrics.jsonl: no room on the disk, nor in memory any more; {lost} bytes are lost")
 
     def close(self) -> None:
         self.flush()

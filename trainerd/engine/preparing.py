@@ -68,7 +68,7 @@ def verified(cache_dir: Path, send: Send) -> dict[str, Any] | None:
 
     None when it is not whole: then it must be prepared anew, and what is damaged has been told.
     """
-    _refuse_link(cache_dir)
+    files.refuse_links(cache_dir.parent.parent, cache_dir)
     try:
         record = files.read_json(cache_dir / _RECORD, "The record of prepared data")
     except FileNotFoundError:
@@ -215,12 +215,6 @@ def _vouch(cache_dir: Path, data: dict[str, Any]) -> dict[str, Any]:
     record = {"schema": files.SCHEMA, "data": data, "files": found}
     files.write_json(cache_dir / _RECORD, record, durable=True)
     return record
-
-
-def _refuse_link(cache_dir: Path) -> None:
-    for folder in (cache_dir.parent, cache_dir):
-        if folder.is_symlink():
-            raise UsageError(f"{folder} is a link, and a cache that is written to may lead nowhere else.", "Put a folder in its place.")
 
 
 def _context(config: RunConfig, cache_dir: Path, send: Send, data: dict[str, Any]) -> PrepareContext:

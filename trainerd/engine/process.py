@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -37,6 +38,8 @@ class TrainerProcess:
         self.commands = Commands(commands, self._leave_at_once, _hurry, self._dump, self._abandoned)
         self.child: PreparingChild | None = None
         """The preparing process while there is one: it must not outlive us."""
+        self.has_stepped: Callable[[], bool] = lambda: False
+        """Whether a step of this process's life was finished."""
         self._home = home
         self._name = run
         self._device_lock: DeviceLock | None = None
@@ -103,8 +106,9 @@ class TrainerProcess:
         traceback.print_exception(error)
         if isinstance(error, entry.PreparingFailed) and error.told:
             return error.code
-        # With a checkpoint there is one before it to try, should this one be poisoned.
-        begun = self.commands.training or any(Home(self._home).run(self._name).checkpoints.glob("*.json"))
+        # With a checkpoint there is one before it to try, should this one be poisoned. Without one, and without a single step
+        # that went well, the same would happen again.
+        begun = self.has_stepped() or any(Home(self._home).run(self._name).checkpoints.glob("checkpoint_*.json"))
         code, fields = entry.verdict(error, retry_helps=begun)
         self.reporter.send(wire.EXCEPTION, **fields)
         return code

@@ -19,7 +19,8 @@ from typing import Any
 
 from trainerd.config.model import CheckpointConfig, parse_bytes
 from trainerd.contract import clock, wire
-from trainerd.engine.checkpoints import CheckpointStore, Manifest, State, size_of
+from trainerd.engine.checkpoints import CheckpointStore, State, size_of
+from trainerd.engine.manifest import Manifest
 
 Send = Callable[..., None]
 _COST_SHARE = 0.01
@@ -38,13 +39,23 @@ class SaveSchedule:
 
     def __init__(self, config: CheckpointConfig, now: float | None = None, cores: int | None = None) -> None:
         self._config = config
-        self._began = self._last_save = time.monotonic() if now is None else now
+        self._began = self._last_save = self._last_commit = self._spent_at = time.monotonic() if now is None else now
         self._bytes_per_second = parse_bytes(config.max_write_per_day) / _DAY_SECONDS
         self._cores = cores or os.cpu_count() or 1
         self._cost_seconds = self._next_cost_seconds = 0.0
-        self._written_bytes = self._next_bytes = 0
+        self._spent_bytes = 0.0
+        self._next_bytes = 0
         self._retry_at: float | None = None
         self._retry_pause = _FIRST_RETRY_SECONDS
+
+    def go_on(self, spent_bytes: float, seconds_ago: float) -> None:
+        """What was written before this process, and when: a run that dies again and again must not write more than one that lives."""
+        self._last_commit = self._spent_at - max(0.0, seconds_ago)
+        self._spent_bytes = max(0.0, spent_bytes - self._bytes_per_second * max(0.0, seconds_ago))
+
+    def spent_bytes(self, now: float) -> float:
+        """What has been written beyond what the day's rate has covered by now."""
+        return max(0.0, self._spent_bytes - self._bytes_per_second * (now - self._spent_at))
 
     def due(self, step: int, now: float) -> bool:
         """Whether to save after this step. Called at every step."""
@@ -55,24 +66,27 @@ class SaveSchedule:
             return True
         if now - self._last_save >= self._config.every_minutes * 60:
             return True
-        return at_mark and self._affordable(now - self._began)
+        return at_mark and self._affordable(now)
 
-    def _affordable(self, elapsed_seconds: float) -> bool:
-        cost_seconds = self._cost_seconds + self._next_cost_seconds
-        written_bytes = self._written_bytes + self._next_bytes
-        within_rate = written_bytes <= self._bytes_per_second * (elapsed_seconds + _WRITE_AHEAD_SECONDS)
-        return cost_seconds <= _COST_SHARE * elapsed_seconds and within_rate
+    def _affordable(self, now: float) -> bool:
+        if self._cost_seconds + self._next_cost_seconds > _COST_SHARE * (now - self._began):
+            return False
+        # Lives shorter than every_minutes would save nothing at all for their bytes: the time before this one counts.
+        if now - self._last_commit >= self._config.every_minutes * 60:
+            return True
+        return self.spent_bytes(now) + self._next_bytes <= max(self._bytes_per_second * _WRITE_AHEAD_SECONDS, self._next_bytes)
 
     def began(self, now: float) -> None:
         """A save begins: the next is spaced from here."""
         self._last_save = now
 
-    def saved(self, size_bytes: int, blocked_seconds: float, cpu_seconds: float) -> None:
+    def saved(self, size_bytes: int, blocked_seconds: float, cpu_seconds: float, now: float) -> None:
         """A save succeeded; its cost is expected of the next one too."""
         self._next_cost_seconds = blocked_seconds + cpu_seconds / self._cores
         self._cost_seconds += self._next_cost_seconds
         self._next_bytes = size_bytes
-        self._written_bytes += size_bytes
+        self._spent_bytes, self._spent_at = self.spent_bytes(now) + size_bytes, now
+        self._last_commit = now
         self._retry_at, self._retry_pause = None, _FIRST_RETRY_SECONDS
 
     def failed(self, now: float, blocked_seconds: float) -> None:
@@ -128,6 +142,7 @@ class Saver:
         best: float | None,
         metrics: Path | None,
         metrics_bytes: int,
+        metrics_sha256: str | None = None,
         about: dict[str, Any],
         request: str | None = None,
         blocked_seconds: float = 0.0,
@@ -138,7 +153,8 @@ class Saver:
         """
         waited = time.monotonic()
         self.wait()
-        facts = {"epoch": epoch, "step": step, "best": best, "metrics": metrics, "metrics_bytes": metrics_bytes, "about": about}
+        facts: dict[str, Any] = {"epoch": epoch, "step": step, "best": best, "about": about}
+        facts |= {"metrics": metrics, "metrics_bytes": metrics_bytes, "metrics_sha256": metrics_sha256}
         now = time.monotonic()
         self.schedule.began(now)
         with self._condition:
@@ -179,12 +195,15 @@ class Saver:
     def _save(self, save: _Save) -> None:
         cpu_began = time.thread_time()
         try:
-            manifest = self._store.commit(save.state, **save.facts, acknowledge=lambda done: self._acknowledge(done, save))
+            spent = self.schedule.spent_bytes(time.monotonic())
+            manifest = self._store.commit(
+                save.state, **save.facts, spent_bytes=spent, acknowledge=lambda done: self._acknowledge(done, save)
+            )
         except Exception as error:  # whatever it is: training goes on, and the person is told
             self.schedule.failed(time.monotonic(), save.blocked_seconds)
             self._tell_unsaved(error, save)
         else:
-            self.schedule.saved(manifest.bytes, save.blocked_seconds, time.thread_time() - cpu_began)
+            self.schedule.saved(manifest.bytes, save.blocked_seconds, time.thread_time() - cpu_began, time.monotonic())
 
     def _acknowledge(self, manifest: Manifest, save: _Save) -> None:
         self.last = manifest

@@ -55,6 +55,13 @@ class States:
             torch.cuda.synchronize(self._precision.device)
         return state
 
+    def size_bytes(self) -> int:
+        """About how large a capture is: known as soon as model and optimizer are built."""
+        sizes = [tensor.numel() * tensor.element_size() for tensor in self._learned.values()]
+        for state in self._optimizer.state.values():
+            sizes += [value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor)]
+        return sum(sizes)
+
     def restore(self, state: dict[str, Any]) -> None:
         """Weights, optimizer and scaler become those of the state. Raises TrainerdError when they do not fit."""
         if state.get("format") != FORMAT:

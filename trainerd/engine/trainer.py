@@ -15,19 +15,21 @@ from typing import Any
 import torch
 
 from trainerd.config.model import RunConfig
-from trainerd.contract import wire
+from trainerd.contract import clock, files, wire
 from trainerd.contract.errors import Refused
 from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home, RunPaths
-from trainerd.engine import loop, precision, preparing, provenance
+from trainerd.engine import loop, precision, preparing, provenance, space
 from trainerd.engine import plan as plans
 from trainerd.engine.building import build
 from trainerd.engine.checkpoints import CheckpointStore
 from trainerd.engine.determinism import arrange_cublas, deterministic
-from trainerd.engine.export import export
+from trainerd.engine.export import export, weights_bytes
 from trainerd.engine.loop import Link, Result, Training
 from trainerd.engine.saver import note_to
 from trainerd.engine.task import Task
+from trainerd.machine.filesystem import free_bytes
+from trainerd.memory import disk
 
 
 class PrintingLink(Link):
@@ -47,7 +49,7 @@ class Trainer:
 
     `home`: a folder; by default TRAINERD_HOME, else the current folder. The process entry passes what only it knows: the
     run's name, its link to the supervisor, the recorded plan, the prepared cache_dir, the fingerprint of the data the run began
-    with, and that it holds the trainer's lock.
+    with, the last step it acknowledged, and that it holds the trainer's lock.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Trainer:
         before_step: int | None = None,
         cache_dir: Path | None = None,
         data: provenance.Fingerprint | None = None,
+        reached_step: int | None = None,
         holds_lock: bool = False,
     ) -> None:
         self.task = task
@@ -74,6 +77,9 @@ class Trainer:
         self._before_step = before_step
         self._cache_dir = cache_dir
         self._data = data
+        self._reached_step = reached_step
+        self._training: Training | None = None
+        self._began_at = 0
         self._holds_lock = holds_lock
 
     def train(self) -> Result:
@@ -81,15 +87,21 @@ class Trainer:
         with ExitStack() as stack:
             if not self._holds_lock:
                 stack.enter_context(self._lock())
+            self._refuse_links()
             store = CheckpointStore(
                 self.paths.checkpoints,
                 keep=self.config.checkpoint.keep,
                 keep_best=self.config.checkpoint.keep_best or self.config.train.early_stopping is not None,
+                mark=self.paths.committed,
+                reached_step=self._reached_step,
                 note=note_to(self._link.send),
             )
             cache_dir = self._cache_dir or self._prepare(store)
             found = store.load(self._before_step)
             state = found[0] if found else None
+            if found is None and _size(self.paths.metrics):
+                text = "No step of this run was ever saved, although some were trained: it begins again at its beginning."
+                self._link.send(wire.WARNING, text=text)
             plan = dict(state["plan"] if state else self._plan or plans.resolve(self.config, self.task))
             self._tell_plan(plan)
             if plan["device"] != "cpu":
@@ -97,13 +109,43 @@ class Trainer:
             stack.enter_context(_threads(plan["threads"]))
             training = build(self.task, self.config, plan, self.paths, cache_dir, self._link, store, state, stack)
             self._vouch_for_data(training, cache_dir, state)
+            if found is not None:
+                training.saver.schedule.go_on(found[1].spent_bytes, clock.wall() - found[1].at)
             del found, state  # as large as the model
+            self._training, self._began_at = training, training.step
+            self._make_room(training, store)
             training.exact.tell()
             stack.enter_context(deterministic(plan["deterministic"], training.lost_by))
             result = loop.train(training)
-            if result.outcome == loop.FINISHED:
+            return self._finish(training, result) if result.outcome == loop.FINISHED else result
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether train() has finished a step of its own: then what fails later may go better from a checkpoint."""
+        return self._training is not None and self._training.step > self._began_at
+
+    def _finish(self, training: Training, result: Result) -> Result:
+        """Write the result; on a full disk, wait for room and write it then. Asked to leave meanwhile, leave: all but it is saved."""
+        waiting = space.Wait(self.paths.home.root, "Writing the finished model", self._link.send)
+        while True:
+            try:
                 self._export(training, result)
-            return result
+                return result
+            except Exception as error:
+                if not space.is_full(error, self.paths.home.root):
+                    raise
+                self._link.send(wire.NOTE, kind="export_waits", attempt=waiting.attempts + 1, error=str(error))
+            if not waiting.until_room(weights_bytes(training.model), training.asked.to_leave):
+                return Result(loop.LEFT, result.step, result.metrics)
+            if training.saver.failure is not None:
+                loop.save(training)
+                training.saver.wait()
+
+    def _refuse_links(self) -> None:
+        """Nothing is written out of the home through a link that somebody has put into it."""
+        result = sorted(self.paths.model.rglob("*")) if self.paths.model.is_dir() else []
+        for path in (self.paths.checkpoints, self.paths.metrics, self.paths.committed, self.paths.model, *result):
+            files.refuse_links(self.home.root, path)
 
     def _tell_plan(self, plan: plans.Plan) -> None:
         self._link.send(wire.PLAN, **plans.shown(plan))
@@ -134,6 +176,24 @@ class Trainer:
             preparing.look_at_data(self.task, self.config, self._data, self._link.send)
         return cache_dir
 
+    def _make_room(self, training: Training, store: CheckpointStore) -> None:
+        """Keep fewer checkpoints when not all would fit. Raises Refused for a run that has not begun and cannot be saved."""
+        free, there = free_bytes(store.folder), len(store.committed())
+        if free is None:
+            return
+        one, result = training.states.size_bytes(), weights_bytes(training.model)
+        found = disk.room(free, one, result, store.keep, store.keep_best, there=there)
+        if found.missing_bytes and training.step == 0:
+            raise Refused(disk.too_little(str(self.home.root), found, one), disk.WHAT_TO_DO)
+        if (found.keep, found.keep_best) == (store.keep, store.keep_best):
+            return
+        best = store.keep_best and self.config.train.early_stopping is not None  # its result is the best one
+        store.keep, store.keep_best = found.keep, found.keep_best or best
+        kept = f"the last {store.keep}" + (" and the best" if store.keep_best else "")
+        text = f"The disk has no room for all checkpoints that were asked for ({found.need_bytes:,} bytes): {kept} will be kept."
+        self._link.send(wire.WARNING, text=text)
+        self._link.send(wire.NOTE, kind="keep_lowered", keep=store.keep, keep_best=store.keep_best, free_bytes=free, checkpoint_bytes=one)
+
     def _vouch_for_data(self, training: Training, cache_dir: Path, state: dict[str, Any] | None) -> None:
         """Every checkpoint names the data it was trained on. What was opened meanwhile must still be that."""
         if self.task.reads_data and self._data:
@@ -160,6 +220,13 @@ class Trainer:
                 step = best_step
         facts = {**result.metrics, "exported_step": step, "exact": training.exact.document()}
         export(self.task, training.model, self.config, self.paths, frozen=training.states.frozen, facts=facts)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return 0
 
 
 @contextmanager

@@ -47,8 +47,10 @@ def work(process: TrainerProcess, run: entry.Run) -> int:
         before_step=process.before_step,
         cache_dir=cache_dir,
         data=provenance.of_identity(run.record.identity),
+        reached_step=run.record.step,
         holds_lock=True,
     )
+    process.has_stepped = lambda: trainer.has_stepped
     if trainer.train().outcome != "finished":
         return wire.EXIT_LEFT
     process.reporter.send(wire.FINISHED)

@@ -190,6 +190,8 @@ class Supervisor:
         if self.policy.deaths == 0:  # it is beyond what was there before
             self.vigil.hang.progressed()
             self.device.acknowledged()
+        if self.journal.record.step is None:
+            self.journal.save_record(step=saved.step)  # from now on, losing all checkpoints is no beginning
         self.journal.record.step = saved.step
         request = message.get("request")
         if request in self.saves_asked:

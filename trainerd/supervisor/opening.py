@@ -55,6 +55,8 @@ def open_run(home: Home, arguments: dict[str, Any]) -> Opening:
     if not isinstance(name, str) or not runs.valid_name(name):
         raise UsageError(f"{name!r} cannot be the name of a run.", "Use letters, digits, dots, dashes and underscores.")
     paths = home.run(name)
+    for folder in (home.control, home.logs, paths.folder, paths.task, paths.record, paths.events):
+        files.refuse_links(home.root, folder)
     for folder in (home.control, home.logs, paths.folder):
         folder.mkdir(parents=True, exist_ok=True)
     files.tidy(home.root, STATUS_FILE)

@@ -1,0 +1,62 @@
+"""What a run needs on the disk, and how many checkpoints fit: pure arithmetic. Must not look at any disk.
+
+The rule: room for all checkpoints that are kept, the best one, the one being written, and the result, plus 5 %. With less, fewer
+are kept; below two checkpoints (one kept, one being written) and the result, a run is not begun.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MARGIN = 1.05
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many of the newest checkpoints fit, and whether the best one does, too. `missing_bytes`: 0 unless it does not fit at all."""
+
+    keep: int
+    keep_best: bool
+    missing_bytes: int
+    need_bytes: int
+    """For everything that was asked for."""
+
+
+def room(free_bytes: int, checkpoint_bytes: int, result_bytes: int, keep: int, keep_best: bool, *, there: int = 0) -> Room:
+    """What fits into `free_bytes`; `there` checkpoints of this run lie on the disk already and will make place for new ones."""
+    need = _need(keep + keep_best + 1, checkpoint_bytes, result_bytes)
+    free = free_bytes + int(there * checkpoint_bytes * MARGIN)
+    if free >= need:
+        return Room(keep, keep_best, 0, need)
+    least = _need(2, checkpoint_bytes, result_bytes)
+    if free < least:
+        return Room(1, False, least - free, need)
+    fit = int((free / MARGIN - result_bytes) // max(1, checkpoint_bytes)) - 1  # besides the one being written
+    best = keep_best and fit >= 2
+    return Room(max(1, min(keep, fit - best)), best, 0, need)
+
+
+def _need(checkpoints: int, checkpoint_bytes: int, result_bytes: int) -> int:
+    return int((checkpoints * checkpoint_bytes + result_bytes) * MARGIN)
+
+
+WHAT_TO_DO = "Free some space, use another --home, or make the model smaller."
+_PER_WEIGHT_BYTES = 4
+# How many numbers each optimizer keeps beside every weight.
+_STATE_PER_WEIGHT = {"adamw": 2, "adam": 2, "sgd": 1, "adafactor": 0}
+
+
+def weights_bytes(num_parameters: int) -> int:
+    """Of the result."""
+    return num_parameters * _PER_WEIGHT_BYTES
+
+
+def checkpoint_bytes(num_parameters: int, optimizer: str) -> int:
+    """Of one checkpoint: the weights and what the optimizer keeps."""
+    return weights_bytes(num_parameters) * (1 + _STATE_PER_WEIGHT.get(optimizer, 2))
+
+
+def too_little(where: str, found: Room, checkpoint_bytes: int) -> str:
+    """The refusal, in words."""
+    least = f"{found.missing_bytes:,} bytes are missing where {where} is for two checkpoints of {checkpoint_bytes:,} bytes and the result"
+    return f"The disk is too full to begin: {least}; for everything that is kept, {found.need_bytes:,} bytes are needed."
