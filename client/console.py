@@ -24,6 +24,11 @@ def say(text: str = "") -> None:
         print(text, flush=True)
 
 
+def tell(text: str) -> None:
+    """Sentences on the standard output: in a terminal broken between words."""
+    say(filled(text, sys.stdout))
+
+
 def complain(text: str) -> None:
     """One message beside the standard output, so that --json stays one document."""
     if sys.stderr is not None:

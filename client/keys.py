@@ -14,6 +14,7 @@ class Keyboard:
 
     def __init__(self) -> None:
         self.works = console.is_terminal(sys.stdin)
+        self._typed = ""  # and not yet read: keys pressed faster than they are asked for
 
     if sys.platform == "win32":
 
@@ -71,13 +72,18 @@ class Keyboard:
             if not self.works:
                 time.sleep(timeout_seconds)
                 return None
-            ready, _, _ = select.select([sys.stdin], [], [], timeout_seconds)
-            if not ready:
-                return None
-            typed = os.read(sys.stdin.fileno(), 64)  # an arrow key sends several bytes at once: they are one key, not ours
-            if not typed:
-                self.works = False  # the terminal is gone
-                return None
-            if b"\x03" in typed:
-                raise KeyboardInterrupt
-            return typed.decode("utf-8", "replace").lower() if len(typed) == 1 else None
+            if not self._typed:
+                ready, _, _ = select.select([sys.stdin], [], [], timeout_seconds)
+                if not ready:
+                    return None
+                typed = os.read(sys.stdin.fileno(), 64)
+                if not typed:
+                    self.works = False  # the terminal is gone
+                    return None
+                if b"\x03" in typed:
+                    raise KeyboardInterrupt
+                if typed.startswith(b"\x1b"):
+                    return None  # an arrow key sends several bytes at once: they are one key, not ours
+                self._typed = typed.decode("utf-8", "replace").lower()
+            key, self._typed = self._typed[0], self._typed[1:]
+            return key

@@ -36,7 +36,7 @@ def command(home: Home, /, **words: Any) -> int:
     for warning in (*warnings, *limits.warnings(chosen.ram_limit, chosen.vram_limit)):
         console.complain(f"Warning: {warning}")
     if choice.told:
-        console.say(choice.told)
+        console.tell(choice.told)
     request, instance = follow.send_start(home, choice)
     try:
         supervisor = launch.attached(home, instance, request.id)
@@ -44,7 +44,7 @@ def command(home: Home, /, **words: Any) -> int:
         raise TrainerdError(f"The supervisor could not be started: {error.strerror or error}.") from None
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever called may have it ignored; the supervisor obeys it anyway
     run, program = choice.run, console.program()
-    console.say(f"Training {run} in this terminal. Ctrl-C saves a checkpoint and stops. From another one: {program} status")
+    console.tell(f"Training {run} in this terminal. Ctrl-C saves a checkpoint and stops. From another one: {program} status")
     try:
         code = _follow(home, supervisor, instance)
     finally:
@@ -81,7 +81,7 @@ def _result(home: Home, instance: str, code: int) -> int:
     if code == errors.EXIT_REFUSED and not mine:
         raise follow.already_running(home, reading)
     if mine:
-        console.say(view.summary(reading))
+        console.tell(view.summary(reading))
         for line in view.what_next(reading, console.program()):
             console.say(line)
     return code

@@ -39,7 +39,7 @@ def command(home: Home, no_revive: bool) -> int:
     """Choose by number what the commands do by name."""
     told = "" if no_revive else revive.revive(home)
     if told:
-        console.say(told)
+        console.tell(told)
     by_key = {key: words for key, _, _, words in _CHOICES}
     while True:
         _show(home)
@@ -82,6 +82,6 @@ def _do(home: Home, words: list[str]) -> None:
     try:
         run(words, home)
     except TrainerdError as error:
-        console.say(f"{error.message}\n{error.hint}".rstrip())
+        console.tell(f"{error.message}\n{error.hint}".rstrip())
     except KeyboardInterrupt:
         console.say()

@@ -37,7 +37,7 @@ def begin(home: Home, choice: choose.Choice, warnings: list[str], wait: bool, as
     for warning in warnings:
         console.complain(f"Warning: {warning}")
     if choice.told and not as_json:
-        console.say(choice.told)
+        console.tell(choice.told)
     for warning in limits.warnings(choice.config.memory.ram_limit, choice.config.memory.vram_limit):
         console.complain(f"Warning: {warning}")
     reading, tied = follow.start(home, choice)
@@ -49,7 +49,7 @@ def begin(home: Home, choice: choose.Choice, warnings: list[str], wait: bool, as
     if not as_json:
         _tell(reading, tied)
         if after_reboot:
-            console.say(after_reboot)
+            console.tell(after_reboot)
     code = 0
     if wait:
         reading = _until_end(home)
@@ -72,8 +72,8 @@ def _until_end(home: Home) -> status.Reading:
 def _tell(reading: status.Reading, tied: str) -> None:
     shown, program = reading.status, console.program()
     run = shown.run if shown else "The run"
-    console.say(f"{run} is {reading.state} in the background{'' if tied else '; this window may be closed'}.")
+    console.tell(f"{run} is {reading.state} in the background{'' if tied else '; this window may be closed'}.")
     if reading.state == status.WAITING:
-        console.say(reading.reason)
+        console.tell(reading.reason)
     hints = (f"Look: {program} status", f"Watch: {program} monitor", f"End: {program} stop")
     console.say(fit.beside(hints, shutil.get_terminal_size().columns))
