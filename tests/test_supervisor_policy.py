@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from trainerd.contract import status, wire
-from trainerd.contract.status import Status
+from trainerd.contract.status import Phase, Status
 from trainerd.memory.limits import resolve_limit
 from trainerd.supervisor import death, events, opening, report
 from trainerd.supervisor.restart import MAX_DEATHS, Restart, RestartPolicy
@@ -237,3 +237,13 @@ def test_a_lost_device_is_told_from_a_mistake_on_it(text: str, lost: bool) -> No
         assert death.explain(1, None, f"{TRACEBACK}RuntimeError: {text}\n").device_lost == lost
     assert death.explain(1, {"type": "DeviceLost", "text": "no such device answers now", "permanent": False}, "").device_lost
     assert not death.explain(1, {**told, "permanent": True}, "").device_lost
+
+
+def test_a_state_and_its_sentence_do_not_contradict_each_other() -> None:
+    """Starting says that it starts the trainer; running, before the first phase, that the model is built."""
+    found = Status(phase=Phase("starting"))
+    assert report.doing(found) == "Starting the trainer."
+    found.state = status.RUNNING
+    assert report.doing(found) == "Building the model."
+    found.phase = Phase("preparing", 10, 20, "rows")
+    assert report.doing(found) == "Preparing the data: 10 of 20 rows."
