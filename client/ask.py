@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from trainerd.contract import requests, status
+from trainerd.contract import lock, requests, status
 from trainerd.contract.errors import NothingRunning, Refused, TrainerdError
 from trainerd.contract.paths import Home
 from trainerd.contract.status import Reading, RequestOutcome
 
-from . import console
+from . import console, stuck
 
 _LOOK_SECONDS = 0.05
 _APPEAR_SECONDS = 5.0
@@ -48,11 +48,14 @@ def live(home: Home) -> Reading:
     while True:
         reading = status.read(home)
         if not reading.alive:
+            lock.is_held(home.supervisor_lock)  # raises when the lock itself is what is wrong
             raise nothing_running(home, reading)
         if reading.status is not None and reading.status.supervisor is not None:
             return reading
         if time.monotonic() >= deadline:
-            raise TrainerdError(f"A supervisor holds {home.root} and writes no readable status. {reading.reason}")
+            held = replace(reading, holder=lock.holder(home.supervisor_lock))
+            message = f"A supervisor holds {home.root} and writes no readable status. {reading.reason}"
+            raise TrainerdError(message, stuck.remedy(held, console.program()))
         time.sleep(_LOOK_SECONDS)
 
 
@@ -90,5 +93,11 @@ def until(home: Home, asked: Asked, reached: Callable[[Reading], bool], timeout_
         if time.monotonic() >= deadline:
             asked.withdraw()
             what = "has not done it" if answered else "did not answer"
-            raise TrainerdError(f"{asked.verb}: the supervisor {what} within {timeout_seconds:g} seconds ({reading.state}).", hint)
+            message = f"{asked.verb}: the supervisor {what} within {timeout_seconds:g} seconds ({reading.state})."
+            raise TrainerdError(message, _hint(reading, hint))
         time.sleep(_LOOK_SECONDS)
+
+
+def _hint(reading: Reading, hint: str) -> str:
+    """A supervisor that does not answer is not asked again: that would only go round in a circle."""
+    return stuck.remedy(reading, console.program()) if reading.state == status.NOT_ANSWERING else hint

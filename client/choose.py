@@ -40,6 +40,7 @@ class Choice:
     told: str = ""
     only_if_wanted: bool = False
     """Refuse when the run is stopped, paused or over by the time the supervisor holds the lock: a revival is no `resume`."""
+    warnings: list[str] = field(default_factory=list)
 
     def arguments(self) -> dict[str, Any]:
         return {
@@ -59,6 +60,14 @@ def choose(home: Home, asked: Resolved, resume: bool) -> Choice:
     wanted = identity(config, _fingerprint(asked), asked.task_file)
     if config.name is not None and _exists(home, config.name):
         return _named(home, config.name, asked, wanted, resume)
+    choice = _by_identity(home, asked, wanted, resume)
+    if resume:  # one of them may be the run that was meant
+        choice.warnings = [f"{error.message} It is left alone, with its checkpoints." for error in runs.damaged(home).values()]
+    return choice
+
+
+def _by_identity(home: Home, asked: Resolved, wanted: dict[str, Any], resume: bool) -> Choice:
+    config = asked.config
     unfinished = [record for record in _records(home) if not record.finished]
     same = next((record for record in unfinished if record.identity == wanted), None) if resume and config.name is None else None
     if same is not None:
@@ -77,21 +86,29 @@ def choose(home: Home, asked: Resolved, resume: bool) -> Choice:
 def unfinished(home: Home, name: str | None) -> Choice:
     """The unfinished run that was last worked on, or the one named, as it was recorded. Raises NothingRunning, Refused."""
     records = _records(home)
+    damaged = runs.damaged(home)
+    if name in damaged:
+        raise damaged[name]
     if name is not None:
         records = [record for record in records if record.id == name]
         if not records:
             raise NothingRunning(f"There is no run {name!r} in {home.root}.", f"See them with: {console.program()} runs")
         if records[0].finished:
             raise Refused(f"The run {name} is completed: there is nothing to resume.", f"Start a new one: {console.program()} start")
+    elif _shown(home) in damaged:
+        raise damaged[str(_shown(home))]  # the run that was looked at last: never another one in its place, unasked
     left = [record for record in records if not record.finished]
     record = max(left, key=lambda r: (not _never_began(r), r.id == _shown(home), r.ended_at or r.created_at), default=None)
     if record is None:
+        for error in damaged.values():
+            raise error
         raise NothingRunning(f"There is no unfinished run in {home.root}.", f"Start one with: {console.program()} start")
     try:
         config = RunConfig.model_validate(record.config)
     except ValueError:
         raise _another_version(record) from None
-    return Choice(record.id, True, config, record.identity, None)
+    warnings = [f"{error.message} It is left alone." for error in damaged.values()] if name is None else []
+    return Choice(record.id, True, config, record.identity, None, warnings=warnings)
 
 
 def _fingerprint(asked: Resolved) -> dict[str, Any]:
@@ -108,8 +125,10 @@ def _named(home: Home, name: str, asked: Resolved, wanted: Mapping[str, Any], re
     other = "Choose another --name."
     try:
         record = runs.read(home, name)
-    except (OSError, Unreadable):
-        raise Refused(f"The name {name!r} is taken: there are files of it in {home.root}, without a readable record.", other) from None
+    except (OSError, Unreadable) as error:
+        why = f" {error.message}" if isinstance(error, Unreadable) else ""
+        message = f"The name {name!r} is taken: there are files of it in {home.root}, without a readable record.{why}"
+        raise Refused(message, other) from None
     if not resume:
         raise Refused(f"The name {name!r} is taken by an earlier run; --no-resume begins a new one.", other)
     unlike = differences(record.identity, wanted)

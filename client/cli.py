@@ -13,6 +13,7 @@ from click.shell_completion import CompletionItem
 
 from trainerd.contract.errors import EXIT_USAGE, UsageError
 from trainerd.contract.paths import Home
+from trainerd.contract.requests import MOST_SECONDS
 
 from . import console
 
@@ -38,6 +39,21 @@ _PRESETS = ("quick", "standard", "extended")  # which the launcher takes in the 
 ASKING = "_TRAINERD_COMPLETE"
 """In the environment when a shell asks how a line may go on: the same name however we are called."""
 pass_home = click.make_pass_decorator(Home)
+
+
+class _Seconds(click.FloatRange):
+    """A time limit; "nan" is a number to Python and a limit to nobody."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if seconds != seconds:
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+        return seconds
+
+
+timeout = click.option(
+    "--timeout", type=_Seconds(0.1, MOST_SECONDS), default=60.0, metavar="S", show_default=True, help="Wait at most S seconds."
+)
 
 
 class _Commands(click.Group):

@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
 from pathlib import Path
 from typing import TextIO
 
+from trainerd.contract.errors import OutputLost
+
 _WINDOWS = sys.platform == "win32"
 
 
 def prepare() -> None:
     """Make printing safe: a character the output cannot carry becomes "?", instead of an error (cp1252 pipes, lone surrogates)."""
+    _fill_closed_descriptors()
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
 
+def _fill_closed_descriptors() -> None:
+    """A standard stream that was closed (`>&-`) would give its number to the next file opened, and prints would land in that."""
+    for descriptor in (0, 1, 2) if not _WINDOWS else ():
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+
+
 def say(text: str = "") -> None:
-    """One message on the standard output."""
+    """One message on the standard output. When its reader is gone (`| head`) it is lost, and the command goes on to its end.
+
+    Raises OutputLost when the output cannot be written for another reason, like a full disk.
+    """
+    try:
+        pour(text)
+    except OSError as error:
+        give_up_output()
+        if not is_gone(error):
+            raise output_lost(error) from None
+
+
+def pour(text: str) -> None:
+    """One of many lines on the standard output: raises OSError, so that a command that only prints ends with its reader."""
     if sys.stdout is not None:
         print(text, flush=True)
 
@@ -30,9 +56,12 @@ def tell(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    """One message beside the standard output, so that --json stays one document."""
+    """One message beside the standard output, so that --json stays one document. Where it cannot be written, nobody reads it."""
     if sys.stderr is not None:
-        print(filled(text, sys.stderr), file=sys.stderr, flush=True)
+        try:
+            print(filled(text, sys.stderr), file=sys.stderr, flush=True)
+        except OSError:
+            _to_nowhere(2)
 
 
 def filled(text: str, stream: TextIO | None, indent: str = "") -> str:
@@ -49,6 +78,36 @@ def filled(text: str, stream: TextIO | None, indent: str = "") -> str:
 
     broken = (wrap(line, width, subsequent_indent=indent, break_on_hyphens=False) or [""] for line in text.split("\n"))
     return "\n".join(part for parts in broken for part in parts)
+
+
+def is_gone(error: OSError) -> bool:
+    """Whether writing failed because the reader of the pipe has enough; Windows calls that an invalid argument."""
+    return isinstance(error, BrokenPipeError) or (_WINDOWS and error.errno == errno.EINVAL)
+
+
+def is_of_output(error: BaseException) -> bool:
+    """Whether an error came while something was printed: tells a full disk there from one elsewhere."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    return isinstance(error, OSError) and module.partition(".")[0] in ("click", "rich")
+
+
+def output_lost(error: OSError) -> OutputLost:
+    """That the standard output cannot be written, as an error for a person."""
+    return OutputLost(f"The output could not be written: {error.strerror or error}.")
+
+
+def give_up_output() -> None:
+    """Write no more to the standard output; Python's own flush at exit must not complain either."""
+    _to_nowhere(1)
+
+
+def _to_nowhere(descriptor: int) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
 
 
 def program() -> str:

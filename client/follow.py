@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 import uuid
 
-from trainerd.contract import errors, lock, requests, status
+from trainerd.contract import errors, ground, lock, requests, status
 from trainerd.contract.errors import AlreadyRunning, ConfigError, Refused, RunFailed, TrainerdError, UsageError
 from trainerd.contract.paths import Home
 from trainerd.contract.status import Reading
 from trainerd.machine import filesystem
 
-from . import console, launch
+from . import console, launch, stuck
 from .choose import Choice
 
 _LOOK_SECONDS = 0.02
@@ -37,6 +37,8 @@ def already_running(home: Home, reading: Reading) -> AlreadyRunning:
     run = reading.status.run if reading.status and reading.status.run else "a run"
     if reading.state == status.PAUSED:
         return AlreadyRunning(f"{run} is paused in {home.root}.", f"Go on with: {program} resume     End it with: {program} stop")
+    if reading.state == status.NOT_ANSWERING:
+        return AlreadyRunning(f"{run} is already in {home.root}. {reading.reason}", stuck.remedy(reading, program))
     hint = f"Watch it: {program} monitor     End it: {program} stop     Train beside it: {program} --home ANOTHER_FOLDER start"
     return AlreadyRunning(f"{run} is already in {home.root} ({reading.state}).", hint)
 
@@ -44,15 +46,15 @@ def already_running(home: Home, reading: Reading) -> AlreadyRunning:
 def prepare_home(home: Home) -> list[str]:
     """Create the home; returns warnings about the place. Raises Refused when it cannot hold a training."""
     try:
-        home.root.mkdir(parents=True, exist_ok=True)
+        home.root.mkdir(0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise Refused(f"The home {home.root} cannot be created: {error.strerror or error}.", "Name another folder with --home.") from None
+    found = ground.check(home)
     free = filesystem.free_bytes(home.root)
     if free is not None and free < _LEAST_FREE_BYTES:
         least = f"at least {_LEAST_FREE_BYTES // 10**6} MB are needed"
         message = f"Only {free // 10**6} MB are free where {home.root} is; {least}."
         raise Refused(message, "Free some space, or use another --home.")
-    found = []
     network = filesystem.network_filesystem(home.root)
     if network is not None:
         found.append(f"The home {home.root} is on {network}: locks and saved files are less safe there. Better use a local --home.")
@@ -121,7 +123,8 @@ def _died(home: Home, code: int, launched: launch.Launched) -> TrainerdError:
     words = launched.last_words()
     if code == errors.EXIT_REFUSED:
         _forget(launched)
-        return already_running(home, status.read(home))
+        reading = status.read(home)
+        return already_running(home, reading) if reading.alive or not words else Refused(words.removeprefix("trainerd: "))
     message = words or f"it said nothing (exit code {code})"
     return TrainerdError(f"The supervisor could not start: {message}", f"See {launched.early_log}")
 

@@ -19,6 +19,7 @@ from trainerd.contract.paths import Home
 _ACCESS_DENIED = 5
 _ERROR_BYTES = 4000
 _EARLY_LOGS = "supervisor_*.log"
+_KEEP_EARLY_LOGS = 20
 
 
 @dataclass
@@ -43,7 +44,7 @@ def detached(home: Home, instance: str, request: str) -> Launched:
     """Start the supervisor of `home` on its own. Raises OSError."""
     early_log = _early_log(home, instance)
     words = interpreter.command("trainerd.supervisor", "--home", str(home.root), "--instance", instance, "--request", request)
-    with open(early_log, "ab") as log:
+    with open(early_log, "xb") as log:
         options: dict[str, Any] = {
             "stdin": subprocess.DEVNULL,
             "stdout": log,
@@ -72,17 +73,26 @@ def attached(home: Home, instance: str, request: str) -> subprocess.Popen[bytes]
 
 def _early_log(home: Home, instance: str) -> Path:
     """A file of its own for each start; those of earlier starts that stayed empty go."""
-    home.logs.mkdir(parents=True, exist_ok=True)
+    home.logs.mkdir(0o700, parents=True, exist_ok=True)
     for path in home.logs.glob(_EARLY_LOGS):
         _remove_if_old_and_empty(path)
+    for path in sorted(home.logs.glob(_EARLY_LOGS))[:-_KEEP_EARLY_LOGS]:
+        _remove(path)
     return home.logs / f"supervisor_{time.strftime('%Y%m%d_%H%M%S')}_{instance[:8]}.log"
 
 
 def _remove_if_old_and_empty(path: Path) -> None:
     try:
-        seen = path.stat()
-        # A minute: a start going on beside this one has just made its own.
-        if seen.st_size == 0 and time.time() - seen.st_mtime > 60:
-            path.unlink()
+        seen = path.lstat()
+    except OSError:
+        return
+    # A minute: a start going on beside this one has just made its own.
+    if seen.st_size == 0 and time.time() - seen.st_mtime > 60:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink()
     except OSError:
         pass  # gone already, or held open on Windows by the supervisor that is running

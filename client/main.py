@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainerd.contract.errors import EXIT_DONE, TrainerdError, UsageError
+from trainerd.contract.errors import EXIT_DONE, OutputLost, TrainerdError, UsageError
 
 from . import console, home
 
@@ -22,6 +22,7 @@ _INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None, checkout: Path | None = None) -> int:
     """Run one command; returns the exit code. `checkout` is the folder of the script that was started, if it was one."""
     console.prepare()
+    os.umask(0o077)  # a home holds a person's data; what it holds already keeps its mode
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
     try:
@@ -31,11 +32,10 @@ def main(arguments: Sequence[str] | None = None, checkout: Path | None = None) -
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        # The reader (head, less) has enough; Python's own flush at exit must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        console.give_up_output()  # the reader (head, less) has enough
         return EXIT_DONE
     except Exception as error:  # the last door: a person gets words, we get the traceback
-        return _explain(_unexpected(error), as_json)
+        return _explain(_known(error) or _unexpected(error), as_json)
 
 
 def _run(words: list[str], checkout: Path | None) -> int:
@@ -70,7 +70,7 @@ def _take_home(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _explain(error: TrainerdError, as_json: bool) -> int:
-    if as_json:
+    if as_json and not isinstance(error, OutputLost):
         import json
 
         document = {"schema": 1, "error": error.message, "hint": error.hint, "exit_code": error.exit_code}
@@ -80,6 +80,19 @@ def _explain(error: TrainerdError, as_json: bool) -> int:
         if error.hint:
             console.complain(error.hint)
     return error.exit_code
+
+
+def _known(error: Exception) -> TrainerdError | None:
+    """Errors that can come from anywhere and are nobody's fault here: the output, or the current folder, is not to be had."""
+    if isinstance(error, OSError) and console.is_of_output(error):
+        console.give_up_output()
+        return console.output_lost(error)
+    if isinstance(error, FileNotFoundError):
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            return UsageError("The current folder does not exist any more.", "Go to another one (cd), and try again.")
+    return None
 
 
 def _unexpected(error: Exception) -> TrainerdError:

@@ -19,6 +19,7 @@ from trainerd.contract.status import (
     Status,
 )
 
+from . import stuck
 from .fit import Part, joined
 from .words import NOT_KNOWN, ago, bar, clean, count, duration, known, moment, number, percent, share, size
 
@@ -215,6 +216,8 @@ def what_next(reading: Reading, program: str) -> list[str]:
         return [f"Go on with: {program} resume"]
     if reading.state == COMPLETED:
         return [f"Ask the model with: {program} suggest PREFIX"] if task == "cadence" else []
+    if reading.state == NOT_ANSWERING:
+        return stuck.steps(reading, program)
     if reading.state in (STOPPED, CRASHED):
         return [f"Go on from the last checkpoint with: {program} resume"]
     if reading.state == FAILED:

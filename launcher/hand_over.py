@@ -8,14 +8,15 @@ from __future__ import annotations
 import os
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 _EXIT_FAILED = 4
 
 
-def hand_over(script: str) -> None:
-    """Return when this Python has what is needed; else go on in .venv, or say how to get one."""
+def hand_over(script: str) -> Path:
+    """Return the checkout's folder when this Python has what is needed; else go on in .venv, or say how to get one."""
     if find_spec("click") is not None and find_spec("torch") is not None:
-        return
+        return Path(script).resolve().parent
     from launcher import stamp
 
     venv = f"{stamp.ROOT}/.venv"
@@ -30,5 +31,10 @@ def hand_over(script: str) -> None:
     if sys.platform == "win32":  # there exec would give the prompt back at once
         import subprocess
 
-        sys.exit(subprocess.call(command))
+        with subprocess.Popen(command) as going_on:
+            while True:
+                try:
+                    sys.exit(going_on.wait())
+                except KeyboardInterrupt:  # it got the Ctrl-C too, and knows what to do about it
+                    continue
     os.execv(python, command)

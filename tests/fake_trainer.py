@@ -65,6 +65,10 @@ class FakeTrainer:
     def save(self, request: object = None) -> None:
         self.send(wire.BEAT, phase="checkpointing", save=None)
         time.sleep(float(str(self.script.get("save_seconds", 0))))
+        if self.script.get("do") == "unsaved":
+            error = f"The checkpoint at step {self.step} could not be saved: No space left on device."
+            self.send(wire.UNSAVED, since=clock.wall(), missing_bytes=1, error=error, request=request)
+            return
         folder = self.paths.checkpoints
         folder.mkdir(parents=True, exist_ok=True)
         stem = f"checkpoint_epoch_1_step_{self.step}"
@@ -104,11 +108,13 @@ class FakeTrainer:
             self.obey()
         if self.script.get("at") == "start":
             self.do()
-        self.send(wire.PHASE, name="training")
+        self.send(wire.PHASE, name=str(self.script.get("phase", "training")))
         self.send(wire.PLAN, device="cpu", threads=1, record={"threads": 1})
         while self.step < self.total:
             self.act()
             self.obey()
+            if "print_bytes" in self.script:
+                print(f"{'x' * int(str(self.script['print_bytes']))}\n{self.step}", flush=True)
             self.step += 1
             self.send(wire.BEAT, phase="training", save=None)
             self.send(wire.PROGRESS, epoch=1, epochs=3, step=self.step, total_steps=self.total, loss=self.loss(), eta_seconds=1.0)
@@ -153,6 +159,9 @@ class FakeTrainer:
         elif what == "flood":
             for number in range(20_000):
                 self.send(wire.PROGRESS, epoch=1, epochs=3, step=number)
+        elif what == "spoil":
+            (self.home.root / value).write_text("a file in place of a folder", encoding="utf-8")
+            os._exit(1)
         elif what == "warn":
             self.send(wire.WARNING, text=value)
 
@@ -197,6 +206,7 @@ def main() -> int:
         priority.lower_self(priority.IDLE)
     if hasattr(faulthandler, "register"):
         faulthandler.register(signal.SIGUSR1)
+    time.sleep(float(script.get("slow_start", 0)))
     trainer = FakeTrainer(home, options.run, script, options.before_step)
     trainer.send(wire.HELLO, pid=os.getpid())
     if hasattr(signal, "SIGTERM"):

@@ -163,7 +163,7 @@ def test_runs_are_listed_shown_and_deleted(person: Person, home: Home) -> None:
     """A live run is refused; what is removed is said; nothing else is touched."""
     for number, name in enumerate(("old", "new")):
         outcome = "completed" if number else None
-        runs.write(home, RunRecord(name, "cadence", 100.0 + number, {"seed": 1}, {"task": "cadence"}, outcome=outcome))
+        runs.write(home, RunRecord(name, "cadence", 100.0 + number, {"task": "cadence", "seed": 1}, {"task": "cadence"}, outcome=outcome))
         for folder in (home.run(name).checkpoints, home.run(name).model):
             folder.mkdir(parents=True)
             (folder / "file").write_bytes(b"x" * 1000)
@@ -182,13 +182,13 @@ def test_runs_are_listed_shown_and_deleted(person: Person, home: Home) -> None:
         live = person.types("runs", "delete", RUN, "--yes")
         assert live.returncode == 5 and home.run(RUN).record.exists()
     home.run("new").record.write_bytes(b"{")
-    assert "unreadable" in person.types("runs").stdout
+    assert "damaged" in person.types("runs").stdout
     assert person.types("runs", "delete", "new", "--yes").returncode == 0
 
 
 def test_resume_says_what_there_is_to_resume(person: Person, home: Home) -> None:
     """No such run 3; a completed one 5."""
-    runs.write(home, RunRecord("done", "cadence", 1.0, {}, {}, outcome="completed"))
+    runs.write(home, RunRecord("done", "cadence", 1.0, {"task": "cadence"}, {}, outcome="completed"))
     assert person.types("resume").returncode == 3
     assert "no run 'x'" in person.types("resume", "x").stderr
     assert person.types("resume", "done").returncode == 5

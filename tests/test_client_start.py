@@ -91,6 +91,13 @@ def test_a_task_file_that_cannot_be_trained_is_told_by_start(person: Person, tmp
     assert person.types("start", "--task", f"{path}:Other").returncode == 2
 
 
+def test_a_wrong_setting_of_ones_own_task_is_told_by_start(person: Person, task: str) -> None:
+    """Only the trainer can check it, and `start` waits for that: exit 2 with the key and the value, nothing left running."""
+    done = person.types("start", "--task", task, "--set", "settings.no_such_setting=5")
+    assert done.returncode == 2 and "settings.no_such_setting" in done.stderr and "Traceback" not in done.stderr
+    assert person.waits_for(lambda reading: not reading.alive, 20).state == "failed"
+
+
 def test_a_run_that_fails_is_waited_for_as_failed(person: Person, tmp_path: Path) -> None:
     """--wait returns the run's own result: 4 for a failure, with its reason."""
     path = tmp_path / "failing.py"
@@ -168,7 +175,7 @@ def test_the_newest_unfinished_run_is_resumed_as_recorded(home: Home) -> None:
     found = choose.unfinished(home, None)
     assert (found.run, found.resume, found.config.train.epochs, found.task_file) == ("b", True, 8, None)
     assert choose.unfinished(home, "a").run == "a"
-    runs.write(home, RunRecord("b", "cadence", 1.0, {"train": {"unheard_of": 1}}, {"task": "cadence"}))
+    runs.write(home, RunRecord("b", "cadence", 1.0, {"task": "cadence", "train": {"unheard_of": 1}}, {"task": "cadence"}))
     with pytest.raises(Refused, match="another version"):
         choose.unfinished(home, "b")
 

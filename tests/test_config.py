@@ -107,7 +107,7 @@ def test_all_problems_are_reported_together_with_value_origin_and_remedy(tmp_pat
         ("- 1\n- 2\n", "holds no sections"),
         ("just words", "holds no sections"),
         ("\x00", "not YAML"),
-        ("[" * 3000, "not YAML"),
+        ("[" * 3000, "nested more than 32 levels"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_said_with_its_line(tmp_path: Path, text: str, says: str) -> None:

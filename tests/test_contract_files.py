@@ -100,7 +100,7 @@ def test_removing_what_is_not_there_is_no_error(tmp_path: Path) -> None:
 
 def test_a_run_record_survives_and_a_damaged_one_is_refused(home: Home) -> None:
     """run.json comes back as it was; unknown keys are ignored, missing parts are said."""
-    record = RunRecord("r1", "cadence", 5.0, {"seed": 1}, {"task": "cadence"})
+    record = RunRecord("r1", "cadence", 5.0, {"task": "cadence", "seed": 1}, {"task": "cadence"})
     runs.write(home, record)
     assert runs.read(home, "r1") == record
     document = json.loads(home.run("r1").record.read_text("utf-8"))
@@ -123,7 +123,7 @@ def test_names_no_system_could_hold_are_refused(name: str) -> None:
 def test_runs_are_listed_oldest_first(home: Home) -> None:
     """By the time they were made, not by name."""
     for name, at in (("b", 1.0), ("a", 2.0), ("c", 0.5)):
-        runs.write(home, RunRecord(name, "t", at, {}, {}))
+        runs.write(home, RunRecord(name, "t", at, {"task": "t"}, {}))
     assert runs.names(home) == ["c", "b", "a"]
 
 

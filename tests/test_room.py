@@ -109,7 +109,7 @@ def test_a_supervisor_writes_through_no_link(home: Home, tmp_path: Path, place: 
     except OSError:
         pytest.skip("needs symbolic links")
     arguments: dict[str, Any] = {"run": "run", "config": RunConfig().model_dump(mode="json"), "identity": {}}
-    with pytest.raises(UsageError, match=f"{link.name} is a link"):
+    with pytest.raises(Refused, match=f"{link.name} is a link"):
         opening.open_run(home, arguments)
     assert list(outside.iterdir()) == []
 

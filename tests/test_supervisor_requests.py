@@ -14,6 +14,7 @@ import pytest
 
 from tests.supervised import RUN, Daemon, alive, journal, starts, wait_for
 from trainerd.contract import lock, requests, runs, status
+from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home
 from trainerd.contract.requests import Request
 
@@ -260,3 +261,85 @@ def test_in_the_foreground_ctrl_c_is_a_stop_and_the_exit_code_is_the_result(home
         record = runs.read(home, "c")
         assert (record.wanted, record.outcome) == ("stopped", "stopped")
     assert not lock.is_held(home.supervisor_lock)
+
+
+@pytest.mark.parametrize("seconds", ["1e400", "NaN", "-1", "0", "true", '"soon"', "[5]", "1" + "0" * 400, "90000"])
+def test_a_time_limit_that_is_none_is_refused_before_anything_happens(home: Home, seconds: str) -> None:
+    """stop and pause with an impossible timeout_seconds: refused with the value, nothing recorded, training goes on."""
+    with Daemon(home, LONG) as daemon:
+        daemon.until_step(2)
+        for number, verb in enumerate(("stop", "pause")):
+            text = f'{{"schema": 1, "verb": "{verb}", "instance": "{daemon.instance}", "id": "r{number}", "at": 0, "arguments": '
+            (home.root / "written").write_text(f'{text}{{"timeout_seconds": {seconds}}}}}', encoding="utf-8")
+            (home.root / "written").rename(home.control / f"r{number}.json")
+            assert "timeout_seconds is" in daemon.outcome(f"r{number}")
+        assert daemon.reading().state == status.RUNNING and runs.read(home, RUN).wanted == "running"
+        assert not {"stop", "pause"} & {line["kind"] for line in journal(home)}
+        assert daemon.outcome(daemon.ask("stop", now="false")).startswith("refused")
+
+
+def test_what_is_refused_has_an_event_with_its_reason(home: Home) -> None:
+    """A stranger's request, one of another user, too large, not JSON, for another supervisor: each named for what it is."""
+    with Daemon(home, LONG) as daemon:
+        daemon.until_step(2)
+        request = {"schema": 1, "verb": "stop", "instance": daemon.instance, "arguments": {}, "at": 0}
+        says = {"verb": "'explode' is none of", "large": "larger than", "garbage": "not JSON", "instance": "another supervisor"}
+        if os.getuid() == 0:
+            says["owner"] = "another user wrote it"
+        for name in says:
+            path = home.root / name
+            changed = {**request, "id": name, "verb": "explode" if name == "verb" else "stop"}
+            changed["instance"] = "f" * 32 if name == "instance" else daemon.instance
+            content = json.dumps(changed) + " " * (requests.MAX_BYTES if name == "large" else 0)
+            path.write_text("{" if name == "garbage" else content, encoding="utf-8")
+            if name == "owner":
+                os.chown(path, 12345, 12345)
+            path.rename(home.control / f"{name}.json")
+        wait_for(lambda: not requests.pending(home), 5, "the requests to be deleted")
+        told = {line["file"].removesuffix(".json"): line["reason"] for line in journal(home) if line["kind"] == "request refused"}
+        assert set(told) == set(says) and all(words in told[name] for name, words in says.items()), told
+        assert "status" not in told["garbage"] and "next start" not in told["garbage"]
+        assert daemon.reading().state == status.RUNNING
+
+
+def test_a_flood_of_requests_is_taken_in_portions(home: Home) -> None:
+    """5,000 files in control/: the status stays fresh, a real request is answered soon, the events stay few, all are gone."""
+    with Daemon(home, LONG) as daemon:
+        daemon.until_step(2)
+        elsewhere = home.root / "flood"
+        elsewhere.mkdir()
+        for number in range(5_000):
+            (elsewhere / f"f{number}.json").touch()
+        for path in elsewhere.iterdir():
+            path.rename(home.control / path.name)
+        ident, oldest = daemon.ask("pause"), 0.0
+        path = home.control / f"{ident}.json"
+        os.utime(path, (1, 1))
+        began = time.monotonic()
+        while any(home.control.glob("f*.json")):
+            reading = daemon.reading()
+            assert reading.state != status.NOT_ANSWERING and time.monotonic() - began < 60
+            if reading.status is not None:
+                oldest = max(oldest, time.monotonic() - reading.status.updated_monotonic)
+            time.sleep(0.05)
+        daemon.until_state(status.PAUSED)
+        assert oldest < 3.0
+        assert sum(line["kind"] == "request refused" for line in journal(home)) < 1_000
+
+
+def test_a_control_folder_that_is_a_link_is_not_obeyed(home: Home, tmp_path: Path) -> None:
+    """control/ replaced by a link to somebody's folder: nothing there is read or deleted, and it is said."""
+    mine = tmp_path / "my documents"
+    mine.mkdir()
+    with Daemon(home, LONG) as daemon:
+        daemon.until_step(2)
+        document = {"schema": 1, "verb": "stop", "instance": daemon.instance, "id": "letter", "arguments": {}, "at": 0}
+        (mine / "letter.json").write_text(json.dumps(document), encoding="utf-8")
+        home.control.rename(home.root / "was control")
+        home.control.symlink_to(mine)
+        reading = daemon.until(lambda r: r.status is not None and r.status.warnings)
+        assert reading.status is not None and "control is a link" in reading.status.warnings[0]
+        daemon.until_step((reading.status.progress.step or 0) + 5)
+        assert (mine / "letter.json").exists() and not (mine / ".ballast").exists()
+        with pytest.raises(Refused):
+            daemon.ask("stop")

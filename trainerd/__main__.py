@@ -6,17 +6,29 @@ this package. It is found there by its place, never by the name `client` alone: 
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
 
 
 def main() -> int:
+    sys.excepthook = _show
     return _client_main()()
 
 
+def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A Ctrl-C while everything is still being imported is no error to print."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
 def _client_main() -> Callable[[], int]:
+    import importlib
+    from pathlib import Path
+
     try:
         module = importlib.import_module("trainerd.client.main")
     except ModuleNotFoundError as error:

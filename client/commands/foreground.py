@@ -33,7 +33,7 @@ def command(home: Home, /, **words: Any) -> int:
     warnings = follow.prepare_home(home)
     choice = choose.choose(home, asked, resume=not words["no_resume"])
     chosen = choice.config.memory
-    for warning in (*warnings, *limits.warnings(chosen.ram_limit, chosen.vram_limit)):
+    for warning in (*choice.warnings, *warnings, *limits.warnings(chosen.ram_limit, chosen.vram_limit)):
         console.complain(f"Warning: {warning}")
     if choice.told:
         console.tell(choice.told)

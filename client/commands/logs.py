@@ -28,7 +28,10 @@ def command(home: Home, num_lines: int, follow: bool) -> None:
     if path is None:
         raise NothingRunning(f"There is no log in {home.logs}.", f"Start with: {console.program()} start")
     begin = path.stat().st_size
-    for line in tail.last_lines(path, num_lines):
+    lines = tail.last_lines(path, num_lines)
+    if len(lines) < num_lines:  # it may have been cut just now
+        lines = [*tail.last_lines(path.with_name(f"{path.name}.1"), num_lines - len(lines)), *lines]
+    for line in lines:
         _print(line)
     if follow:
         try:
@@ -45,7 +48,7 @@ def _follow(home: Home, path: Path, offset: int) -> None:
         newest = tail.newest_log(home)
         if newest is not None and newest != path:
             _print_from(path, offset)
-            console.say(f"--- {newest.name}")
+            console.pour(f"--- {newest.name}")
             path, offset = newest, 0
         elif not alive:
             return
@@ -57,6 +60,7 @@ def _print_from(path: Path, offset: int) -> int:
     """Print the whole lines after `offset`; returns where they end."""
     try:
         with open(path, "rb") as file:
+            offset = offset if offset <= file.seek(0, 2) else 0  # it was cut
             file.seek(offset)
             content = file.read(_MOST_BYTES)
     except OSError:
@@ -69,4 +73,4 @@ def _print_from(path: Path, offset: int) -> int:
 
 def _print(line: str) -> None:
     """A log may hold anything a program printed: what would move the cursor or name the window stays out."""
-    console.say(words.clean(line.expandtabs(), _MOST_BYTES))
+    console.pour(words.clean(line.expandtabs(), _MOST_BYTES))

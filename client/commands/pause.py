@@ -8,11 +8,11 @@ from trainerd.contract import status
 from trainerd.contract.paths import Home
 
 from .. import ask, console, view
-from ..cli import pass_home
+from ..cli import pass_home, timeout
 
 
 @click.command("pause")
-@click.option("--timeout", type=click.FloatRange(min=0.1), default=60.0, metavar="S", show_default=True, help="Wait at most S seconds.")
+@timeout
 @pass_home
 def command(home: Home, timeout: float) -> None:
     """Save a checkpoint and free RAM and GPU; `resume` goes on, to the last bit."""

@@ -9,7 +9,7 @@ from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home
 
 from .. import ask, choose, console, follow, offers, view
-from ..cli import pass_home
+from ..cli import pass_home, timeout
 from .start import begin
 
 _GOES_ON = (status.STARTING, status.RUNNING, status.WAITING, status.RECOVERING, *status.END_STATES)
@@ -17,7 +17,7 @@ _GOES_ON = (status.STARTING, status.RUNNING, status.WAITING, status.RECOVERING, 
 
 @click.command("resume")
 @click.argument("run", required=False, shell_complete=offers.run_names)
-@click.option("--timeout", type=click.FloatRange(min=0.1), default=60.0, metavar="S", show_default=True, help="Wait at most S seconds.")
+@timeout
 @pass_home
 def command(home: Home, run: str | None, timeout: float) -> int:
     """Go on with the paused run, else with RUN or the newest unfinished one, as it was."""

@@ -63,7 +63,9 @@ def show_run(home: Home, run: str, as_json: bool) -> None:
         console.say(json.dumps({"schema": 1, "state": state, **(asdict(record) if record else {"id": run})}, indent=1))
         return
     lines = [("run", run), ("state", state)]
-    if record is not None:
+    if record is None:
+        lines.append(("reason", words.clean(runs.damaged(home).get(run, "It has no record."))))
+    else:
         seed = record.config.get("seed")
         lines += [("reason", words.clean(record.reason)), ("task", words.clean(record.task)), ("seed", words.clean(seed))]
         lines += [("step", words.count(record.step)), ("settings", words.clean(json.dumps(record.identity, ensure_ascii=False), 2000))]
@@ -133,7 +135,7 @@ def _state(record: RunRecord | None, live: str | None, name: str) -> str:
     if name == live:
         return "live"
     if record is None:
-        return "unreadable"
+        return "damaged"
     return record.outcome or ("paused" if record.wanted == runs.WANTED_PAUSED else "unfinished")
 
 

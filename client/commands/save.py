@@ -8,11 +8,11 @@ from trainerd.contract.paths import Home
 from trainerd.contract.status import Checkpoint, Reading
 
 from .. import ask, console, words
-from ..cli import pass_home
+from ..cli import pass_home, timeout
 
 
 @click.command("save")
-@click.option("--timeout", type=click.FloatRange(min=0.1), default=60.0, metavar="S", show_default=True, help="Wait at most S seconds.")
+@timeout
 @pass_home
 def command(home: Home, timeout: float) -> None:
     """Write a checkpoint now."""

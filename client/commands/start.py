@@ -34,7 +34,7 @@ def command(home: Home, /, wait: bool, no_autostart: bool, as_json: bool, **word
 
 def begin(home: Home, choice: choose.Choice, warnings: list[str], wait: bool, as_json: bool, autostart: bool = True) -> int:
     """Start `choice` in the background, say how it stands, and wait for its end when asked to."""
-    for warning in warnings:
+    for warning in [*choice.warnings, *warnings]:
         console.complain(f"Warning: {warning}")
     if choice.told and not as_json:
         console.tell(choice.told)

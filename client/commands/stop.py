@@ -8,12 +8,12 @@ from trainerd.contract import status
 from trainerd.contract.paths import Home
 
 from .. import ask, console, view
-from ..cli import pass_home
+from ..cli import pass_home, timeout
 
 
 @click.command("stop")
 @click.option("--now", is_flag=True, help="Do not save: what was learnt since the last checkpoint is lost.")
-@click.option("--timeout", type=click.FloatRange(min=0.1), default=60.0, metavar="S", show_default=True, help="Wait at most S seconds.")
+@timeout
 @pass_home
 def command(home: Home, now: bool, timeout: float) -> None:
     """Save a checkpoint and end. `resume` or `start` goes on from there."""

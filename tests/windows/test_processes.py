@@ -14,8 +14,10 @@ import pytest
 
 from tests.windows.person import ROOT, Other, comes
 from trainerd.contract import interpreter
-from trainerd.machine import memory, power, priority
+from trainerd.contract.paths import Home
+from trainerd.machine import append, memory, power, priority
 from trainerd.machine.process_group import ProcessGroup
+from trainerd.supervisor import logs
 
 SLEEPS = "import time; time.sleep(600)"
 BREEDS = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {SLEEPS!r}]); print(p.pid, flush=True); p.wait()"
@@ -123,3 +125,23 @@ def test_an_environments_interpreter_is_started_not_its_launcher(tmp_path: Path)
     prefix, started, child_prefix, child_executable = json.loads(done.stdout)
     assert Path(prefix) == Path(child_prefix) == scripts.parent
     assert Path(started) == base and Path(child_executable) == scripts / base.name
+
+
+def test_a_log_is_cut_while_a_child_writes_into_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child's handle appends in the kernel: after a cut its next line stands at the beginning, with no hole before it."""
+    monkeypatch.setattr(logs, "LOG_BYTES", 5_000)
+    home = Home(tmp_path)
+    path, log = logs.open_new(home)
+    source = "import sys, time\nfor n in range(3000): print(n, file=sys.stderr, flush=True); time.sleep(0.0002 if n % 50 else 0.01)"
+    with log:
+        child = subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log)
+    largest = 0
+    while child.poll() is None:
+        largest = max(largest, path.stat().st_size)
+        logs.cut(path)
+    content = logs.part_before(path).read_bytes() + path.read_bytes()
+    numbers = [int(line) for line in content.split()]
+    assert b"\0" not in content and numbers == sorted(numbers) and numbers[-1] == 2999
+    assert path.stat().st_size < 15_000 and largest < 15_000 and child.returncode == 0
+    with pytest.raises(FileExistsError):
+        append.create(path)

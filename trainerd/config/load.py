@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from trainerd.config.problems import in_words
 from trainerd.contract import runs
 from trainerd.contract.errors import ConfigError, UsageError
 
-_MAX_FILE_BYTES = 4 << 20
+_MAX_FILE_BYTES = 128 << 10
 _TASK_DEFAULTS = "the task's defaults"
 
 
@@ -170,7 +171,11 @@ def _read_preset(name: Any, problems: list[str]) -> dict[str, Any]:
 def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
     """The document in a configuration file; a file that cannot be read is a problem, and empty."""
     try:
-        with open(path.expanduser(), "rb") as file:
+        # Opened without waiting: a pipe would hold us until somebody writes into it, a device for ever.
+        with open(path.expanduser(), "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                problems.append(f"The configuration file {path} is not a file; name a YAML or JSON file.")
+                return {}
             content = file.read(_MAX_FILE_BYTES + 1)
         if len(content) > _MAX_FILE_BYTES:
             problems.append(f"The configuration file {path} is larger than {_MAX_FILE_BYTES:,} bytes; is it the right one?")

@@ -6,16 +6,40 @@ import io
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent
 
 from trainerd.contract.errors import ConfigError
+
+_MOST_LEVELS = 32
+
+
+class _Composer(Composer):
+    """Builds no more than is written: an alias can make gigabytes of a few lines, and deep nesting ends the interpreter."""
+
+    _level = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.parser.peek_event()
+        if self.parser.check_event(AliasEvent):
+            raise ComposerError(None, None, f"*{event.anchor} repeats a part written elsewhere: write it out", event.start_mark)
+        if self._level >= _MOST_LEVELS:
+            raise ComposerError(None, None, f"nested more than {_MOST_LEVELS} levels deep", event.start_mark)
+        self._level += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._level -= 1
 
 
 def parse(content: bytes | str, what: str) -> Any:
     """The document in `content`, None when it is empty. Raises ConfigError that names `what` and the line."""
     try:
         # pure: the C parser of the same library reads YAML 1.1, where `off` is false and 1e-4 is text.
-        return YAML(typ="safe", pure=True).load(content)
+        yaml = YAML(typ="safe", pure=True)
+        yaml.Composer = _Composer
+        return yaml.load(content)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark is not None and what[:2] != "--" else ""

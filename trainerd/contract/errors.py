@@ -9,6 +9,7 @@ TrainerdError                 4
 │   ├── DeviceLost            4   the GPU a run was planned for does not answer
 │   └── NotFinite             4   a loss, gradient or weight is no number any more
 ├── NoGoodCheckpoint          4   checkpoints exist and none can be loaded
+├── OutputLost                4   the standard output takes nothing
 └── Refused                   5   possible in principle, not now: already running, does not fit, disk too full
     └── AlreadyRunning        5   a supervisor holds this home
 """
@@ -84,6 +85,10 @@ class NotFinite(RunFailed):
 
 class NoGoodCheckpoint(TrainerdError):
     """There are checkpoints, and none of them is whole: never start over silently."""
+
+
+class OutputLost(TrainerdError):
+    """What was to be printed cannot be: a full disk, a closed descriptor."""
 
 
 class Refused(TrainerdError):

@@ -34,11 +34,11 @@ class Disk:
     """The operations, one method each. A test puts another Disk into `files.disk`."""
 
     def create(self, path: Path) -> BinaryIO:
-        return open(path, "wb")
+        return open(path, "wb", opener=_no_link)
 
     def open_to_append(self, path: Path) -> BinaryIO:
         """Unbuffered: what is written is known to be written, or not."""
-        return open(path, "ab", buffering=0, opener=_no_link)
+        return open(path, "a+b", buffering=0, opener=_no_link)
 
     def write(self, file: BinaryIO, content: bytes | memoryview) -> None:
         view = memoryview(content)
@@ -247,6 +247,7 @@ class Growing:
 
     def __init__(self, path: Path, keep_bytes: int) -> None:
         """Cuts the file back to its first `keep_bytes`, if it is longer. Raises OSError, also for a link or a pipe."""
+        self._path = path
         self._file = disk.open_to_append(path)
         try:
             if os.fstat(self._file.fileno()).st_size > keep_bytes:
@@ -258,6 +259,8 @@ class Growing:
 
     def append(self, content: bytes) -> None:
         """Add one piece. Raises OSError; then the file is as it was, or will be cut back by the next append."""
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            self._make_again()
         if os.fstat(self._file.fileno()).st_size != self.bytes:
             disk.truncate(self._file, self.bytes)
         try:
@@ -269,6 +272,21 @@ class Growing:
                 pass  # the next append, or the next start, cuts it back
             raise
         self.bytes += len(content)
+
+    def _make_again(self) -> None:
+        """Somebody removed the file under us: what it held is still in our hands, and every later checkpoint counts on it."""
+        make_folder(self._path.parent)
+        again = disk.open_to_append(self._path)
+        try:
+            disk.truncate(again, 0)
+            self._file.seek(0)
+            while content := self._file.read(_CHUNK_BYTES):
+                disk.write(again, content)
+        except OSError:
+            again.close()
+            raise
+        self._file.close()
+        self._file = again
 
     def close(self) -> None:
         self._file.close()
@@ -288,25 +306,25 @@ def write_json(path: Path, document: dict[str, Any], *, durable: bool = False, b
     write_atomic(path, text.encode("utf-8", "replace") + b"\n", durable=durable, busy_seconds=busy_seconds)
 
 
-def read_json(path: Path, what: str, max_bytes: int = 16 << 20) -> dict[str, Any]:
+def read_json(path: Path, what: str, max_bytes: int = 16 << 20, remedy: str = "Move it away.") -> dict[str, Any]:
     """The JSON document at `path`.
 
-    `what` names it in messages ("the status"). Raises FileNotFoundError when there is none, Unreadable when it is not
-    a JSON object, is larger than `max_bytes`, or carries a schema newer than this program knows.
+    `what` names it in messages ("the status"), `remedy` says what to do about damage. Raises FileNotFoundError when there
+    is none, Unreadable when it is not a JSON object, is larger than `max_bytes`, or carries a schema newer than ours.
     """
     # A pipe in place of the file would hold its reader for ever: opened without waiting, and refused.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise Unreadable(f"{what} at {path} is not a file.", "Move it away.")
+            raise Unreadable(f"{what} at {path} is not a file.", remedy)
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
-        raise Unreadable(f"{what} at {path} is larger than {max_bytes:,} bytes.", "It was not written by trainerd; move it away.")
+        raise Unreadable(f"{what} at {path} is larger than {max_bytes:,} bytes: trainerd did not write it.", remedy)
     try:
         document = json.loads(content)
     except (ValueError, RecursionError):
-        raise Unreadable(f"{what} at {path} is damaged: it is not JSON.", "The next start keeps it aside and writes a new one.") from None
+        raise Unreadable(f"{what} at {path} is damaged: it is not JSON.", remedy) from None
     if not isinstance(document, dict):
-        raise Unreadable(f"{what} at {path} is damaged: it holds no JSON object.", "The next start keeps it aside and writes a new one.")
+        raise Unreadable(f"{what} at {path} is damaged: it holds no JSON object.", remedy)
     schema = document.get("schema")
     if isinstance(schema, int) and not isinstance(schema, bool) and schema > SCHEMA:
         message = f"{what} at {path} has schema {schema}; this trainerd reads up to {SCHEMA}."
@@ -330,7 +348,7 @@ def sha256_of(path: Path) -> str:
 
 def append_line(path: Path, line: str) -> None:
     """Append one whole line; a line torn by an earlier crash is closed first, so that it spoils no other."""
-    with open(path, "ab+") as file:
+    with open(path, "ab+", opener=_no_link) as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":

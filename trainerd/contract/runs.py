@@ -6,7 +6,7 @@ The supervisor writes it, fsynced; `wanted` survives kills and reboots.
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any
 
 from trainerd.contract import files
@@ -14,8 +14,10 @@ from trainerd.contract.errors import Unreadable
 from trainerd.contract.paths import Home
 
 WANTED_RUNNING, WANTED_PAUSED, WANTED_STOPPED = "running", "paused", "stopped"
+_LATEST = 1e11
+"""The year 5138: what lies beyond is no time, and time.localtime() would raise."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
-_START_NEW = "Start a new run with --no-resume."
+_LEFT_ALONE = "It stays as it is, with its checkpoints; begin a new run with: start --no-resume"
 _RESERVED_ON_WINDOWS = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")
 
 
@@ -62,29 +64,83 @@ def write(home: Home, record: RunRecord) -> None:
 
 
 def read(home: Home, name: str) -> RunRecord:
-    """The record of a run. Raises FileNotFoundError when there is none, Unreadable when it is damaged."""
+    """The record of a run. Raises FileNotFoundError when there is none, Unreadable when it is damaged, naming the part."""
     path = home.run(name).record
-    document = files.read_json(path, f"The record of run {name}")
-    known = {f.name for f in fields(RunRecord)}
     try:
-        record = RunRecord(**{k: v for k, v in document.items() if k in known})
-    except TypeError:
-        raise Unreadable(f"The record of run {name} at {path} is damaged: a part is missing.", _START_NEW) from None
-    if not isinstance(record.config, dict) or not isinstance(record.identity, dict) or record.id != name:
-        raise Unreadable(f"The record of run {name} at {path} is damaged.", _START_NEW)
-    return record
+        document = files.read_json(path, f"The record of run {name}", remedy=_LEFT_ALONE)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Unreadable(f"The record of run {name} at {path} cannot be read: {error.strerror or error}.", _LEFT_ALONE) from None
+    values = {entry.name: document[entry.name] for entry in fields(RunRecord) if entry.name in document}
+    wrong = next((what for entry in fields(RunRecord) if (what := _wrong(entry, values))), None)
+    if wrong is None and values["config"].get("task") != values["task"]:
+        wrong = "its configuration names no task, or another one"
+    if wrong is None and values["id"] != name:
+        wrong = f"it is that of {str(values['id'])[:80]!r}"
+    if wrong is not None:
+        raise Unreadable(f"The record of run {name} at {path} is damaged: {wrong}.", _LEFT_ALONE)
+    return RunRecord(**values)
+
+
+def damaged(home: Home) -> dict[str, Unreadable]:
+    """The runs whose record there is and cannot be used, by name, with why."""
+    found: dict[str, Unreadable] = {}
+    for name in _folders(home):
+        try:
+            read(home, name)
+        except FileNotFoundError:
+            continue  # never written: the start that made the folder was interrupted
+        except Unreadable as error:
+            found[name] = error
+    return found
+
+
+def _wrong(entry: Field[Any], values: dict[str, Any]) -> str | None:
+    """What is wrong with one part of a record; None when nothing is."""
+    if entry.name not in values:
+        return f"{entry.name!r} is missing" if entry.default is MISSING and entry.default_factory is MISSING else None
+    value, allowed = values[entry.name], _ALLOWED.get(entry.name)
+    if allowed is not None and value not in allowed:
+        return f"{entry.name!r} is {str(value)[:40]!r}"
+    if not _fits(str(entry.type), value):
+        return f"{entry.name!r} is {str(value)[:40]!r}"
+    return None
+
+
+_ALLOWED: dict[str, tuple[str | None, ...]] = {
+    "wanted": (WANTED_RUNNING, WANTED_PAUSED, WANTED_STOPPED),
+    "outcome": (None, "completed", "stopped", "failed"),
+}
+
+
+def _fits(declared: str, value: Any) -> bool:
+    """Whether a JSON value has the declared kind; a number must be one that clocks and counters can have."""
+    if value is None:
+        return "None" in declared
+    if declared.startswith("str"):
+        return isinstance(value, str)
+    if declared.startswith("int"):
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    if declared.startswith("float"):
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LATEST
+    texts = declared.startswith("dict[str, str]")
+    return isinstance(value, dict) and (not texts or all(isinstance(text, str) for text in value.values()))
+
+
+def _folders(home: Home) -> list[str]:
+    try:
+        return sorted(entry.name for entry in home.runs.iterdir() if valid_name(entry.name) and entry.is_dir())
+    except OSError:
+        return []
 
 
 def names(home: Home) -> list[str]:
     """The runs of a home, oldest first by the time their record was created."""
     found: list[tuple[float, str]] = []
-    try:
-        folders = [p for p in home.runs.iterdir() if valid_name(p.name)]
-    except OSError:
-        return []
-    for folder in folders:
+    for name in _folders(home):
         try:
-            found.append((read(home, folder.name).created_at, folder.name))
+            found.append((read(home, name).created_at, name))
         except (OSError, Unreadable):
             continue
     return [name for _, name in sorted(found)]

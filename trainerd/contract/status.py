@@ -282,6 +282,8 @@ class Reading:
     reason: str
     status: Status | None
     alive: bool
+    holder: int | None = None
+    """The PID of a supervisor that does not answer, for whoever has to end it by hand."""
 
     def to_dict(self) -> dict[str, Any]:
         """The document as `status --json` prints it: the file's content with the state a reader may conclude."""
@@ -291,9 +293,12 @@ class Reading:
 
 def read(home: Home) -> Reading:
     """The truth about a home, from the status file and the supervisor's lock. Never raises for damage: it says so."""
-    alive = lock.is_held(home.supervisor_lock)
     try:
-        status = from_dict(files.read_json(home.status, "The status"))
+        alive = lock.is_held(home.supervisor_lock)
+    except Unreadable as error:
+        return Reading(UNREADABLE, str(error), None, False)
+    try:
+        status = from_dict(files.read_json(home.status, "The status", remedy=_KEPT_ASIDE))
     except FileNotFoundError:
         if alive:
             return Reading(STARTING, "The supervisor is starting.", None, True)
@@ -307,7 +312,8 @@ def read(home: Home) -> Reading:
     if status.boot_id == clock.boot_id():
         silent_seconds = clock.monotonic() - status.updated_monotonic
         if silent_seconds > STALE_SECONDS:
-            return Reading(NOT_ANSWERING, f"The supervisor has not answered for {silent_seconds:.0f} seconds.", status, True)
+            reason = f"The supervisor has not answered for {silent_seconds:.0f} seconds."
+            return Reading(NOT_ANSWERING, reason, status, True, lock.holder(home.supervisor_lock))
     return Reading(status.state, status.reason, status, True)
 
 

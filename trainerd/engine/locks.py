@@ -6,15 +6,19 @@ A left-over trainer is waited for, never doubled; a second home on the same devi
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import platformdirs
 
 from trainerd.contract import files
+from trainerd.contract.errors import Unreadable
 from trainerd.contract.lock import FileLock
 
 _LOOK_AGAIN_SECONDS = 0.25
+_KEEP_SECONDS = 1.0
 _NOTE_BYTES = 4096
 
 
@@ -85,3 +89,20 @@ def hold(lock: FileLock, why: Callable[[], str], tell: Callable[[str], None]) ->
         if reason != told:
             tell(reason)
             told = reason
+
+
+def keep(lock: FileLock, taken: Callable[[], None]) -> None:
+    """Hold on to `lock` to the end of the process, from a thread: removed by hand, its file is locked anew; `taken()` when
+    somebody else was quicker."""
+    threading.Thread(target=_keep, args=(lock, taken), name=f"keep {lock.path.name}", daemon=True).start()
+
+
+def _keep(lock: FileLock, taken: Callable[[], None]) -> None:
+    while lock.held:
+        time.sleep(_KEEP_SECONDS)
+        try:
+            if lock.displaced() and not lock.retake():
+                taken()
+                return
+        except (OSError, Unreadable):
+            continue  # something else lies there now: nobody can take it either

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainerd.contract import phases, wire
+from trainerd.contract.errors import Unreadable
 from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home
 from trainerd.engine import dumps, entry
 from trainerd.engine.commands import Command, Commands
-from trainerd.engine.locks import DeviceLock, device_name, hold
+from trainerd.engine.locks import DeviceLock, device_name, hold, keep
 from trainerd.engine.reporter import Reporter, say
 
 if TYPE_CHECKING:
@@ -74,12 +75,20 @@ class TrainerProcess:
         self.reporter.send(wire.PHASE, name="starting", done=None, total=None, unit=None)
         self._trainer_lock = FileLock(run.home.trainer_lock)
         hold(self._trainer_lock, lambda: "Waiting for an earlier trainer of this home to end.", self._tell_waiting)
+        keep(self._trainer_lock, self._home_is_anothers)
         try:
             self._device_lock = DeviceLock(device_name(), run.home.root)
             self._device_lock.acquire(self._tell_waiting)
-        except OSError as error:  # no folder of ours to lock in: train, but say what is not prevented
-            text = f"The device is not locked against other homes: {error.filename}: {error.strerror}."
+        except (OSError, Unreadable) as error:  # no folder of ours to lock in: train, but say what is not prevented
+            why = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) else error.message
+            text = f"The device is not locked against other homes: {why}"
             self.reporter.send(wire.WARNING, text=text)
+
+    def _home_is_anothers(self) -> None:
+        """Our lock's file was removed and another trainer has locked the new one: two must not write into one run."""
+        say("another trainer has taken this home; leaving without saving")
+        self.reporter.close(0.3)
+        os._exit(wire.EXIT_LEFT)
 
     def _tell_waiting(self, reason: str) -> None:
         self.reporter.send(wire.WAITING, reason=reason)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -68,6 +68,12 @@ class ProcessGroup:
                     os.killpg(self.pid, signal.SIGKILL)
                 except (ProcessLookupError, PermissionError):
                     pass  # a member of another user: nothing more can be done from here
+
+    def with_pid(self, action: Callable[[int], None]) -> None:
+        """Call `action` with the leader's PID while that number cannot be anybody else's; not at all once it was reaped."""
+        with self._reaping:
+            if self._popen.returncode is None:
+                action(self.pid)
 
     def close(self) -> None:
         """Give the pipes back; to be called after wait()."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ctypes import wintypes
 from pathlib import Path
 from typing import IO
@@ -100,6 +100,10 @@ class ProcessGroup:
         job = self._job
         if job is not None:
             _kernel32.TerminateJobObject(job, _KILLED)
+
+    def with_pid(self, action: Callable[[int], None]) -> None:
+        """Call `action` with the process's PID: our handle keeps the number from being given to anybody else."""
+        action(self.pid)
 
     def close(self) -> None:
         """Give the pipes back; to be called after wait()."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from trainerd.contract import errors, requests, status
+from trainerd.contract import errors, ground, requests, status
 from trainerd.contract.errors import AlreadyRunning, TrainerdError
 from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _supervise(home: Home, instance: str, request_id: str, command: list[str] | None, *, foreground: bool) -> int:
+    warnings = _about_home(home)
     lock = FileLock(home.supervisor_lock)
     if not lock.acquire():
         requests.withdraw(home.control / f"{request_id}.json")
@@ -54,10 +55,10 @@ def _supervise(home: Home, instance: str, request_id: str, command: list[str] | 
     aside = report.keep_damaged_aside(home)
     request = opening.read_request(home, instance, request_id)
     start = opening.open_run(home, request.arguments)
-    start.warnings += [*_about_home(home), *_about_memory(start.record.config.get("memory") or {})]
+    start.warnings += [*warnings, *_about_memory(start.record.config.get("memory") or {})]
     if aside is not None:
         start.warnings.append(f"The status file was damaged; it is kept as {aside.name}.")
-    supervisor = Supervisor(home, instance, start, command=command)
+    supervisor = Supervisor(home, instance, start, command=command, lock=lock)
     supervisor.report.answer(request.id, request.verb, "done")
     _obey_signals(supervisor, foreground)
     with watching(home.control, lambda: supervisor.inbox.put(None)):
@@ -94,7 +95,7 @@ def _belongs_to_caller(descriptor: int) -> bool:
 
 
 def _about_home(home: Home) -> list[str]:
-    warnings = []
+    warnings = ground.check(home)
     network, synced = network_filesystem(home.root), synced_folder(home.root)
     if network is not None:
         warnings.append(f"The home is on a network file system ({network}): its locks and writes cannot be relied on. Use a local --home.")

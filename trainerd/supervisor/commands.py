@@ -6,12 +6,12 @@ An outcome in the status is "accepted" (under way: the effect will show in the s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainerd.contract import files, requests, runs, status, wire
-from trainerd.contract.errors import Unreadable
+from trainerd.contract.errors import Refused, Unreadable
 from trainerd.contract.requests import Request
 from trainerd.supervisor.journal import say
 
@@ -19,26 +19,50 @@ if TYPE_CHECKING:
     from trainerd.supervisor.loop import Supervisor
 
 ACCEPTED, DONE = "accepted", "done"
+_MOST_SECONDS = 0.2
+_TELL_REFUSALS = 8
 
 
 def answer_all(supervisor: Supervisor) -> None:
-    """Answer every request file in control/, oldest first, and delete it."""
-    for path in requests.pending(supervisor.home):
+    """Answer the request files in control/, oldest first, and delete them. Of a flood of them, as many as a tick has time for."""
+    began, refused = time.monotonic(), 0
+    try:
+        waiting = requests.pending(supervisor.home)
+    except Refused as error:
+        supervisor.report.warn(str(error))
+        return
+    for path in waiting:
+        if time.monotonic() - began > _MOST_SECONDS:
+            break
         try:
             request = requests.read(path)
         except Unreadable as error:
-            supervisor.journal.note("request refused", file=path.name, reason=str(error))
-            supervisor.report.answer(path.stem[:64], "?", f"refused: {error}")
-            _delete(path)
+            refused += 1
+            _refuse(supervisor, path, str(error), refused)
+            if refused <= _TELL_REFUSALS:
+                supervisor.report.answer(path.stem[:64], "?", f"refused: {error}")
+            continue
+        if request.instance != supervisor.instance:  # of an earlier life: nobody waits for an answer
+            refused += 1
+            _refuse(supervisor, path, "It is meant for another supervisor.", refused)
             continue
         try:
-            if request.instance == supervisor.instance and not _seen(supervisor, request):
+            if not _seen(supervisor, request):
                 handle = _HANDLERS.get(request.verb)
                 outcome = handle(supervisor, request) if handle else f"refused: a running supervisor does not {request.verb}."
                 if outcome is not None:
                     supervisor.report.answer(request.id, request.verb, outcome)
         finally:
-            _delete(path)  # whatever came of it: of another supervisor or seen before, it is gone without effect
+            _delete(path)  # whatever came of it: seen before, it is gone without effect
+    if len(waiting) == requests.MOST_PENDING or time.monotonic() - began > _MOST_SECONDS:
+        supervisor.inbox.put(None)  # the rest at the next tick, which is now
+
+
+def _refuse(supervisor: Supervisor, path: Path, why: str, number: int) -> None:
+    """Delete what is no request to us, with an event; a flood is told by its first drops, or it would wash all else away."""
+    if number <= _TELL_REFUSALS:
+        supervisor.journal.note("request refused", file=path.name, reason=why)
+    _delete(path)
 
 
 def _seen(supervisor: Supervisor, request: Request) -> bool:
@@ -108,7 +132,15 @@ def save(supervisor: Supervisor, request: Request) -> str | None:
 
 def _limit(request: Request) -> float | None:
     seconds = request.arguments.get("timeout_seconds")
-    return float(seconds) if isinstance(seconds, (int, float)) and seconds > 0 else None
+    return None if seconds is None else float(seconds)
+
+
+def not_saved(supervisor: Supervisor, message: Mapping[str, Any]) -> None:
+    """A save that somebody asked for has failed: answered now, with the reason; it is tried again all the same."""
+    ident = message.get("request")
+    if message.get("event") == wire.UNSAVED and ident in supervisor.saves_asked:
+        supervisor.saves_asked.discard(ident)
+        supervisor.report.answer(ident, "save", f"refused: {message.get('error') or 'it could not be saved.'}")
 
 
 _HANDLERS: dict[str, Callable[[Supervisor, Request], str | None]] = {"stop": stop, "pause": pause, "resume": resume, "save": save}

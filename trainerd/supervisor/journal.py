@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from trainerd.contract import clock, files, runs
@@ -19,6 +20,9 @@ from trainerd.contract.runs import RunRecord
 from trainerd.machine.filesystem import free_bytes
 
 BALLAST_BYTES = 1 << 20
+EVENTS_BYTES = 1 << 20
+"""Beyond this events.jsonl loses its middle: its first line and the newest ones stay."""
+SAID_BYTES = 1 << 20
 _BALLAST_SECONDS = 60.0
 _ROOM_BYTES = 64 << 20  # below this the ballast would only take from what others need
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -34,6 +38,8 @@ def keep_ballast(home: Home) -> bool:
     """Make sure 1 MB is there to be given up. Random bytes: a compressing file system would store zeros in nothing."""
     path = home.ballast
     try:
+        if files.is_link(path.parent):
+            return True  # control/ leads elsewhere: said by whoever reads requests, and nothing of ours goes there
         if path.exists() and path.stat().st_size == BALLAST_BYTES:
             return True
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,14 +56,23 @@ def write_even_when_full(home: Home, write: Callable[[], None]) -> None:
     except OSError as error:
         if not is_full(error):
             raise
-        files.remove(home.ballast)
+        if not files.is_link(home.control):
+            files.remove(home.ballast)
         write()
 
 
+_room_bytes = SAID_BYTES
+
+
 def say(text: str) -> None:
-    """One line on stderr, for the supervisor's log; a terminal that is gone hears nothing."""
+    """One line on stderr, for the supervisor's log; a terminal that is gone hears nothing. After a megabyte it is silent:
+    an error that comes back every second must not fill the disk in a month."""
+    global _room_bytes
+    if _room_bytes < 0:
+        return
+    _room_bytes -= len(text) + 1
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(text if _room_bytes >= 0 else "(nothing more is written here)", file=sys.stderr, flush=True)
     except (OSError, ValueError):
         pass
 
@@ -77,6 +92,8 @@ class Journal:
         path = self._home.run(self.record.id).events
         try:
             write_even_when_full(self._home, lambda: files.append_line(path, line))
+            if path.stat().st_size > EVENTS_BYTES:
+                write_even_when_full(self._home, lambda: _trim(path))
         except OSError as error:
             say(f"cannot write to {path}: {error}; lost: {line}")
 
@@ -99,3 +116,14 @@ class Journal:
             self._ballast_due = time.monotonic() + _BALLAST_SECONDS
             if not self._home.ballast.exists() and (free_bytes(self._home.root) or 0) > _ROOM_BYTES:
                 keep_ballast(self._home)
+
+
+def _trim(path: Path) -> None:
+    """Leave out the middle of the events, and say so where it was: how the run began and what happened last are what is asked."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    newest, room = len(lines), EVENTS_BYTES // 2
+    while newest > 1 and room >= len(lines[newest - 1]):
+        newest -= 1
+        room -= len(lines[newest])
+    note = {"schema": files.SCHEMA, "at": clock.wall(), "kind": "trimmed", "left_out": newest - 1}
+    files.write_atomic(path, b"".join([lines[0], json.dumps(note).encode() + b"\n", *lines[newest:]]))

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainerd.contract import clock, runs, status, wire
+from trainerd.contract.errors import AlreadyRunning, Refused
+from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home
 from trainerd.contract.status import SupervisorInfo
-from trainerd.machine import priority
 from trainerd.supervisor import aftermath, commands, events, journal, opening, report
 from trainerd.supervisor.hang import Hang
 from trainerd.supervisor.opening import Opening
@@ -25,6 +26,7 @@ from trainerd.supervisor.restart import DeviceWait, RestartPolicy
 from trainerd.supervisor.sensors import Sensors
 from trainerd.supervisor.starter import Starter
 from trainerd.supervisor.trainer import Inbox, TrainerProcess
+from trainerd.supervisor.upkeep import Upkeep
 from trainerd.supervisor.vigil import Vigil
 
 
@@ -75,8 +77,10 @@ class Supervisor:
         *,
         command: list[str] | None = None,
         timing: Timing | None = None,
+        lock: FileLock | None = None,
     ) -> None:
         self.home, self.instance = home, instance
+        self._upkeep = Upkeep(home.run(start.record.id), lock)
         self.timing = timing or Timing()
         self.journal = journal.Journal(home, start.record)
         self.report = report.Report(home, start.record, SupervisorInfo(os.getpid(), instance, clock.wall()))
@@ -108,6 +112,8 @@ class Supervisor:
         while self.result is None:
             try:
                 self.tick()
+            except AlreadyRunning:
+                raise  # the home is another supervisor's now: not a word more into its files
             except Exception:
                 # One of three places that catch everything: a supervisor that dies of a surprise keeps nobody alive.
                 journal.say(traceback.format_exc())
@@ -122,6 +128,7 @@ class Supervisor:
     def tick(self) -> None:
         """One look at everything."""
         self._allow_for_sleep()
+        self._upkeep.look(self)
         self.take_events()
         self.notice_death()
         self.obey()
@@ -174,6 +181,7 @@ class Supervisor:
         elif event == wire.PLAN and isinstance(message.get("record"), dict):
             self.journal.save_record(plan=message["record"])
         self._power.answered(self, message)
+        commands.not_saved(self, message)
         if event in (wire.CHECKED, wire.PHASE):
             self._working(event == wire.CHECKED or message.get("name") != "starting")
 
@@ -244,7 +252,7 @@ class Supervisor:
             deadline = min(deadline, before.deadline)  # it was not alive before, either
         self.leaving = Leaving(why, save, deadline, before.killed_at if before else None)
         self.trainer.send(wire.LEAVE, why="pause" if why == "pause" else "stop", save=save)
-        priority.raise_process(self.trainer.pid)
+        self.trainer.hurry()
         what = "the trainer saves and leaves" if save and not nothing_yet else "the trainer leaves"
         if why == "pause":
             self.report.state(status.RUNNING, f"Pausing: {what}.")
@@ -299,6 +307,9 @@ class Supervisor:
         self.policy.started(next((step for step in reversed(steps) if before is None or step < before), None))
         try:
             self.trainer = self.starter.start(record, before, self.inbox)
+        except Refused as error:
+            self.end(status.FAILED, f"The trainer cannot be started: {error}")
+            return
         except (OSError, ValueError) as error:
             self._cannot_start(error)
             return

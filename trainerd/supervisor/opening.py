@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainerd.contract import clock, files, requests, runs, wire
+from trainerd.contract import clock, files, ground, requests, runs, wire
 from trainerd.contract.errors import Refused, TrainerdError, UsageError
 from trainerd.contract.paths import STATUS_FILE, Home, RunPaths
 from trainerd.contract.runs import RunRecord
@@ -55,8 +57,7 @@ def open_run(home: Home, arguments: dict[str, Any]) -> Opening:
     if not isinstance(name, str) or not runs.valid_name(name):
         raise UsageError(f"{name!r} cannot be the name of a run.", "Use letters, digits, dots, dashes and underscores.")
     paths = home.run(name)
-    for folder in (home.control, home.logs, paths.folder, paths.task, paths.record, paths.events):
-        files.refuse_links(home.root, folder)
+    ground.check(home, name)
     for folder in (home.control, home.logs, paths.folder):
         folder.mkdir(parents=True, exist_ok=True)
     files.tidy(home.root, STATUS_FILE)
@@ -130,7 +131,7 @@ def _copy_task(paths: RunPaths, record: RunRecord, task_file: Any) -> list[str]:
     if not isinstance(task_file, str):
         return []
     source = Path(task_file)
-    content = source.read_bytes() if source.is_file() and source.stat().st_size <= _MAX_TASK_BYTES else None
+    content = _read_task(source)
     digest = None if content is None else hashlib.sha256(content).hexdigest()
     if source.name in record.sources:
         if digest == record.sources[source.name]:
@@ -142,6 +143,17 @@ def _copy_task(paths: RunPaths, record: RunRecord, task_file: Any) -> list[str]:
     files.write_atomic(paths.task / source.name, content, durable=True)
     record.sources[source.name] = digest
     return []
+
+
+def _read_task(source: Path) -> bytes | None:
+    """What is in a task file; None when it is no file, or too large. What was opened is looked at: the name may change hands."""
+    try:
+        descriptor = os.open(source, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    except OSError:
+        return None
+    with open(descriptor, "rb") as file:
+        content = file.read(_MAX_TASK_BYTES + 1) if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
+    return content if content is not None and len(content) <= _MAX_TASK_BYTES else None
 
 
 def to_yaml(document: dict[str, Any], indent: int = 0) -> str:

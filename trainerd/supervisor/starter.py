@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from trainerd.contract import interpreter
+from trainerd.contract import ground, interpreter
 from trainerd.contract.paths import Home
 from trainerd.contract.runs import RunRecord
 from trainerd.machine import priority
@@ -22,7 +22,8 @@ class Starter:
         self._starts = 0
 
     def start(self, record: RunRecord, before_step: int | None, inbox: Inbox) -> TrainerProcess:
-        """A new trainer process for a run. Raises OSError."""
+        """A new trainer process for a run. Raises OSError, and Refused when the home is not fit for one."""
+        ground.check(self._home, record.id)
         self._starts += 1
         command = [*self._command, "--home", str(self._home.root), "--run", record.id]
         if before_step is not None:

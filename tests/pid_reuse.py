@@ -1,0 +1,97 @@
+"""Runs in a PID namespace of its own (tests/test_races.py): strangers get the very PIDs of dead trainers and supervisors.
+
+`python -m tests.pid_reuse HOME`; ends with 0 when no stranger was harmed and nobody took one for ours.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.person import Person
+from tests.supervised import Daemon, wait_for
+from trainerd.contract import lock, status
+from trainerd.contract.paths import Home
+
+_LAST = Path("/proc/sys/kernel/ns_last_pid")
+LONG = {"steps": 100_000, "every": 5, "pause": 0.01}
+
+
+def stranger(pid: int) -> subprocess.Popen[bytes]:
+    """A process with this very number, a group leader as a trainer would be."""
+    for _ in range(1000):
+        _LAST.write_text(str(pid - 1), encoding="ascii")
+        made = subprocess.Popen(["sleep", "600"], start_new_session=True)
+        if made.pid == pid:
+            return made
+        made.kill()
+        made.wait()
+    raise AssertionError(f"the number {pid} could not be had")
+
+
+def unharmed(who: subprocess.Popen[bytes]) -> bool:
+    return who.poll() is None and os.getpriority(os.PRIO_PROCESS, who.pid) == 0
+
+
+def dead_trainers(home: Home) -> None:
+    """A trainer is killed and its number is a stranger's before the supervisor looks: restart, pause, resume and stop spare it."""
+    with Daemon(home, *[LONG] * 9) as daemon:
+        strangers = []
+        for _ in range(3):
+            reading = daemon.until_step(3)
+            pid = reading.status.trainer.pid if reading.status else None
+            assert pid
+            os.kill(daemon.process.pid, signal.SIGSTOP)  # it will only learn of the death when the number is somebody else's
+            os.kill(pid, signal.SIGKILL)
+            os.kill(daemon.process.pid, signal.SIGCONT)
+            wait_for(lambda pid=pid: not Path(f"/proc/{pid}").exists(), 10, "the trainer to be reaped")  # type: ignore[misc]
+            strangers.append(stranger(pid))
+            daemon.until(lambda r, pid=pid: r.state == status.RUNNING and r.status and r.status.trainer.pid not in (None, pid))
+        daemon.ask("pause")
+        daemon.until_state(status.PAUSED)
+        daemon.ask("resume")
+        daemon.until_step(3)
+        daemon.ask("stop", now=True)
+        assert daemon.process.wait(20) == 0
+        assert all(map(unharmed, strangers)), [who.poll() for who in strangers]
+        for who in strangers:
+            who.kill()
+            who.wait()
+
+
+def dead_supervisors(home: Home) -> None:
+    """A supervisor is killed and its number is a stranger's: it reads as crashed, nothing is asked of it, the next start goes on."""
+    with Daemon(home, LONG, resume=True) as daemon:
+        reading = daemon.until_step(8)
+        pid = daemon.process.pid
+        assert reading.status is not None
+        daemon.process.kill()
+        daemon.process.wait(5)
+        wait_for(lambda: not lock.is_held(home.trainer_lock), 10, "the trainer to leave")
+        who = stranger(pid)
+        trainer = reading.status.trainer.pid or 0
+        os.waitpid(trainer, 0)  # an orphan is the first process's to reap, and that is us
+        with_old = stranger(trainer)
+        assert status.read(home).state == status.CRASHED
+        person = Person(home.root)
+        assert person.types("stop").returncode == 3 and person.types("status").returncode == 4
+        with Daemon(home, {"steps": 20, "pause": 0.001}, resume=True, run="fake-1") as second:
+            assert second.process.wait(20) == 0
+        assert unharmed(who) and unharmed(with_old)
+        for each in (who, with_old):
+            each.kill()
+            each.wait()
+
+
+def main() -> int:
+    home = Home(Path(sys.argv[1]))
+    dead_trainers(home)
+    dead_supervisors(home)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
