@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 import uuid
 
@@ -80,6 +81,26 @@ def start(home: Home, choice: Choice) -> tuple[Reading, str]:
         return _until_up(home, choice.run, instance, launched), launched.tied
     finally:
         requests.withdraw(path)  # taken by now, or refused: it must not take effect later
+
+
+def stop_without_supervisor(home: Home, run: str) -> Reading:
+    """Have a run recorded as stopped that no supervisor watches, by one that lives for nothing else. Raises TrainerdError."""
+    request = requests.Request("stop", uuid.uuid4().hex, {"run": run})
+    try:
+        path = requests.send(home, request)
+        launched = launch.detached(home, request.instance, request.id)
+    except OSError as error:
+        raise TrainerdError(f"The home {home.root} cannot be written: {error.strerror or error}.") from None
+    try:
+        code = launched.process.wait(_UP_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise TrainerdError(f"The stop is not recorded after {_UP_SECONDS:g} seconds.", f"See {launched.early_log}") from None
+    finally:
+        requests.withdraw(path)
+    if code != errors.EXIT_DONE:
+        raise _died(home, code, launched)
+    _forget(launched)
+    return status.read(home)
 
 
 def send_start(home: Home, choice: Choice) -> tuple[requests.Request, str]:

@@ -282,3 +282,36 @@ def test_output_that_cannot_carry_a_character_shows_another(person: Person, home
     words = [sys.executable, str(DOOR), "--home", str(home.root), "status"]
     done = subprocess.run(words, capture_output=True, env={**person.environment, "PYTHONIOENCODING": "cp1252"}, check=False)
     assert done.returncode == 0 and b"[############............] 50.0 %" in done.stdout and done.stderr == b""
+
+
+@LINUX_ONLY
+def test_stop_is_recorded_when_no_supervisor_is_left_to_hear_it(person: Person, home: Home) -> None:
+    """Killed while it trains, or while it is paused: `stop` makes the run stopped, so that nothing brings it back; once more is 3."""
+    for pause in (False, True):
+        with Daemon(home, LONG, run=f"run-{pause}") as daemon:
+            daemon.until_step(6)
+            if pause:
+                daemon.ask("pause")
+                daemon.until_state(status.PAUSED)
+            daemon.process.kill()
+            daemon.process.wait(5)
+        before = status.read(home)
+        assert (before.state, before.alive) == (status.PAUSED if pause else status.CRASHED, False)
+        assert person.types("status").returncode == (0 if pause else 4)
+        done = person.types("stop")
+        assert done.returncode == 0 and "goes on from the last checkpoint" in done.stdout, done.stderr
+        record, after = runs.read(home, f"run-{pause}"), status.read(home)
+        assert (record.wanted, record.outcome, after.state) == ("stopped", "stopped", status.STOPPED)
+        assert after.status is not None and before.status is not None
+        assert (after.status.progress.step, after.status.checkpoint) == (before.status.progress.step, before.status.checkpoint)
+        assert not lock.is_held(home.supervisor_lock) and not list(home.control.glob("*.json"))
+        assert person.types("stop").returncode == 3
+
+
+def test_stopped_before_the_first_checkpoint_promises_none(home: Home) -> None:
+    """Nothing was saved: the words say that resume begins at the beginning."""
+    with Daemon(home, {**LONG, "prepare": 5000}) as daemon:
+        daemon.until(lambda reading: reading.status is not None and reading.status.phase is not None and reading.status.phase.done)
+        daemon.ask("stop")
+        assert daemon.process.wait(10) == 0
+    assert status.read(home).reason == "Stopped; nothing was saved yet: `resume` begins at the beginning."

@@ -147,6 +147,11 @@ class FaultsConfig(Section):
     """So many steps in a row may be without a finite loss or gradient: they are left out, nothing is learned from their samples.
     On a GPU this costs a wait in every step."""
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether a step without finite numbers changes nothing."""
+        return self.nan_steps > 0 and self.nan != "ignore"
+
 
 class PoliteConfig(Section):
     """How to share the machine with the person at it."""

@@ -320,5 +320,7 @@ def read(home: Home) -> Reading:
 def _reading_without_supervisor(status: Status) -> Reading:
     if status.state in END_STATES:
         return Reading(status.state, status.reason, status, False)
+    if status.state == PAUSED:  # nothing ran that could have been lost
+        return Reading(PAUSED, f"{status.reason} Its supervisor is gone; `resume` starts one, too.".lstrip(), status, False)
     doing = status.reason or f"it was {status.state}"
     return Reading(CRASHED, f"The supervisor is gone without a word; last known: {doing}", status, False)

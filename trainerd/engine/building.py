@@ -58,7 +58,6 @@ def build(
     task.bind(TaskContext(device=device, dtype=mixed.dtype, seed=config.seed, cache_dir=cache_dir, data=config.data))
     dataset, held_out = _datasets(task)
     batches = Batches(len(dataset), config.train.batch_size, config.seed, lengths=lengths_of(task, dataset), limit=config.data.size)
-    pulse.beat()
     model = task.model().to(device)
     pulse.enter(phases.STARTING)
     model.train()
@@ -78,15 +77,7 @@ def build(
         link=link,
         pulse=pulse,
         asked=Asked(link, pulse),
-        stepper=Stepper(
-            task,
-            model,
-            optimizer,
-            mixed,
-            loader,
-            max_grad_norm=config.train.max_grad_norm,
-            leaves_out=config.faults.nan_steps > 0 and config.faults.nan != "ignore",
-        ),
+        stepper=Stepper(task, model, optimizer, mixed, loader, config.train.max_grad_norm, config.faults.leaves_out),
         evaluation=_evaluation(task, model, mixed, held_out, config, plan),
         states=States(model, optimizer, mixed),
         saver=Saver(store, SaveSchedule(config.checkpoint), link.send, paths.home.root),

@@ -45,7 +45,6 @@ class Stepper:
         optimizer: torch.optim.Optimizer,
         precision: Precision,
         loader: Loader,
-        *,
         max_grad_norm: float | None,
         leaves_out: bool = False,
     ) -> None:

@@ -21,7 +21,7 @@ from trainerd.contract.paths import Home
 from trainerd.machine.filesystem import network_filesystem, synced_folder
 from trainerd.machine.memory import ram
 from trainerd.memory.limits import ADVICE, used_already
-from trainerd.supervisor import opening, report
+from trainerd.supervisor import opening, report, stopping
 from trainerd.supervisor.loop import Supervisor
 from trainerd.supervisor.trainer import parse_command
 from trainerd.supervisor.wake import watching
@@ -54,6 +54,9 @@ def _supervise(home: Home, instance: str, request_id: str, command: list[str] | 
         raise AlreadyRunning(f"A supervisor is already running in {home.root}.", "See `status`; end it with `stop`.")
     aside = report.keep_damaged_aside(home)
     request = opening.read_request(home, instance, request_id)
+    if request.verb == "stop":
+        stopping.record_stop(home, instance, request.id, request.arguments)
+        return errors.EXIT_DONE
     start = opening.open_run(home, request.arguments)
     start.warnings += [*warnings, *_about_memory(start.record.config.get("memory") or {})]
     if aside is not None:

@@ -36,7 +36,7 @@ class Opening:
 
 
 def read_request(home: Home, instance: str, ident: str) -> requests.Request:
-    """The start request this supervisor was spawned for; its file is deleted. Raises TrainerdError."""
+    """The request this supervisor was spawned for, `start` or `stop`; its file is deleted. Raises TrainerdError."""
     path = home.control / f"{ident}.json"
     if path.parent != home.control or not re.fullmatch(r"[A-Za-z0-9-]{1,64}", ident):
         raise UsageError(f"{ident!r} is not the id of a request.")
@@ -46,8 +46,8 @@ def read_request(home: Home, instance: str, ident: str) -> requests.Request:
         request = requests.read(path)
     finally:
         files.remove(path)
-    if request.verb != "start" or request.instance != instance:
-        raise UsageError(f"The request {ident} is not for this supervisor to start something.")
+    if request.verb not in ("start", "stop") or request.instance != instance:
+        raise UsageError(f"The request {ident} is not for this supervisor to start or stop something.")
     return request
 
 
