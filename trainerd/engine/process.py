@@ -19,7 +19,7 @@ from trainerd.contract import phases, wire
 from trainerd.contract.errors import Unreadable
 from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home
-from trainerd.engine import dumps, entry
+from trainerd.engine import arenas, dumps, entry
 from trainerd.engine.commands import Command, Commands
 from trainerd.engine.locks import DeviceLock, device_name, hold, keep
 from trainerd.engine.reporter import Reporter, say
@@ -59,6 +59,7 @@ class TrainerProcess:
                 return wire.EXIT_FINISHED
             self._take_locks(run)
             _set_environment(run)
+            arenas.keep_large_blocks()
             from trainerd.engine import training  # torch, from here on
 
             return training.work(self, run)
