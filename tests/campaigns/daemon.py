@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -25,6 +24,7 @@ _SMALL = (
     "--set", "checkpoint.every_steps=4", "--set", "checkpoint.exact=true",
 )  # fmt: skip
 _SPAN_SECONDS = 0.8
+_PATIENCE_SECONDS = 900.0
 
 
 class Run:
@@ -38,10 +38,12 @@ class Run:
         self.ledger = oracle.Ledger(self.paths)
 
     def start(self) -> None:
-        self.person.starts(*self.words)
+        done = self.person.types("start", *self.words, timeout=_PATIENCE_SECONDS)
+        assert done.returncode == 0, done.stdout + done.stderr + self.person.log()
 
     def undisturbed(self) -> oracle.Outcome:
-        self.person.starts(*self.words, "--wait")
+        self.start()
+        self.person.waits_for_state("completed", seconds=_PATIENCE_SECONDS)
         self.gone()
         return self.outcome()
 
@@ -69,7 +71,7 @@ class Run:
             other = bool(seen and seen.trainer and seen.trainer.pid != trainer_not and seen.phase.name == "training")
             return state == status.RUNNING and other
 
-        wait_for(look, 180, "a trainer that trains")
+        wait_for(look, _PATIENCE_SECONDS, "a trainer that trains")
         return found[0]
 
     def random_moment(self, chance: random.Random) -> None:
@@ -123,10 +125,8 @@ class Run:
 
 def compare(run: Run, undisturbed: oracle.Outcome) -> None:
     """The run has ended as if nothing had happened, and nothing is left over."""
-    assert run.person.waits_for_state("completed").state == "completed"
+    reading = run.person.waits_for_state(*status.END_STATES, "crashed", seconds=_PATIENCE_SECONDS)
+    assert reading.state == "completed", f"{reading.state}: {reading.reason}"
     run.gone()
     run.outcome().compare(undisturbed)
     oracle.nobody_left(run.paths)
-
-
-Kill = Callable[[Run, Reading, random.Random], None]

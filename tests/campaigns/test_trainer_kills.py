@@ -18,7 +18,8 @@ from tests.campaigns import size
 def test_thousands_of_kills_lose_nothing(tmp_path: Path) -> None:
     """5,000 kills over three seeds, at least a quarter of them inside a commit: nothing lost, every result identical."""
     kills = size.of("KILLS", 5000)
-    command = [sys.executable, "-m", "trainerd.engine.selftest", "--home", str(tmp_path), "--kills", str(kills), "--seed", str(size.of("SEED", 11))]
+    words = ["--home", str(tmp_path), "--kills", str(kills), "--seed", str(size.of("SEED", 11))]
+    command = [sys.executable, "-m", "trainerd.engine.selftest", *words]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         found = [json.loads(line) for line in process.stdout][-1]

@@ -108,7 +108,7 @@ class Ledger:
 
     def look(self) -> Found:
         """After a death: every acknowledged checkpoint that must be kept is there and whole. Raises Broken."""
-        found = _found(self._paths.checkpoints)
+        found = find(self._paths.checkpoints)
         best: dict[int, float] = {}
         for step, path in found.manifests.items():
             value = _whole(path, step)
@@ -132,7 +132,8 @@ class Ledger:
         self._best = here
 
 
-def _found(folder: Path) -> Found:
+def find(folder: Path) -> Found:
+    """What lies in a run's folder of checkpoints."""
     found = Found()
     states: dict[int, str] = {}
     for path in folder.iterdir() if folder.is_dir() else ():
