@@ -68,8 +68,9 @@ class Run:
             state, seen = found[0].state, found[0].status
             if state in status.END_STATES:
                 return True
-            other = bool(seen and seen.trainer and seen.trainer.pid != trainer_not and seen.phase.name == "training")
-            return state == status.RUNNING and other
+            if state != status.RUNNING or seen is None or seen.trainer is None or seen.phase is None:
+                return False
+            return seen.trainer.pid != trainer_not and seen.phase.name == "training"
 
         wait_for(look, _PATIENCE_SECONDS, "a trainer that trains")
         return found[0]
