@@ -65,33 +65,13 @@ class Watching(WatchedDisk):
             detail[0].flush()
 
 
-class WatchedFile:
-    """metrics.jsonl, whose operations do not go through files.disk."""
-
-    def __init__(self, path: Path, mode: str, disk: Watching, real: Callable[..., Any]) -> None:
-        self._path, self._disk = path, disk
-        self._file = real(path, mode)
-
-    def write(self, content: bytes) -> None:
-        self._disk.at("write", self._path, lambda: self._file.write(content), (self._file, content))
-
-    def truncate(self, size: int) -> None:
-        self._disk.at("truncate", self._path, lambda: self._file.truncate(size))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-
 def watch(disk: Watching) -> None:
     """From here on this process's files are that disk's."""
-    from trainerd.engine import export, metrics
+    from trainerd.engine import export
 
     files.disk = disk
-    save, real = export.save_file, open
+    save = export.save_file
     export.save_file = lambda stored, path, **more: disk.at("write", Path(path), lambda: save(stored, path, **more))  # type: ignore[assignment]
-    metrics.open = lambda path, mode="r", **more: (  # type: ignore[attr-defined]
-        WatchedFile(path, mode, disk, real) if mode == "ab" else real(path, mode, **more)
-    )
 
 
 class Stage:

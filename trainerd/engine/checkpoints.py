@@ -202,6 +202,8 @@ class CheckpointStore:
                 files.remove(path)
             elif path.name.startswith("checkpoint_") and path.suffix == ".pt" and path.stem not in manifests:
                 self._note("uncommitted", file=path.name)
+        if self._mark is not None:
+            files.tidy(self._mark.parent, self._mark.name)
 
     def _was_used(self) -> bool:
         if self._reached_step is not None or (self._mark is not None and self._mark.exists()):
