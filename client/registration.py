@@ -44,6 +44,7 @@ def read(home: Home) -> Wish:
     except (OSError, Unreadable):
         return Wish()
     wish = Wish(**{k: v for k, v in document.items() if k in {f.name for f in fields(Wish)}})
+    wish.wanted = wish.wanted if wish.wanted in (AUTO, WANTED, UNWANTED) else AUTO
     environment = wish.environment if isinstance(wish.environment, dict) else {}
     wish.environment = {k: v for k, v in environment.items() if k in _KEPT_VARIABLES and isinstance(v, str)}
     return wish

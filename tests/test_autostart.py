@@ -139,6 +139,18 @@ def test_what_no_file_can_carry_is_said(account: Account, tmp_path: Path) -> Non
     assert not account.desktop_entries and not account.units.exists()
 
 
+def test_a_user_without_a_home_is_told_and_trains(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers have such users: one sentence instead of a traceback."""
+    monkeypatch.setenv("TRAINERD_AUTOSTART", "")
+    monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    assert "cannot be registered for log-in (Could not determine" in registration.begun(home, "a", True)
+
+
+def nobody() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
 def test_what_the_person_switched_off_in_the_system_stays_off(account: Account, home: Home) -> None:
     """The desktop's own switch outlives the next start, which says so; `autostart enable` turns it on again; a moved Python is named."""
     autostart.enable(registration.entry(home))
@@ -212,7 +224,7 @@ def test_an_older_unfinished_run_does_not_come_back(home: Home) -> None:
 def test_a_damaged_wish_is_none(home: Home, damaged: bytes) -> None:
     """autostart.json may hold anything: no traceback, and no foreign variable gets into the training."""
     home.autostart.write_bytes(damaged)
-    assert registration.read(home).environment == {}
+    assert (registration.read(home).environment, registration.read(home).wanted) == ({}, registration.AUTO)
     home.autostart.write_text('{"schema": 1, "environment": {"LD_PRELOAD": "x", "HF_HOME": 3, "CUDA_VISIBLE_DEVICES": "1"}}', "utf-8")
     assert registration.read(home).environment == {"CUDA_VISIBLE_DEVICES": "1"}
 

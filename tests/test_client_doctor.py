@@ -13,7 +13,8 @@ from tests.person import Person
 from trainerd.contract import files, runs
 from trainerd.contract.paths import Home
 from trainerd.contract.runs import RunRecord
-from trainerd.machine import adapters
+from trainerd.machine import adapters, autostart
+from trainerd.machine.autostart import Found
 from trainerd.machine.gpu import GpuFacts
 from trainerd.machine.memory import RamFacts
 
@@ -49,6 +50,11 @@ CPU_TORCH, CUDA_TORCH = packages.TorchFacts("2.13.0+cpu", None), packages.TorchF
     (diagnosis.place(Home(Path("/x")), None, "nfs4")[0], "problem", "on nfs4"),
     (diagnosis.battery(None), "note", "No battery sensor"),
     (diagnosis.battery(False), "ok", "on battery"),
+    (diagnosis.login(Found(autostart.ON, "a systemd user unit"), "auto"), "ok", "systemd user unit"),
+    (diagnosis.login(Found(autostart.OFF), "auto"), "note", "`start` does it"),
+    (diagnosis.login(Found(autostart.OFF), "off"), "note", "autostart enable"),
+    (diagnosis.login(Found(autostart.SWITCHED_OFF, "x", Path("/x")), "auto"), "note", "Switched off in the system"),
+    (diagnosis.login(Found(autostart.OUTDATED, "a shortcut", Path("/x")), "auto"), "warning", "another place or Python"),
 ], ids=lambda value: getattr(value, "name", None))  # fmt: skip
 def test_each_thing_is_told_with_its_remedy(finding: diagnosis.Finding, level: str, says: str) -> None:
     """What is found has a level, words and, where something is to be done, what."""

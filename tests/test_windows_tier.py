@@ -140,6 +140,27 @@ def test_a_killed_trainer_is_restarted_and_the_training_ends(computer: WindowsCo
     computer.is_left_by_all()
 
 
+def test_after_a_power_cut_the_next_log_in_goes_on(computer: WindowsComputer) -> None:
+    """Windows is gone in the middle of a training; its next start runs the Startup folder, and the training goes on, without a console."""
+    started = computer.types("start", *SMALL, *LONG, TRAINERD_AUTOSTART="")
+    assert started.returncode == 0 and "goes on when you log in" in started.stdout, started
+    before = computer.waits_for(lambda seen: seen.get("checkpoint"), "a checkpoint")
+    end_everything(computer.prefix)
+    assert computer.wine("wineboot").returncode == 0
+    after = computer.waits_for(
+        lambda seen: seen["supervisor"]["instance"] != before["supervisor"]["instance"] and seen["state"] == "running", "going on"
+    )
+    assert after["run"] == before["run"]
+    computer.waits_for_step(before["checkpoint"]["step"] + 3)
+    assert "pythonw" not in computer.wine("tasklist").stdout  # only the log-in itself was without a console
+    assert computer.types("stop").returncode == 0
+    assert computer.types("autostart", "disable").returncode == 0
+    end_everything(computer.prefix)
+    computer.wine("wineboot")
+    computer.is_left_by_all()
+    assert computer.sees()["state"] == "stopped"
+
+
 def test_stop_by_request_file_pause_and_resume(computer: WindowsComputer) -> None:
     """pause lets the trainer go and resume brings it back; a request file from anybody of this user stops it, with a checkpoint."""
     assert computer.types("start", *SMALL, *LONG).returncode == 0

@@ -171,7 +171,12 @@ def _lines(path: Path) -> list[str]:
 
 def _configuration() -> Path:
     given = os.environ.get("XDG_CONFIG_HOME", "")
-    return Path(given) if Path(given).is_absolute() else Path.home() / ".config"
+    if Path(given).is_absolute():
+        return Path(given)
+    try:
+        return Path.home() / ".config"
+    except RuntimeError as error:  # a user without a home, as some containers have
+        raise OSError(str(error)) from None
 
 
 def _unit(entry: Entry) -> Path:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 from trainerd.machine import standby
 
+_WORDS = 400  # of a failure; the rest repeats itself
+
 
 class KeepAwake:
     """`tell(words)` is called, from another thread, once for each way that was found, or once when none was."""
@@ -60,7 +62,7 @@ class KeepAwake:
 
         with keep.running(on_fail="pass") as mode:
             if not mode.active:
-                return "", mode.result.get_failure_text().strip().splitlines()[0]
+                return "", " ".join(mode.result.get_failure_text().split())[:_WORDS] or "no way was found"
             way = mode.method.name if mode.method else "wakepy"
             self._tell(way, True)
             let_go.wait()
