@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import shutil
+import socket
 import subprocess
 import threading
 from pathlib import Path
@@ -34,13 +35,19 @@ class Bus:
         command = ["dbus-daemon", "--session", "--nofork", "--nosyslog", f"--address={self.address}"]
         self._daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.services: list[threading.Thread] = []
-        wait_for(place.exists, 10, "the bus")
+        wait_for(lambda: _listens(place), 10, "the bus")
 
     def close(self) -> None:
         self._daemon.kill()
         self._daemon.wait(10)
         for service in self.services:
             service.join(5)
+
+
+def _listens(place: Path) -> bool:
+    """The file is there a moment before somebody answers on it."""
+    with socket.socket(socket.AF_UNIX) as door:
+        return door.connect_ex(str(place)) == 0
 
 
 class Lock:
