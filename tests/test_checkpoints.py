@@ -293,6 +293,20 @@ def test_what_is_set_aside_does_not_fill_the_disk(tmp_path: Path) -> None:
     assert len([name for name in names(tmp_path) if ".superseded-" in name]) == 4
 
 
+def test_nothing_set_aside_is_deleted_before_it_is_made_up_for(tmp_path: Path) -> None:
+    """Of three bad ones all stay while the newest good checkpoint lies before them; when it has come past them, the newest two."""
+    store = CheckpointStore(tmp_path, keep=5)
+    for step in (10, 50, 51, 52):
+        commit(store, step)
+    for step in (50, 51, 52):
+        flip(state_file(tmp_path, step), 9999)
+    assert loaded_step(store) == 10
+    commit(store, 20)
+    assert len([name for name in names(tmp_path) if ".bad-" in name]) == 6
+    commit(store, 60)
+    assert {name for name in names(tmp_path) if ".bad-" in name} == {f"{name}.bad-1" for step in (51, 52) for name in pair(step)}
+
+
 def test_a_manifest_from_before_is_as_good(tmp_path: Path) -> None:
     """One without the hash of the metrics and without what was written that day loads, and the next ones have both."""
     store = CheckpointStore(tmp_path)

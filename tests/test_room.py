@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from client import choose, room, view
 from client.view import Reading
+from tests.disks import FailingDisk
 from trainerd.config.load import Resolved
 from trainerd.config.model import DataConfig, RunConfig
 from trainerd.contract import files, runs, status
@@ -114,11 +116,16 @@ def test_a_supervisor_writes_through_no_link(home: Home, tmp_path: Path, place: 
     assert list(outside.iterdir()) == []
 
 
-def test_a_file_that_only_grows_keeps_whole_pieces(tmp_path: Path) -> None:
-    """It begins where it is told to, and takes neither a link nor a folder."""
+def test_a_file_that_only_grows_keeps_whole_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It begins where it is told to, takes back what was written half at once, and takes neither a link nor a folder."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"one\ntwo\ntorn")
     growing = files.Growing(path, 8)
+    monkeypatch.setattr(files, "disk", FailingDisk(lambda number, kind, name: kind == "write", errno.ENOSPC))
+    with pytest.raises(OSError):
+        growing.append(b"a longer line\n")
+    assert path.read_bytes() == b"one\ntwo\n"
+    monkeypatch.undo()
     growing.append(b"three\n")
     growing.close()
     assert path.read_bytes() == b"one\ntwo\nthree\n" and growing.bytes == 14
