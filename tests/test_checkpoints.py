@@ -63,6 +63,18 @@ def test_the_metrics_are_durable_before_the_manifest(tmp_path: Path, monkeypatch
     assert kinds == [step for step in expected if not windows or step[0] != "sync_folder"]
 
 
+def test_nothing_is_committed_before_its_metrics_are_on_the_disk(tmp_path: Path) -> None:
+    """While lines still wait for room the save fails; when they are there, the same step is committed."""
+    (tmp_path / "metrics.jsonl").write_bytes(b"{}\n")
+    store = CheckpointStore(tmp_path / "checkpoints")
+    with pytest.raises(OSError, match="metrics are not on the disk"):
+        commit(store, 1, metrics=tmp_path / "metrics.jsonl")
+    assert store.committed() == []
+    (tmp_path / "metrics.jsonl").write_bytes(b"{1234}\n")
+    commit(store, 1, metrics=tmp_path / "metrics.jsonl")
+    assert loaded_step(store) == 1
+
+
 def test_a_committed_name_is_never_written_again(tmp_path: Path) -> None:
     """Committing the same step again acknowledges what is there and leaves its file alone."""
     store = CheckpointStore(tmp_path)
