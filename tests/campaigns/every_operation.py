@@ -127,7 +127,7 @@ def campaign(stage: Stage, name: str, make: Callable[[str], RunPaths], every: in
     """(points, points reached) of lives that begin as `make` leaves the run."""
     seen = stage.home.root / f"{name}.operations"
     origin = make(f"{name}-recorded")
-    kept = stage.home.root / f"{name}-origin"
+    kept = stage.home.root.with_name(f"{stage.home.root.name}-{name}-origin")
     parts = (origin.folder, origin.checkpoints)
     for part in parts:
         if part.exists():
