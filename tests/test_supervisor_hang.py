@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.supervised import QUICK, RUN, Daemon, journal, starts, supervise_here, wait_for
@@ -106,6 +109,40 @@ def test_silence_is_told_before_anything_is_done_about_it(home: Home) -> None:
         daemon.until_step(14)
         assert "No sign" not in daemon.until_state(status.RUNNING).reason
     assert len(starts(home)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_a_long_time_of_stops_and_crashes_is_no_hang(home: Home) -> None:
+    """TRAINERD_SOAK_SECONDS (a minute): stopped supervisors and machines and killed trainers at random; no hang is seen, every
+    death is mended, and the supervisor holds no more than at the beginning."""
+    home.root.mkdir()
+    chance, end = random.Random(1), time.monotonic() + float(os.environ.get("TRAINERD_SOAK_SECONDS", "60"))
+    kills = 0
+    with Daemon(home, LONG, config=config(hang=5, hang_limits={"starting": 60})) as daemon:
+        supervisor = psutil.Process(daemon.process.pid)
+        begun: tuple[int, int] | None = None
+        while time.monotonic() < end:
+            reading = daemon.until_state(status.RUNNING)
+            assert reading.status is not None
+            pid, step = reading.status.trainer.pid, reading.status.progress.step or 0
+            daemon.until_step(step + 60)
+            begun = begun or (supervisor.memory_info().rss, supervisor.num_fds())
+            what = chance.choice(["kill", "supervisor", "machine", "trainer"])
+            pids = {"supervisor": [supervisor.pid], "machine": [supervisor.pid, pid], "trainer": [pid]}.get(what, [])
+            if what == "kill":
+                os.kill(pid or 0, signal.SIGKILL)
+                kills += 1
+            for stopped in filter(None, pids):
+                os.kill(stopped, signal.SIGSTOP)
+            threading.Event().wait(chance.uniform(0.1, 3.0 if what == "trainer" else 8.0))
+            for stopped in filter(None, pids):
+                os.kill(stopped, signal.SIGCONT)
+            if what == "kill":
+                daemon.until(lambda r, gone=pid: r.status is not None and r.status.trainer.pid not in (gone, None))  # type: ignore[misc]
+        daemon.until_state(status.RUNNING)
+        assert (of(home, "hang"), len(of(home, "death"))) == ([], kills)
+        assert begun is not None and supervisor.num_fds() <= begun[1] + 4 and supervisor.memory_info().rss < begun[0] + 20e6
 
 
 @contextmanager
