@@ -9,12 +9,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from tests.person import Person
 from tests.supervised import Daemon, wait_for
 from trainerd.contract import lock, status
 from trainerd.contract.paths import Home
+from trainerd.machine.process_group import ProcessGroup
 
 _LAST = Path("/proc/sys/kernel/ns_last_pid")
 LONG = {"steps": 100_000, "every": 5, "pause": 0.01}
@@ -33,6 +35,7 @@ def stranger(pid: int) -> subprocess.Popen[bytes]:
 
 
 def unharmed(who: subprocess.Popen[bytes]) -> bool:
+    time.sleep(0.05)  # a signal takes a moment to end somebody
     return who.poll() is None and os.getpriority(os.PRIO_PROCESS, who.pid) == 0
 
 
@@ -62,6 +65,20 @@ def dead_trainers(home: Home) -> None:
             who.wait()
 
 
+def reaped_groups(home: Home) -> None:
+    """A group whose leader was reaped, and whose number is a stranger's: killing or hurrying it touches nobody."""
+    with open(home.root / "log", "ab") as log:
+        group = ProcessGroup(["true"], environment=dict(os.environ), folder=home.root, log=log)
+    group.wait()
+    who = stranger(group.pid)
+    group.kill()
+    group.with_pid(lambda pid: os.setpriority(os.PRIO_PROCESS, pid, 5))
+    assert unharmed(who)
+    group.close()
+    who.kill()
+    who.wait()
+
+
 def dead_supervisors(home: Home) -> None:
     """A supervisor is killed and its number is a stranger's: it reads as crashed, nothing is asked of it, the next start goes on."""
     with Daemon(home, LONG, resume=True) as daemon:
@@ -88,6 +105,7 @@ def dead_supervisors(home: Home) -> None:
 
 def main() -> int:
     home = Home(Path(sys.argv[1]))
+    reaped_groups(home)
     dead_trainers(home)
     dead_supervisors(home)
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from client import choose, follow
-from tests.person import Person
+from tests.person import ROOT, Person
 from tests.supervised import RUN, Daemon, supervise_here
 from trainerd.config.model import RunConfig
 from trainerd.contract import files, ground, requests, runs, status
@@ -204,4 +205,7 @@ def test_what_is_made_in_a_home_is_private(home: Home, tmp_path: Path) -> None:
     assert home.root.stat().st_mode & 0o777 == home.logs.stat().st_mode & 0o777 == 0o755
     open_to_others = [p for p in home.root.rglob("*") if p.stat().st_mode & 0o077 and p != home.logs]
     assert open_to_others == []
+    script = "import os, sys; from client.main import main; main(['--home', sys.argv[1], 'runs']); print(oct(os.umask(0)))"
+    done = subprocess.run([sys.executable, "-c", script, str(home.root)], cwd=ROOT, capture_output=True, text=True, umask=0o022, check=True)
+    assert done.stdout.splitlines()[-1] == "0o77"
     assert new.root.stat().st_mode & 0o777 == new.control.stat().st_mode & 0o777 == 0o700
