@@ -45,11 +45,11 @@ def test_a_lock_is_seen_by_others_and_dies_with_its_holder(home: Home) -> None:
 
 
 def test_a_locked_file_stays_readable(home: Home) -> None:
-    """The locked byte lies beyond any content: who reads or writes the file's beginning is not disturbed."""
-    home.supervisor_lock.write_text("content", "utf-8")
+    """The locked byte lies beyond any content: the holder's number in it can be read, for whoever has to end it by hand."""
+    home.supervisor_lock.write_text("of an earlier holder", "utf-8")
     with Other(HOLD_LOCK, home.supervisor_lock) as holder:
         assert holder.hears() == "True"
-        assert home.supervisor_lock.read_text("utf-8") == "content"
+        assert lock.holder(home.supervisor_lock) == holder.process.pid
 
 
 def test_probes_never_cost_a_start_its_lock(home: Home) -> None:
