@@ -20,6 +20,7 @@ from . import console
 # Verb -> one line of help; the file is commands/<verb>.py. Kept here so that --help imports nothing else.
 COMMANDS = {
     "start": "Begin a training in the background, or go on with an unfinished one.",
+    "plan": "What a training would need, and whether it fits.",
     "status": "What is happening now, or how it ended.",
     "monitor": "Watch it live.",
     "stop": "Save a checkpoint and end.",

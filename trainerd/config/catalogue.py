@@ -24,11 +24,13 @@ _PRESETS = Path(__file__).with_name("presets")
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """A built-in task. `task` needs torch; `settings` (a pydantic model) and `data` (the row reader) never do."""
+    """A built-in task. `task` needs torch; `settings` (a pydantic model), `data` (the row reader) and `blocks` (the memory table)
+    never do."""
 
     task: str
     settings: str
     data: str
+    blocks: str
     size: str | None = None
     """How large its model will be, without torch."""
 
@@ -47,6 +49,11 @@ class TaskEntry:
         return import_module(str(self.size))
 
     @property
+    def blocks_module(self) -> ModuleType:
+        """Its table(settings) is the model's memory table, before the data has been read."""
+        return import_module(self.blocks)
+
+    @property
     def defaults(self) -> dict[str, Any]:
         """The task's own defaults, in the form of a preset; everything else goes before them."""
         defaults: dict[str, Any] = getattr(import_module(self.settings.partition(":")[0]), "DEFAULTS", {})
@@ -59,6 +66,7 @@ BUILTIN = {
         settings="trainerd.tasks.cadence.settings:CadenceSettings",
         data="trainerd.tasks.cadence.data",
         size="trainerd.tasks.cadence.size",
+        blocks="trainerd.tasks.cadence.blocks",
     ),
 }
 

@@ -63,7 +63,8 @@ class TrainConfig(Section):
     batch_size: int = Field(32, ge=1)
     """The effective batch: samples per step, whatever the micro-batch."""
     micro_batch: Annotated[int, Field(ge=1)] | Auto = "auto"
-    """Samples per forward pass; the rest of the batch is accumulated. auto: the whole batch, less after an out-of-memory."""
+    """Samples per forward pass; the rest of the batch is accumulated. auto: as many as fit by the estimate, less after an
+    out-of-memory."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: the fastest this machine computes natively."""
     optimizer: Literal["adamw", "adam", "sgd", "adafactor"] = "adamw"

@@ -16,7 +16,7 @@ from trainerd.config.model import RunConfig
 from trainerd.contract import phases, wire
 from trainerd.contract.errors import UsageError
 from trainerd.contract.paths import RunPaths
-from trainerd.engine import dropout, optimizers, precision, rng, space
+from trainerd.engine import dropout, fitting, optimizers, precision, rng, space
 from trainerd.engine import plan as plans
 from trainerd.engine.batches import Batches
 from trainerd.engine.checkpoints import CheckpointStore
@@ -49,8 +49,13 @@ def build(
     store: CheckpointStore,
     state: State | None,
     stack: ExitStack,
+    *,
+    traces: bool = False,
 ) -> Training:
-    """The training, at `state` or at its beginning. What must be closed afterwards is put on the stack."""
+    """The training, at `state` or at its beginning. What must be closed afterwards is put on the stack.
+
+    `traces`: a model without a memory table is traced once, for the estimate.
+    """
     device = plans.device_of(plan)
     mixed = precision.Precision(plan["precision"], device)
     pulse = Pulse(link.send)
@@ -58,7 +63,9 @@ def build(
     task.bind(TaskContext(device=device, dtype=mixed.dtype, seed=config.seed, cache_dir=cache_dir, data=config.data))
     dataset, held_out = _datasets(task)
     batches = Batches(len(dataset), config.train.batch_size, config.seed, lengths=lengths_of(task, dataset), limit=config.data.size)
-    model = task.model().to(device)
+    model = task.model()
+    foreseen = fitting.foresee(task, model, dataset, config, plan, paths.home, mixed, link.send, traces=traces)
+    model = model.to(device)
     pulse.enter(phases.STARTING)
     model.train()
     optimizer = optimizers.build(model, task, config.train)
@@ -89,6 +96,7 @@ def build(
         steps_per_epoch=batches.steps_per_epoch,
         total_steps=min(total_steps, config.train.max_steps or total_steps),
         about=_about(config, device),
+        foreseen=foreseen,
     )
     pulse.is_saving = lambda: training.saver.busy
     stack.callback(_close, training)

@@ -19,6 +19,7 @@ from trainerd.engine.checkpoints import CheckpointStore
 from trainerd.engine.determinism import Exactness
 from trainerd.engine.evaluation import Evaluation
 from trainerd.engine.finite import FiniteWatch
+from trainerd.engine.fitting import Forecast
 from trainerd.engine.guard import MemoryWatch
 from trainerd.engine.metrics import MetricsLog, Rate, StepRecord
 from trainerd.engine.pulse import Pulse
@@ -98,6 +99,8 @@ class Training:
     steps_per_epoch: int
     total_steps: int
     about: dict[str, Any]
+    foreseen: Forecast
+    """What the memory estimate knows: for the receipt."""
     step: int = 0
     """Steps done."""
     samples: int = 0

@@ -51,6 +51,8 @@ def resolve(config: RunConfig, task: Task) -> Plan:
         message = f"train.micro_batch is {micro_batch} and train.batch_size {train.batch_size}, but this task's batch cannot be split."
         raise ConfigError([message], "Leave train.micro_batch out, or make the batch smaller.")
     set_micro_batch(plan, micro_batch)
+    if train.micro_batch == "auto" and task.splittable:
+        plan["open"] = True  # fitting.py takes it out, when the model is known
     return plan
 
 

@@ -142,7 +142,12 @@ def _hurry() -> None:
 
 def _set_environment(run: entry.Run) -> None:
     """What must be set before torch is imported, as the supervisor does for us; a trainer started by hand is right too."""
-    defaults: dict[str, Any] = {"OMP_WAIT_POLICY": "PASSIVE", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    defaults: dict[str, Any] = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        # oneDNN keeps what it has compiled for 1,024 shapes: 0.3 GB more than for 256, where lengths vary (docs/log.md).
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
+    }
     if run.config.train.deterministic is not False:
         defaults["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     threads = (run.record.plan or {}).get("threads") or run.config.train.threads

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from trainerd.config.model import DataConfig
+from trainerd.memory.timeline import Table
 
 Batch: TypeAlias = Any
 Losses: TypeAlias = Mapping[str, tuple[Tensor, float]]
@@ -139,6 +140,10 @@ class Task:
         """Values for the status and metrics. `losses` holds sum / N per name over the eval split, and their weighted total as
         "loss"; the model is in eval mode, without gradients. By default just the losses."""
         return dict(losses)
+
+    def memory_table(self) -> Table | None:
+        """The model's memory table, when the task brings one (its blocks.py); None: the engine traces the model once."""
+        return None
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
         """Optimizer groups (each {"params": [...], optional lr_scale, weight_decay}); None: the engine's own."""

@@ -19,7 +19,7 @@ from trainerd.contract import clock, files, wire
 from trainerd.contract.errors import Refused
 from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home, RunPaths
-from trainerd.engine import loop, precision, preparing, provenance, space
+from trainerd.engine import loop, precision, preparing, provenance, receipt, space
 from trainerd.engine import plan as plans
 from trainerd.engine.building import build
 from trainerd.engine.checkpoints import CheckpointStore
@@ -66,6 +66,7 @@ class Trainer:
         data: provenance.Fingerprint | None = None,
         reached_step: int | None = None,
         holds_lock: bool = False,
+        traces: bool = False,
     ) -> None:
         self.task = task
         self.config = config
@@ -81,6 +82,7 @@ class Trainer:
         self._training: Training | None = None
         self._began_at = 0
         self._holds_lock = holds_lock
+        self._traces = traces
 
     def train(self) -> Result:
         """Train to the end, or until asked to leave. Raises TrainerdError with what to do, or what the task raises."""
@@ -107,7 +109,7 @@ class Trainer:
             if plan["device"] != "cpu":
                 arrange_cublas(plan["deterministic"])
             stack.enter_context(_threads(plan["threads"]))
-            training = build(self.task, self.config, plan, self.paths, cache_dir, self._link, store, state, stack)
+            training = build(self.task, self.config, plan, self.paths, cache_dir, self._link, store, state, stack, traces=self._traces)
             self._vouch_for_data(training, cache_dir, state)
             if found is not None:
                 training.saver.schedule.go_on(found[1].spent_bytes, clock.wall() - found[1].at)
@@ -117,6 +119,7 @@ class Trainer:
             training.exact.tell()
             stack.enter_context(deterministic(plan["deterministic"], training.lost_by))
             result = loop.train(training)
+            receipt.write(training.foreseen, training.plan, self.config, self.paths, training.step, self._link.send)
             return self._finish(training, result) if result.outcome == loop.FINISHED else result
 
     @property

@@ -49,6 +49,7 @@ def work(process: TrainerProcess, run: entry.Run) -> int:
         data=provenance.of_identity(run.record.identity),
         reached_step=run.record.step,
         holds_lock=True,
+        traces=True,
     )
     process.has_stepped = lambda: trainer.has_stepped
     if trainer.train().outcome != "finished":

@@ -1,1 +1,1 @@
-"""Pure arithmetic about memory: limits now, the estimate and the plan later. Never torch, never a GPU."""
+"""Pure arithmetic about memory: what a training allocates, what a machine makes of it, and the plan that fits."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainerd.memory.tape import OPTIMIZER, Tape, Tensor
+from trainerd.memory.tape import GRADIENTS, OPTIMIZER, Tape, Tensor
 
 _EIGHT_BIT_LEAST, _EIGHT_BIT_BLOCK, _EIGHT_BIT_TABLES = 4096, 256, 2 * 256 * 4
 NAMES = ("adamw", "adam", "sgd", "adafactor", "adamw8bit", "paged_adamw8bit")
@@ -32,8 +32,7 @@ class Optimizer:
     def allocate(self) -> None:
         """All states at once, as the engine does before the first step, and the gradients of zeros that takes."""
         tape = self.tape
-        for p in self.trainable:
-            p.grad = tape.new(p.shape, p.dtype)
+        self.give_gradients()
         with tape.counting_as(OPTIMIZER):
             for p in self.trainable:
                 for number, dtype in state_of(self.name, p.shape):
@@ -42,6 +41,12 @@ class Optimizer:
                 self._hold(_EIGHT_BIT_TABLES, "uint8")
         self.work()
         self.zero_grad()
+
+    def give_gradients(self) -> None:
+        """As if a micro-batch had gone before."""
+        with self.tape.counting_as(GRADIENTS):
+            for p in self.trainable:
+                p.grad = self.tape.new(p.shape, p.dtype)
 
     def _hold(self, number: int, dtype: str) -> None:
         if self.on_host:

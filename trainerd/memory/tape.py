@@ -119,6 +119,8 @@ class Tape:
         self.marks: list[tuple[int, str]] = []
         self.live = self.peak = self.peak_event = 0
         self.flops = 0.0
+        self.products: set[tuple[int, ...]] = set()
+        """The different shapes that were multiplied, forwards."""
         self.parameters: list[Tensor] = []
         self.buffers: list[Tensor] = []
         self._order = count()
@@ -234,6 +236,25 @@ class Tape:
                 waiting[id(target)] -= 1
                 if not waiting[id(target)]:
                     heappush(ready, (-target.order if target.order >= 0 else -sys.maxsize, id(target), target))
+
+    def repeat(self, began: int) -> None:
+        """The events since `began` once more, but for what was made in them and is still there."""
+        played = self.events[began:]
+        ended = {~event for event in played if event < 0}
+        again: dict[int, int] = {}
+        for event in played:
+            if event in ended:
+                again[event] = len(self.sizes)
+                self.sizes.append(self.sizes[event])
+                self.kinds.append(self.kinds[event])
+                self.events.append(again[event])
+            elif event < 0 and ~event in again:
+                self.events.append(~again[~event])
+
+    def close(self) -> None:
+        """Let go of the parameters: each holds its node, and that the parameter."""
+        for parameter in self.parameters:
+            parameter.node = parameter.grad = None
 
     def breakdown(self) -> dict[str, int]:
         """Bytes by kind at the peak."""

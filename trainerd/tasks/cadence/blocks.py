@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trainerd.config.model import DataConfig
 from trainerd.memory import kernels, losses, ops
 from trainerd.memory.layers import Embedding, Linear, SampleDropout
 from trainerd.memory.recurrent import Gru
-from trainerd.memory.tape import Tape, Tensor
+from trainerd.memory.tape import LOGITS, Tape, Tensor
+from trainerd.memory.timeline import Setup, Timeline, of_model
 from trainerd.tasks.cadence.settings import CadenceSettings
+
+_SPECIAL_WORDS = 2  # unknown and rare
+_EXPECTED_CATEGORIES, _EXPECTED_PIECES = 64, 3
+_PREFIXES_AT_ONCE = 16  # measures.py
 
 
 @dataclass(frozen=True)
@@ -183,3 +189,60 @@ class GruMnModel(_QueryModel):
 def build(tape: Tape, settings: CadenceSettings, sizes: Sizes) -> GruModel | GruMnModel:
     """The model the settings name."""
     return GruModel(tape, sizes, settings) if settings.model == "gru" else GruMnModel(tape, sizes, settings)
+
+
+@dataclass(frozen=True)
+class CadenceTable:
+    """The memory table of a CADENCE training: `places` is the longest row, in inputs."""
+
+    settings: CadenceSettings
+    sizes: Sizes
+    places: int
+    assumed: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        return f"cadence {self.settings.model}"
+
+    def timeline(self, setup: Setup) -> Timeline:
+        return of_model(lambda tape: _Training(self, tape), setup)
+
+
+class _Training:
+    """The model on a tape, with the micro-batches it meets: every row as long as the longest."""
+
+    def __init__(self, table: CadenceTable, tape: Tape) -> None:
+        self.table = table
+        self.model = build(tape, table.settings, table.sizes)
+
+    def micro_batch(self, tape: Tape, samples: int) -> Batch:
+        return batch(tape, samples, self.table.places, samples * self.table.places)
+
+    def loss(self, given: Batch) -> Tensor:
+        return self.model.loss(given)
+
+    def evaluate(self, tape: Tape, samples: int, *, worst: bool) -> None:
+        """Completions of prefixes: scores of the next word for all beams at once, and their log-probabilities."""
+        if not self.table.settings.eval_prefixes:
+            return
+        search = self.table.settings.search
+        beams = search.groups * (search.gamma if worst else 1) if search.method == "dynamic" else search.width
+        rows = min(self.table.settings.eval_prefixes, _PREFIXES_AT_ONCE) * beams
+        shape = (rows, self.table.sizes.num_outputs)
+        with tape.counting_as(LOGITS):
+            scores = tape.new(shape, tape.precision or "fp32")
+            exact = ops.to(scores, "fp32")
+            chances = tape.new(shape, "fp32")
+        del scores, exact, chances
+
+
+def table(settings: CadenceSettings, data: DataConfig | None = None) -> CadenceTable:
+    """Before the data has been read: as many words as may be known, rows as long as they may be."""
+    categories = min(settings.max_categories, _EXPECTED_CATEGORIES) if settings.conditioned else 1
+    rows = data.size if data is not None else None
+    words = (settings.vocabulary if rows is None else min(settings.vocabulary, rows * settings.max_words)) + _SPECIAL_WORDS
+    places = settings.max_words * (_EXPECTED_PIECES if settings.tokenizer == "bpe" else 1) + 1
+    assumed = [f"a vocabulary of {words:,} words and rows of {places} tokens (the data may have fewer)"]
+    if settings.conditioned:
+        assumed.append(f"{categories} categories (known once the data is prepared)")
+    return CadenceTable(settings, Sizes(words + 2 * categories, words + categories, categories), places, tuple(assumed))

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from trainerd.engine.task import PrepareContext, Task, TaskContext
-from trainerd.tasks.cadence import dataset, measures, prepare
+from trainerd.memory.timeline import Table
+from trainerd.tasks.cadence import blocks, dataset, measures, prepare
 from trainerd.tasks.cadence.dataset import TokenRows
 from trainerd.tasks.cadence.model import Batch, QueryModel, build
 from trainerd.tasks.cadence.settings import CadenceSettings
@@ -44,6 +45,14 @@ class CadenceTask(Task):
     def build_model(self, vocabulary: Vocabulary) -> QueryModel:
         """A fresh model for these words and categories."""
         return build(self.settings, vocabulary.num_tokens, vocabulary.num_outputs, vocabulary.num_marks)
+
+    def memory_table(self) -> Table | None:
+        """With the sizes the data have. A subclass with another model has another table, or is traced."""
+        if type(self).build_model is not CadenceTask.build_model:
+            return None
+        sizes = blocks.Sizes(self.vocabulary.num_tokens, self.vocabulary.num_outputs, self.vocabulary.num_marks)
+        rows = self.dataset("train")
+        return blocks.CadenceTable(self.settings, sizes, int(rows.lengths.max()) if rows is not None else 1)
 
     def dataset(self, split: str) -> TokenRows | None:
         rows = TokenRows(self.ctx.cache_dir, split, self.vocabulary.begin(0))

@@ -1,0 +1,99 @@
+"""`plan`: what would be trained, what it will need, whether that fits, and what to change. Must not import torch, nor begin anything."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from trainerd.contract import interpreter
+from trainerd.contract.errors import EXIT_DONE, EXIT_REFUSED, TrainerdError, UsageError
+from trainerd.contract.paths import Home
+from trainerd.memory.planner import TOO_LARGE
+
+from .. import console, forecast_view, options, outlook
+from ..cli import pass_home
+
+_MEASURE_SECONDS = 300
+
+
+@click.command("plan")
+@options.training_options
+@click.option("--budget", metavar="SIZE", help="Another machine: would it fit into this much GPU memory, e.g. 3.5GB?")
+@click.option("--device", type=click.Choice(["gpu", "cpu"]), help="Plan for this kind of device; with --budget, a GPU unless said.")
+@click.option("--measure", is_flag=True, help="First measure this machine (once per device, driver and torch; about half a minute).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+@pass_home
+def command(home: Home, /, budget: str | None, device: str | None, measure: bool, as_json: bool, **words: Any) -> int:
+    """What a training would need, and whether it fits. Exit code 5 when it does not."""
+    asked = options.configuration(words)
+    if measure:
+        _measure(home, as_json)
+    found = outlook.look(home, asked, budget, device)
+    if isinstance(found, outlook.Unknown):
+        if as_json:
+            console.say(json.dumps({"schema": 1, "verdict": None, "reason": found.reason}, indent=1))
+        else:
+            console.say(found.reason)
+            console.say("It is trained as asked then, and running out of memory loses no step.")
+        return EXIT_DONE
+    if as_json:
+        console.say(json.dumps(_document(found), indent=1))
+    else:
+        fancy = console.can_show("█░×")
+        text = "\n".join(forecast_view.lines(found, fancy, _style))
+        console.say(text if fancy else text.replace("×", "x"))
+    return EXIT_REFUSED if found.answer.verdict == TOO_LARGE else EXIT_DONE
+
+
+def _style(text: str, colour: str) -> str:
+    return click.style(text, fg=colour) if console.is_terminal(sys.stdout) else text
+
+
+def _document(found: outlook.Outlook) -> dict[str, Any]:
+    """For the Studio and scripts: bytes are integers, seconds are seconds."""
+    answer = found.answer
+    return {
+        "schema": 1,
+        "verdict": answer.verdict,
+        "device": found.place.device,
+        "where": found.where,
+        "budget_bytes": answer.budget_bytes,
+        "estimate": _whole(answer.estimate.document()),
+        "techniques": list(answer.used),
+        "proposals": [
+            {"settings": list(p.settings), "price": list(p.price), "needed": _whole(asdict(p.estimate.needed))} for p in answer.proposals
+        ],
+        "profile": asdict(found.place.profile),
+    }
+
+
+def _whole(value: Any, name: str = "") -> Any:
+    """Bytes as integers, however they were computed."""
+    if isinstance(value, dict):
+        return {key: _whole(entry, key if key not in ("point", "upper") else name) for key, entry in value.items()}
+    if isinstance(value, float) and "seconds" not in name:
+        return round(value)
+    return value
+
+
+def _measure(home: Home, as_json: bool) -> None:
+    """Measure this machine in a process of its own: torch and a CUDA context end with it. Raises TrainerdError."""
+    if not as_json:
+        console.complain("Measuring this machine …")
+    command_line = interpreter.command("trainerd.engine.measuring", "--home", str(home.root))
+    try:
+        done = subprocess.run(
+            command_line, env=interpreter.environment(), capture_output=True, text=True, timeout=_MEASURE_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise TrainerdError(f"This machine could not be measured: {error}.", "Plan without --measure.") from None
+    if done.returncode == 2:
+        raise UsageError(done.stderr.strip() or "It could not be measured.")
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise TrainerdError(f"This machine could not be measured: {last}", "Plan without --measure.")

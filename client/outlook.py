@@ -1,0 +1,148 @@
+"""Will it fit? Gathers what is known about this machine and this task, and asks the planner. Must not import torch, nor start anything.
+
+`plan` shows the answer, `start` refuses with it. A person's own task is known from the trace an earlier run of it has left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trainerd.config import catalogue
+from trainerd.config.identity import identity
+from trainerd.config.load import Resolved
+from trainerd.config.model import RunConfig
+from trainerd.contract import runs
+from trainerd.contract.errors import Unreadable, UsageError
+from trainerd.contract.paths import Home
+from trainerd.contract.sizes import parse_bytes
+from trainerd.machine import cpu, gpu
+from trainerd.machine.memory import ram
+from trainerd.memory import forecast, profile, receipts, traced
+from trainerd.memory.limits import resolve_limit
+from trainerd.memory.planner import Answer
+from trainerd.memory.profile import Profile
+from trainerd.memory.timeline import Table
+
+from . import packages
+
+_BF16_ON_CPU = {"amx_bf16", "avx512_bf16"}
+_NOT_PART_OF_THE_MODEL = ("seed", "batch_size", "optimizer")
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """The planner's answer, where it is for, and in words what the budget is."""
+
+    answer: Answer
+    place: forecast.Place
+    where: str
+    budget: str
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """Why nothing can be foretold."""
+
+    reason: str
+
+
+def look(home: Home, asked: Resolved, budget: str | None = None, device: str | None = None) -> Outlook | Unknown:
+    """What training `asked` would need here, or within `budget` ("3.5GB") on a "gpu" or "cpu". Raises UsageError."""
+    found = table_of(home, asked)
+    if isinstance(found, Unknown):
+        return found
+    table, splittable = found
+    place, where, words = _place(home, asked.config, budget, device)
+    return Outlook(forecast.answer(asked.config, place, table, splittable), place, where, words)
+
+
+def table_of(home: Home, asked: Resolved) -> tuple[Table, bool] | Unknown:
+    """The memory table of the task's model, and whether its batch can be split."""
+    if asked.task_file is None:
+        entry = catalogue.find_task(asked.config.task)
+        settings = entry.settings_model.model_validate(asked.config.settings)
+        found: Table = entry.blocks_module.table(settings, asked.config.data)
+        return found, True
+    wanted = _model_of(identity(asked.config, {}, asked.task_file))
+    for name in reversed(runs.names(home)):
+        try:
+            record = runs.read(home, name)
+        except (OSError, Unreadable):
+            continue
+        if _model_of(record.identity) == wanted and (known := _trace_of(home, name)) is not None:
+            return known
+    return Unknown(f"{asked.config.task} has not been trained in this home yet: its model is looked at when the training starts.")
+
+
+def _model_of(known: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an identity the model's size depends on; the data, as far as it has been chosen."""
+    chosen = {name: value for name, value in known.items() if name not in (*_NOT_PART_OF_THE_MODEL, "data")}
+    data = known.get("data")
+    return {**chosen, "columns": data.get("columns") if isinstance(data, Mapping) else None}
+
+
+def _trace_of(home: Home, run: str) -> tuple[Table, bool] | None:
+    from trainerd.contract import files
+
+    try:
+        receipt = files.read_json(home.run(run).folder / receipts.FILE, "A receipt")
+    except (OSError, Unreadable):
+        return None
+    name = receipt.get("trace")
+    if not isinstance(name, str) or "/" in name or "\\" in name:
+        return None
+    table = traced.read(home.cache / "traces" / name)
+    return None if table is None else (table, receipt.get("splittable") is not False)
+
+
+def _place(home: Home, config: RunConfig, budget: str | None, device: str | None) -> tuple[forecast.Place, str, str]:
+    """Where it would run, what is left there, and both in words."""
+    torch = packages.version("torch")
+    gpus = gpu.devices() if device != "cpu" else []
+    facts = packages.torch_facts()
+    has_cuda = bool(gpus) and facts is not None and facts.cuda is not None
+    kind = {"gpu": "cuda", "cpu": "cpu"}.get(device or "") or ("cuda" if budget is not None or has_cuda else "cpu")
+    name = gpus[0].name if kind == "cuda" and gpus else "cpu"
+    path = profile.file_of(home.cache, name, gpu.driver_version() if kind == "cuda" else None, torch)
+    known = profile.read(path)
+    if budget is not None:
+        if name == "cpu" and kind == "cuda":
+            known = Profile()
+        place = forecast.Place(kind, _bytes(budget), _precision(kind), known, (), name)
+        return place, "a GPU" if kind == "cuda" else "a CPU", f"a budget of {budget}"
+    left, words = _left(config, kind, gpus)
+    return forecast.Place(kind, left, _precision(kind), known, receipts.read(home), name), _named(kind, gpus), words
+
+
+def _left(config: RunConfig, kind: str, gpus: list[gpu.GpuFacts]) -> tuple[int, str]:
+    """What the limit leaves now, and in words where that comes from."""
+    from .words import size
+
+    if kind == "cuda":
+        if not gpus or gpus[0].total_bytes is None:
+            raise UsageError("There is no GPU here whose memory is known.", "Say how much it may use: --budget 3.5GB")
+        total, used = gpus[0].total_bytes, gpus[0].used_bytes or 0
+        limit, key = resolve_limit(config.memory.vram_limit, total), "vram_limit"
+    else:
+        facts = ram()
+        total, used = facts.total_bytes, facts.used_bytes
+        limit, key = resolve_limit(config.memory.ram_limit, total), "ram_limit"
+    return max(0, limit - used), f"{size(max(0, limit - used))} left (memory.{key} {size(limit)}, {size(used)} in use)"
+
+
+def _precision(kind: str) -> str:
+    """What "auto" will most likely mean; the trainer asks the device itself."""
+    return "bf16" if kind == "cuda" or cpu.features() & _BF16_ON_CPU else "fp32"
+
+
+def _named(kind: str, gpus: list[gpu.GpuFacts]) -> str:
+    return gpus[0].name if kind == "cuda" else "this machine's CPU"
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise UsageError(f"--budget: {error}.", "Write it like --budget 3.5GB.") from None

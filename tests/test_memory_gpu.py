@@ -1,0 +1,99 @@
+"""What only a GPU can tell: torch's real allocator and its real counters against the replay and the tables. Skipped without one."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from benchmarks.memory.families import family
+from trainerd.memory.allocator import Allocator, replay
+from trainerd.memory.optimizers import Optimizer
+from trainerd.memory.tape import Tape
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use")]
+_LARGEST_EXPONENT = 25.5
+
+
+def random_trace(seed: int, number: int = 400) -> tuple[list[int], list[int]]:
+    """Sizes of every scale, freed in any order."""
+    draw = random.Random(seed)
+    sizes: list[int] = []
+    events: list[int] = []
+    alive: list[int] = []
+    for _ in range(number):
+        if alive and (draw.random() < 0.45 or len(alive) > 60):
+            events.append(~alive.pop(draw.randrange(len(alive))))
+        else:
+            events.append(len(sizes))
+            alive.append(len(sizes))
+            sizes.append(int(2 ** draw.uniform(4, _LARGEST_EXPONENT)))
+    return sizes, events + [~n for n in alive]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_replay_counts_what_torch_counts(seed: int) -> None:
+    """The same trace on the device: memory_allocated and memory_reserved are equal after every event, to the byte."""
+    sizes, events = random_trace(seed)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    if torch.cuda.memory_reserved():
+        pytest.skip("another test's tensors are still on the device")
+    allocator = Allocator()
+    blocks, tensors = {}, {}
+    for event in events:
+        if event >= 0:
+            blocks[event] = allocator.malloc(sizes[event])
+            tensors[event] = torch.empty(sizes[event], dtype=torch.uint8, device="cuda")
+        else:
+            allocator.free(blocks.pop(~event))
+            del tensors[~event]
+        assert torch.cuda.memory_allocated() == allocator.allocated
+        assert torch.cuda.memory_reserved() == allocator.reserved
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["gpt", "llama-lora", "convnet", "cnn3d", "gru", "gru-mn"])
+def test_a_training_step_needs_on_a_gpu_what_the_tables_say(name: str, precision: str) -> None:
+    """Allocated within 3 % and reserved within 5 % of torch's own peaks, libraries' workspaces left out of both."""
+    parts = family(name)
+    made = parts.model().to("cuda")
+    weights = [p for p in made.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, fused=True)
+
+    def step() -> None:
+        batch = [t.to("cuda") for t in parts.batch(8)]
+        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
+            loss = made(*batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    torch.cuda.synchronize()
+    resting = torch.cuda.memory_allocated()
+    states = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
+    held = sum(t.numel() * t.element_size() for t in [*made.parameters(), *made.buffers()]) + states
+    workspace = max(0, resting - held)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        step()
+    allocated = torch.cuda.max_memory_allocated() - workspace
+    tape = Tape("cuda", None if precision == "fp32" else precision)
+    table = parts.table(tape)
+    shadow = Optimizer(tape, "adamw")
+    shadow.allocate()
+    for _ in range(2):
+        batch = [tape.input(*t.shape, dtype="int64" if t.dtype == torch.int64 else "fp32") for t in parts.batch(8)]
+        with tape.autocast():
+            loss = table(*batch)
+        del batch
+        tape.backward(loss)
+        del loss
+        shadow.work()
+        shadow.zero_grad()
+    peaks = replay(tape.sizes, list(tape.events), Allocator())
+    assert peaks.allocated == pytest.approx(allocated, rel=0.03)
+    assert peaks.reserved == pytest.approx(torch.cuda.max_memory_reserved() - workspace, rel=0.05)

@@ -1,0 +1,196 @@
+"""The planner: the largest micro-batch that fits, nothing a person fixed is touched, and every proposal fits when applied."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainerd.config.model import RunConfig
+from trainerd.memory import forecast, receipts
+from trainerd.memory.estimate import estimate
+from trainerd.memory.planner import FITS, TIGHT, TOO_LARGE, Answer, Question, choose, judge
+from trainerd.memory.profile import Profile
+from trainerd.memory.receipts import Trust
+from trainerd.memory.timeline import Setup
+from trainerd.tasks.cadence.blocks import CadenceTable, table
+from trainerd.tasks.cadence.settings import CadenceSettings
+
+GRU = table(CadenceSettings())
+SMALL_MN = table(
+    CadenceSettings.model_validate(
+        {"model": "gru-mn", "vocabulary": 500, "max_words": 6, "gru_mn": {"embedding": 32, "hidden": [64, 48], "attention": [32, 24]}}
+    )
+)
+MB = 1_000_000
+
+
+def plan(config: dict[str, Any], budget: int, model: CadenceTable = GRU, device: str = "cuda", splittable: bool = True) -> Answer:
+    asked = RunConfig.model_validate({"task": "cadence", "train": {"batch_size": 512, **config}})
+    return forecast.answer(asked, forecast.Place(device, budget, "bf16"), model, splittable)
+
+
+def test_what_fits_is_left_as_it_is() -> None:
+    """The whole batch at once, when there is room for it."""
+    answer = plan({}, 40_000 * MB)
+    assert answer.verdict == FITS and answer.setup.micro_batch == 512 and answer.used == ()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("share", [0.55, 0.75, 0.95])
+def test_the_micro_batch_is_the_largest_even_one_that_fits(device: str, share: float) -> None:
+    """One piece less would not fit; the effective batch is the one asked for."""
+    whole = estimate(GRU, Setup(device, "bf16", 4096, 4096)).needed.upper
+    budget = int(whole * share)
+    answer = plan({"batch_size": 4096}, budget, device=device)
+    setup = answer.setup
+    assert answer.verdict == FITS and answer.used == ("smaller micro-batch",)
+    assert setup.effective_batch == 4096 and setup.accumulation > 1
+    fewer = setup.with_micro_batch(-(-4096 // (setup.accumulation - 1)))
+    assert judge(estimate(GRU, fewer), budget) != FITS
+
+
+def test_what_a_person_fixed_stays() -> None:
+    """A fixed micro-batch is never made smaller by the plan; it is proposed instead."""
+    fits = plan({"batch_size": 4096}, 2000 * MB)
+    assert fits.verdict == FITS
+    fixed = plan({"batch_size": 4096, "micro_batch": 4096, "precision": "fp32"}, 2000 * MB)
+    assert fixed.verdict == TOO_LARGE
+    assert (fixed.setup.micro_batch, fixed.setup.precision, fixed.setup.optimizer) == (4096, "fp32", "adamw")
+    assert any(setting.startswith("train.micro_batch=") for proposal in fixed.proposals for setting in proposal.settings)
+
+
+def test_a_batch_that_cannot_be_split_is_not() -> None:
+    """In-batch negatives, batch norm: the plan says what is needed instead of halving."""
+    answer = plan({"batch_size": 4096}, 2000 * MB, splittable=False)
+    assert answer.verdict == TOO_LARGE and answer.setup.micro_batch == 4096
+    assert all("train.micro_batch" not in setting for proposal in answer.proposals for setting in proposal.settings)
+
+
+def test_exact_changes_are_proposed_before_another_algorithm() -> None:
+    """When a smaller micro-batch alone would do, no other optimizer comes first."""
+    answer = plan({"batch_size": 4096, "micro_batch": 4096}, 2000 * MB)
+    assert answer.proposals and answer.proposals[0].settings[0].startswith("train.micro_batch=")
+    assert all(len(proposal.settings) == 1 for proposal in answer.proposals)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    budget=st.integers(250, 1100),
+    batch=st.sampled_from([8, 33, 256]),
+    fixed=st.booleans(),
+    precision=st.sampled_from(["auto", "fp32", "bf16"]),
+    device=st.sampled_from(["cuda", "cpu"]),
+)
+def test_every_proposal_fits_when_it_is_applied(budget: int, batch: int, fixed: bool, precision: str, device: str) -> None:
+    """Each is set as printed, planned again, and then fits; an answer that says it fits is within the budget."""
+    config: dict[str, Any] = {"batch_size": batch, "precision": precision, **({"micro_batch": batch} if fixed else {})}
+    answer = plan(config, budget * MB, SMALL_MN, device)
+    assert answer.setup.effective_batch == batch
+    if answer.verdict == FITS:
+        assert answer.estimate.needed.upper <= budget * MB and not answer.proposals
+    if answer.verdict == TIGHT:
+        assert answer.estimate.needed.point <= budget * MB < answer.estimate.needed.upper
+    for proposal in answer.proposals:
+        changed = dict(config)
+        for setting in proposal.settings:
+            key, value = setting.removeprefix("train.").split("=")
+            changed[key] = int(value) if value.isdecimal() else value
+        again = plan(changed, budget * MB, SMALL_MN, device)
+        assert again.verdict == FITS, proposal.settings
+
+
+def test_the_planner_asks_no_setup_twice() -> None:
+    """An estimate costs milliseconds; the search is a bisection."""
+    asked: list[Setup] = []
+
+    def counting(setup: Setup) -> Any:
+        asked.append(setup)
+        return estimate(GRU, setup)
+
+    choose(Question(Setup("cuda", "bf16", 4096, 4096), 1600 * MB), GRU, counting)
+    assert len(asked) == len(set(asked)) <= 40
+
+
+def test_receipts_correct_the_next_estimate() -> None:
+    """Runs that needed a tenth more move the point towards it; the bound follows the worst once there are three."""
+    told = {"ram_bytes": 1000.0}
+    one = {"kind": "cadence gru", "device": "cpu", "torch": "2", "predicted": told, "real": {"ram_bytes": 1100}}
+    found = receipts.trust([one] * 3, "cadence gru", "cpu", "2").of("ram_bytes")
+    assert found.num_runs == 3 and 1.05 < found.factor < 1.1 < found.most < 1.15
+    base = estimate(GRU, Setup("cpu", "fp32", 32, 32))
+    corrected = estimate(GRU, Setup("cpu", "fp32", 32, 32), Profile(), Trust({"ram_bytes": found}, 3))
+    assert corrected.ram.point == pytest.approx(base.ram.point * found.factor)
+    assert corrected.ram.upper == pytest.approx(base.ram.point * found.most)
+    assert corrected.raw == base.raw, "the next receipt must be compared with the estimate itself, not with its correction"
+
+
+def test_receipts_of_another_model_or_machine_do_not_count() -> None:
+    """Corrections do not travel; absurd and missing values are left out."""
+    good = {"kind": "a", "device": "cpu", "torch": "2", "predicted": {"ram_bytes": 100.0}, "real": {"ram_bytes": 120}}
+    others = [
+        {**good, "kind": "b"},
+        {**good, "device": "GPU"},
+        {**good, "torch": "1"},
+        {**good, "real": {"ram_bytes": 100_000}},
+        {**good, "real": {}},
+        {**good, "predicted": "?"},
+    ]
+    assert not receipts.trust(others, "a", "cpu", "2").corrections
+    assert receipts.trust([good], "a", "cpu", "2").of("ram_bytes").num_runs == 1
+
+
+def test_the_upper_bound_is_never_below_the_point() -> None:
+    """Whatever receipts say."""
+    for factor in (0.6, 1.0, 1.8):
+        one = {"kind": "k", "device": "cpu", "torch": "2", "predicted": {"ram_bytes": 100.0}, "real": {"ram_bytes": 100 * factor}}
+        for number in (1, 3, 9):
+            trust = receipts.trust([one] * number, "k", "cpu", "2")
+            found = estimate(GRU, Setup("cpu", "fp32", 8, 8), Profile(), trust)
+            assert found.ram.upper >= found.ram.point
+
+
+def test_an_answer_holds_a_breakdown_and_says_what_it_leaves_out() -> None:
+    """The parts sum to the peak; what follows torch's source without a GPU having been asked is called so."""
+    found = estimate(GRU, Setup("cuda", "bf16", 64, 64))
+    parts = {name: size for name, size in found.breakdown.items() if not name.startswith("cuda")}
+    assert sum(parts.values()) == found.tensors == max(found.phases.values())
+    assert found.allocated and found.reserved and found.driver
+    assert found.tensors <= found.allocated.point <= found.reserved.point < found.driver.point
+    assert any("not been compared with a GPU" in text for text in found.not_modelled)
+
+
+def test_a_different_micro_batch_changes_only_what_depends_on_it() -> None:
+    """Weights, optimizer and the checkpoint's copy are the same for every piece."""
+    small, large = (estimate(GRU, Setup("cpu", "fp32", n, 64)) for n in (1, 64))
+    assert small.disk == large.disk and small.num_parameters == large.num_parameters
+    assert small.breakdown["staging"] == large.breakdown["staging"]
+    assert replace(small.setup, micro_batch=64) == large.setup
+
+
+def test_the_estimate_needs_no_torch_and_little_time() -> None:
+    """A fresh interpreter: no torch, and CADENCE's own model in a few milliseconds once warm."""
+    code = (
+        "import sys, time\n"
+        "from trainerd.memory.estimate import estimate\n"
+        "from trainerd.memory.timeline import Setup\n"
+        "from trainerd.tasks.cadence.blocks import table\n"
+        "from trainerd.tasks.cadence.settings import CadenceSettings\n"
+        "t = table(CadenceSettings())\n"
+        "estimate(t, Setup('cuda', 'bf16', 8, 8))\n"
+        "best = 9.0\n"
+        "for _ in range(5):\n"
+        "    began = time.perf_counter(); estimate(t, Setup('cuda', 'bf16', 32, 32)); best = min(best, time.perf_counter() - began)\n"
+        "print(best, 'torch' in sys.modules, 'numpy' in sys.modules)\n"
+    )
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    best, torch, numpy = done.stdout.split()
+    assert (torch, numpy) == ("False", "False")
+    assert float(best) < 0.05 and time.perf_counter() - began < 20

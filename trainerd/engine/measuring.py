@@ -1,0 +1,115 @@
+"""Measures this machine once for the memory estimate, in a process of its own: `python -m trainerd.engine.measuring --home DIR`.
+
+The bare trainer's RAM, the speed of products and of copies to a GPU, and what a CUDA context takes. Must not train.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from trainerd.contract.paths import Home
+from trainerd.memory import profile
+
+_SIDE_CPU, _SIDE_GPU = 1024, 4096
+_REPEATS = 5
+_COPY_BYTES = 128 << 20
+_LATER_BYTES = 64 << 20  # tokens, batches and threads of a real run
+
+
+def measured() -> tuple[profile.Profile, str, str | None]:
+    """The profile, and the device and driver it is for."""
+    import torch
+
+    from trainerd.engine import trainer  # noqa: F401 - what a trainer has loaded before its model
+    from trainerd.engine.fitting import device_facts
+
+    _take_a_step(torch)
+    process_bytes = int(psutil.Process().memory_info().rss) + _LATER_BYTES
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    name, driver = device_facts(device)
+    side = _SIDE_GPU if device.type == "cuda" else _SIDE_CPU
+    speeds = {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        if device.type == "cuda" or precision != "fp16":  # on a CPU fp16 takes minutes and is never chosen
+            one = torch.randn(side, side, device=device).to(dtype)
+            speeds[precision] = 2e-9 * side**3 / _fastest(lambda one=one: one @ one, device)  # type: ignore[misc]
+    if device.type == "cpu":
+        found = profile.Profile(name, "", str(torch.__version__), True, process_bytes, gigaflops=speeds)
+        return found, name, driver
+    host = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device=device)
+    to = _COPY_BYTES / _fastest(lambda: there.copy_(host), device)
+    back = _COPY_BYTES / _fastest(lambda: host.copy_(there), device)
+    free, total = torch.cuda.mem_get_info(device)
+    context = total - free - torch.cuda.memory_reserved(device) - _others(device.index or 0, total - free)
+    found = profile.Profile(
+        name, driver or "", str(torch.__version__), True, process_bytes, context, context, _workspace(name), speeds, to, back
+    )
+    return found, name, driver
+
+
+def _take_a_step(torch: Any) -> None:
+    """A step of a tiny model: kernels and libraries that are loaded when first used belong to the bare trainer."""
+    layer, tiny = torch.nn.GRU(16, 16, batch_first=True), torch.randn(4, 8, 16)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(tiny)[0].float().sum().backward()
+    optimizer.step()
+
+
+def _fastest(work: Callable[[], object], device: object) -> float:
+    """The shortest of a few times, in seconds."""
+    import torch
+
+    best = float("inf")
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        work()
+        if getattr(device, "type", "cpu") == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+_USED_BEFORE: dict[int, int] = {}
+
+
+def _note_others() -> None:
+    """What the device holds before this process has a context: that is other programs'."""
+    from trainerd.machine import gpu
+
+    _USED_BEFORE.update({found.index: found.used_bytes or 0 for found in gpu.devices()})
+
+
+def _others(index: int, used_now: int) -> int:
+    return min(_USED_BEFORE.get(index, 0), used_now)
+
+
+def _workspace(name: str) -> int:
+    return (32 << 20) if profile.hopper(name) else profile.Profile().workspace_bytes
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, and keep it under the home's cache."""
+    parser = argparse.ArgumentParser(prog="trainerd.engine.measuring", description=__doc__)
+    parser.add_argument("--home", required=True, type=Path)
+    home = Home(parser.parse_args(arguments).home.absolute())
+    _note_others()
+    found, name, driver = measured()
+    try:
+        profile.write(profile.file_of(home.cache, name, driver, found.torch), found)
+    except OSError as error:
+        print(f"The profile cannot be kept in {home.cache}: {error.strerror or error}.", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Writes runs/<run>/receipt.json: what was foretold and what was needed. Must not correct anything: trainerd/memory reads it.
+
+Written when a training ends or leaves; a killed one leaves none. The RAM peak is the process's own, by the system's count.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import platform
+import statistics
+import sys
+import time
+from typing import Any
+
+import psutil
+import torch
+
+from trainerd.config.model import RunConfig
+from trainerd.contract import files, wire
+from trainerd.contract.paths import RunPaths
+from trainerd.engine import plan as plans
+from trainerd.engine.fitting import Forecast, Send, device_facts
+from trainerd.memory import receipts
+
+_TAIL_BYTES = 64 << 10
+_FEWEST_STEPS = 5
+
+
+def write(found: Forecast, plan: plans.Plan, config: RunConfig, paths: RunPaths, steps: int, send: Send) -> None:
+    """The receipt of the run so far. Never raises: a run does not fail for it."""
+    try:
+        document = _document(found, plan, config, paths, steps)
+        files.write_json(paths.folder / receipts.FILE, document)
+        send(wire.NOTE, kind="receipt", predicted=document["predicted"], real=document["real"])
+    except Exception as error:  # whatever a driver or a full disk says: the training is worth more
+        send(wire.NOTE, kind="no_receipt", text=f"{type(error).__name__}: {error}"[:300])
+
+
+def _document(found: Forecast, plan: plans.Plan, config: RunConfig, paths: RunPaths, steps: int) -> dict[str, Any]:
+    device = plans.device_of(plan)
+    name, driver = device_facts(device)
+    predicted = found.predicted(plan, config)
+    return {
+        "schema": files.SCHEMA,
+        "at": time.time(),
+        "kind": predicted.kind if predicted else None,
+        "device": name,
+        "driver": driver,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "ram_total_bytes": int(psutil.virtual_memory().total),
+        "plan": {key: plan.get(key) for key in ("precision", "micro_batch", "grad_accum", "effective_batch", "optimizer", "threads")},
+        "steps": steps,
+        "trace": found.trace,
+        "splittable": found.splittable,
+        "predicted": dict(predicted.raw) if predicted else {},
+        "real": {**_on_device(device, found), "ram_bytes": ram_peak_bytes(), "seconds_per_step": _seconds(paths)},
+    }
+
+
+def _on_device(device: torch.device, found: Forecast) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"allocated_bytes": None, "reserved_bytes": None, "driver_bytes": None}
+    reserved = torch.cuda.max_memory_reserved(device)
+    # Other programs come and go on the device: only a measured context makes the driver's view of us alone.
+    context = found.place.profile.context_bytes if found.place.profile.measured else None
+    return {
+        "allocated_bytes": torch.cuda.max_memory_allocated(device),
+        "reserved_bytes": reserved,
+        "driver_bytes": None if context is None else reserved + context,
+    }
+
+
+def ram_peak_bytes() -> int | None:
+    """The most RAM this process has had at once."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(most) * (1 if sys.platform == "darwin" else 1024)
+
+
+def _seconds(paths: RunPaths) -> float | None:
+    """The median time from step to step, of those at the end of the metrics."""
+    with open(paths.metrics, "rb") as file:
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - _TAIL_BYTES))
+        lines = file.read().splitlines()[1:]
+    rows = [json.loads(line) for line in lines]
+    times = [row["t"] for row in rows if "loss" in row and "t" in row]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times) if later > earlier]
+    return statistics.median(gaps) if len(gaps) >= _FEWEST_STEPS else None

@@ -1,0 +1,197 @@
+"""From a timeline to what a run will need of a machine: points and upper bounds, and what they leave out. Must not choose.
+
+Allocated is what tensors hold, reserved what torch's allocator holds of the device, driver what the device sees of this
+process: context included. They differ, so each is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from trainerd.memory import receipts
+from trainerd.memory.allocator import Allocator, replay
+from trainerd.memory.profile import Profile
+from trainerd.memory.receipts import Trust
+from trainerd.memory.timeline import Setup, Table, Timeline
+
+_MIB = 1 << 20
+# Without a receipt: what kernels' scratch and the C allocator's own holes add on a CPU, and a GPU's kernels that were not measured.
+_CPU_SLACK, _GPU_SLACK, _RESERVED_SLACK = 0.12, 0.08, 0.12
+_PROCESS_SLACK_BYTES = 96 * _MIB
+# oneDNN keeps compiled bf16 products on a CPU: each shape forwards and twice backwards, for each of some lengths, up to a number
+# of shapes that the trainer sets; a shape took 0.4 to 1.9 MiB (docs/log.md).
+_SHAPES, _SHAPES_PER_PRODUCT, _SHAPE_BYTES, _SHAPE_MOST_BYTES = 256, 24, 1 * _MIB, 2 * _MIB
+_MANIFEST_BYTES = 1 * _MIB
+_EFFICIENCY, _SLOWEST = 0.4, 0.1  # of the measured speed of large products
+_BYTES_PER_SECOND = 8e9  # an optimizer goes through its states at memory speed
+
+_NOT_MODELLED = {
+    "cpu": (
+        "scratch space inside kernels (convolutions), and what oneDNN keeps compiled in bf16, but for a share in the upper bound",
+        "pages of the data file that the system keeps in its cache",
+        "loader processes (train.num_workers)",
+    ),
+    "cuda": (
+        "cuDNN's choice of algorithm and its workspace",
+        "torch.compile, which allocates differently",
+        "what other programs will take of the GPU later",
+    ),
+}
+UNVERIFIED = "the replay of CUDA's allocator and the GPU's tables follow torch's source and have not been compared with a GPU yet"
+
+
+@dataclass(frozen=True)
+class Range:
+    """The most likely value, and one that will hardly be exceeded."""
+
+    point: float
+    upper: float
+
+    def times(self, point: float, upper: float) -> Range:
+        return Range(self.point * point, max(self.upper * point, self.point * upper))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will need. `device_bytes` is compared with the budget: RAM on a CPU, the driver's view on a GPU."""
+
+    setup: Setup
+    kind: str
+    ram: Range
+    pinned: Range
+    disk: Range
+    tensors: int
+    allocated: Range | None
+    reserved: Range | None
+    driver: Range | None
+    seconds_per_step: Range | None
+    breakdown: Mapping[str, int]
+    phases: Mapping[str, int]
+    num_parameters: int
+    num_trainable: int
+    trust: str
+    assumed: tuple[str, ...] = ()
+    not_modelled: tuple[str, ...] = ()
+    raw: Mapping[str, float] = field(default_factory=dict)
+    """The points before any correction, by the receipts' names: what the next receipt is compared with."""
+
+    @property
+    def needed(self) -> Range:
+        """What counts against the budget."""
+        return self.driver if self.driver is not None else self.ram
+
+    def document(self) -> dict[str, Any]:
+        """For --json and receipts."""
+        return asdict(self)
+
+
+def estimate(table: Table, setup: Setup, profile: Profile | None = None, trust: Trust = receipts.NOTHING) -> Estimate:
+    """What a training with this setup needs on a machine with this profile."""
+    profile = profile or Profile()
+    timeline = table.timeline(setup)
+    device = _on_gpu(timeline, profile, trust) if setup.device == "cuda" else _Device(None, None, None, {})
+    ram, ram_raw = _ram(timeline, setup, profile, trust)
+    seconds, seconds_raw = _seconds(timeline, setup, profile, trust)
+    checkpoint = timeline.weight_bytes + timeline.state_bytes + _MANIFEST_BYTES
+    measure = "driver_bytes" if setup.device == "cuda" else "ram_bytes"
+    breakdown = dict(timeline.breakdown)
+    if setup.device == "cuda":
+        breakdown["cuda context and workspace"] = profile.context_bytes + profile.workspace_bytes
+    else:
+        breakdown["python and torch"] = profile.process_bytes
+    left_out = list(_NOT_MODELLED[setup.device])
+    if setup.device == "cuda":
+        left_out.insert(0, UNVERIFIED)
+    return Estimate(
+        setup=setup,
+        kind=table.kind,
+        ram=ram,
+        pinned=Range(0, 0),
+        disk=Range(checkpoint * 3 + timeline.weight_bytes, checkpoint * 5 + timeline.weight_bytes),
+        tensors=timeline.peak,
+        allocated=device.allocated,
+        reserved=device.reserved,
+        driver=device.driver,
+        seconds_per_step=seconds,
+        breakdown=breakdown,
+        phases=timeline.peaks,
+        num_parameters=timeline.num_parameters,
+        num_trainable=timeline.num_trainable,
+        trust=trust.words(measure),
+        assumed=(*table.assumed, *_assumed(profile, setup)),
+        not_modelled=tuple(left_out),
+        raw={**device.raw, **ram_raw, **seconds_raw},
+    )
+
+
+@dataclass(frozen=True)
+class _Device:
+    allocated: Range | None
+    reserved: Range | None
+    driver: Range | None
+    raw: Mapping[str, float]
+
+
+def _on_gpu(timeline: Timeline, profile: Profile, trust: Trust) -> _Device:
+    """The three numbers of a GPU: counters of the replayed allocator, and the context on top."""
+    sizes = [*timeline.sizes, profile.workspace_bytes]
+    events = _with_workspace(timeline, len(timeline.sizes))
+    peaks = replay(sizes, events, Allocator())
+    beyond = max(0, timeline.resting_bytes + timeline.worst_evaluation_bytes + profile.workspace_bytes - peaks.allocated)
+    raw = {
+        "allocated_bytes": float(peaks.allocated),
+        "reserved_bytes": float(peaks.reserved),
+        "driver_bytes": float(peaks.reserved + profile.context_bytes),
+    }
+    allocated = _ranged(trust, "allocated_bytes", peaks.allocated, (peaks.allocated + beyond) * (1 + _GPU_SLACK))
+    reserved = _ranged(trust, "reserved_bytes", peaks.reserved, (peaks.reserved + beyond) * (1 + _RESERVED_SLACK))
+    most = profile.context_bytes if profile.measured else profile.context_most_bytes
+    driver = _ranged(trust, "driver_bytes", peaks.reserved + profile.context_bytes, reserved.upper + most)
+    return _Device(allocated, reserved, driver, raw)
+
+
+def _with_workspace(timeline: Timeline, number: int) -> list[int]:
+    """cuBLAS takes its workspace with the first product, from the same allocator, and keeps it."""
+    at = next((at for at, phase in timeline.marks if phase == "training"), len(timeline.events))
+    return [*timeline.events[:at], number, *timeline.events[at:]]
+
+
+def _ram(timeline: Timeline, setup: Setup, profile: Profile, trust: Trust) -> tuple[Range, dict[str, float]]:
+    """The trainer's own RAM: its process, and the tensors when the device is the CPU, else what stays on the host."""
+    held = timeline.peak if setup.device == "cpu" else timeline.host_bytes + timeline.weight_bytes
+    worst = max(held, timeline.resting_bytes + timeline.worst_evaluation_bytes) if setup.device == "cpu" else held
+    shapes = min(_SHAPES, timeline.num_products * _SHAPES_PER_PRODUCT) if setup.device == "cpu" and setup.precision != "fp32" else 0
+    point = profile.process_bytes + held + shapes * _SHAPE_BYTES
+    upper = profile.process_bytes + _PROCESS_SLACK_BYTES + worst * (1 + _CPU_SLACK) + shapes * _SHAPE_MOST_BYTES
+    return _ranged(trust, "ram_bytes", point, upper), {"ram_bytes": float(point)}
+
+
+def _seconds(timeline: Timeline, setup: Setup, profile: Profile, trust: Trust) -> tuple[Range | None, dict[str, float]]:
+    """A step's time from its products and a measured speed; None while neither a speed nor a receipt is known."""
+    speed = profile.gigaflops.get(setup.precision)
+    if not speed:
+        return None, {}
+    best = timeline.flops / (speed * 1e9)
+    passing = timeline.state_bytes * 3 / _BYTES_PER_SECOND
+    point = best / _EFFICIENCY + passing
+    return _ranged(trust, "seconds_per_step", point, best / _SLOWEST + passing), {"seconds_per_step": point}
+
+
+def _ranged(trust: Trust, measure: str, point: float, upper: float) -> Range:
+    """Corrected by what runs of this kind have needed; their worst replaces the general slack once there are three."""
+    found = trust.of(measure)
+    if not found.num_runs:
+        return Range(point, upper)
+    seen = point * max(found.most, found.factor)
+    return Range(point * found.factor, seen if found.num_runs >= 3 else max(seen, upper * found.factor))
+
+
+def _assumed(profile: Profile, setup: Setup) -> list[str]:
+    if profile.measured:
+        return []
+    if setup.device == "cuda":
+        most, point = profile.context_most_bytes // _MIB, profile.context_bytes // _MIB
+        return [f"a CUDA context of {point} MiB, at most {most} (not measured on this machine)"]
+    return [f"{profile.process_bytes // _MIB} MiB for Python and torch themselves (not measured on this machine)"]

@@ -1,0 +1,57 @@
+"""From a configuration and facts about a machine to the planner's question and its answer. Must not read the machine.
+
+`plan`, `start` and the trainer all ask here, so that they say the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainerd.config.model import RunConfig
+from trainerd.memory import receipts
+from trainerd.memory.estimate import Estimate, estimate
+from trainerd.memory.planner import Answer, Question, choose
+from trainerd.memory.profile import Profile
+from trainerd.memory.timeline import Setup, Table
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where it shall run: what of the device is left for us, and what is known about it."""
+
+    device: str
+    """cpu or cuda."""
+    budget_bytes: int
+    precision: str
+    """What "auto" means there."""
+    profile: Profile = field(default_factory=Profile)
+    receipts: Iterable[Mapping[str, Any]] = ()
+    name: str = ""
+    """What receipts call the device."""
+
+
+def question(config: RunConfig, place: Place, splittable: bool = True) -> Question:
+    """What this configuration leaves open. A micro-batch larger than the batch is the batch."""
+    train = config.train
+    whole = train.batch_size
+    setup = Setup(
+        device=place.device,
+        precision=place.precision if train.precision == "auto" else train.precision,
+        micro_batch=whole if train.micro_batch == "auto" else min(train.micro_batch, whole),
+        effective_batch=whole,
+        optimizer=train.optimizer,
+    )
+    values = {"train.micro_batch": train.micro_batch, "train.precision": train.precision, "train.optimizer": train.optimizer}
+    return Question(setup, place.budget_bytes, frozenset(key for key, value in values.items() if value != "auto"), splittable)
+
+
+def answer(config: RunConfig, place: Place, table: Table, splittable: bool = True) -> Answer:
+    """The plan for this place, and what it needs."""
+    trust = receipts.trust(place.receipts, table.kind, place.name, place.profile.torch or None)
+
+    def ask(setup: Setup) -> Estimate:
+        return estimate(table, setup, place.profile, trust)
+
+    return choose(question(config, place, splittable), table, ask)

@@ -1,0 +1,99 @@
+"""What earlier runs really needed beside what was foretold, and what that says about the next estimate. Must not measure.
+
+The engine writes runs/<run>/receipt.json; here they are read. Only receipts of the same model kind, device and torch count:
+corrections do not travel between models.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trainerd.contract import files, runs
+from trainerd.contract.errors import Unreadable
+from trainerd.contract.paths import Home
+
+FILE = "receipt.json"
+MEASURES = ("allocated_bytes", "reserved_bytes", "driver_bytes", "ram_bytes", "seconds_per_step")
+_DOUBT = 1.0  # as if so many runs had agreed with the estimate
+_MOST = 2.0  # a correction beyond this says that something else was measured
+_SPREAD = 0.05  # what one run more may lie beyond those seen
+_READ_MOST = 50
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Real over foretold, for one measure: what to multiply the point by, and the most that was seen."""
+
+    factor: float = 1.0
+    most: float = 1.0
+    num_runs: int = 0
+
+
+@dataclass(frozen=True)
+class Trust:
+    """The corrections by measure; `num_runs` of the same kind were found."""
+
+    corrections: Mapping[str, Correction]
+    num_runs: int = 0
+
+    def of(self, measure: str) -> Correction:
+        return self.corrections.get(measure, Correction())
+
+    def words(self, measure: str) -> str:
+        """How far the estimate of this measure can be trusted."""
+        found = self.of(measure)
+        if not found.num_runs:
+            return "no run of this kind has been measured here yet"
+        runs_of = f"{found.num_runs} earlier run{'s' if found.num_runs > 1 else ''} of this kind"
+        return f"corrected by {found.factor:.2f} after {runs_of}, which needed up to {found.most:.2f} of what was foretold"
+
+
+NOTHING = Trust({})
+
+
+def read(home: Home) -> list[dict[str, Any]]:
+    """The readable receipts of a home, the newest runs' first."""
+    found: list[dict[str, Any]] = []
+    for name in reversed(runs.names(home)[-_READ_MOST:]):
+        try:
+            found.append(files.read_json(home.run(name).folder / FILE, "A receipt"))
+        except (OSError, Unreadable):
+            continue  # a run that never trained has none
+    return found
+
+
+def trust(receipts: Iterable[Mapping[str, Any]], kind: str, device: str, torch: str | None) -> Trust:
+    """What the receipts of this kind say."""
+    alike = [r for r in receipts if r.get("kind") == kind and r.get("device") == device and (torch is None or r.get("torch") == torch)]
+    corrections = {}
+    for measure in MEASURES:
+        ratios = [ratio for receipt in alike if (ratio := _ratio(receipt, measure)) is not None]
+        if ratios:
+            corrections[measure] = _correction(ratios)
+    return Trust(corrections, len(alike))
+
+
+def _ratio(receipt: Mapping[str, Any], measure: str) -> float | None:
+    """Real over foretold without any correction; None when either is missing or absurd."""
+    real, told = (_number(receipt.get(side), measure) for side in ("real", "predicted"))
+    if real is None or told is None:
+        return None
+    ratio = real / told
+    return ratio if 1 / _MOST**2 < ratio < _MOST**2 or measure == "seconds_per_step" else None
+
+
+def _number(side: Any, measure: str) -> float | None:
+    value = side.get(measure) if isinstance(side, Mapping) else None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else None
+
+
+def _correction(ratios: list[float]) -> Correction:
+    """The median, drawn towards 1 while there are few; and the most, with something on top for the next one."""
+    middle = statistics.median(math.log(ratio) for ratio in ratios)
+    weight = len(ratios) / (len(ratios) + _DOUBT)
+    most = max(ratios)
+    return Correction(math.exp(middle * weight), most * (1 + _SPREAD / math.sqrt(len(ratios))), len(ratios))

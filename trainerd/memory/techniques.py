@@ -1,0 +1,86 @@
+"""Every way to need less memory that the engine has, in one place: its class, what it changes, and by how much in words.
+
+A technique that the engine gains is added here and nowhere else: the planner, `plan` and the refusals read this list. Its effect
+on memory is not written down but estimated, by the setup it leads to. Must not choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from trainerd.memory.timeline import Setup, Table
+
+EXACT, ROUNDING, DIFFERENT = "exact", "rounding", "different"
+"""exact: the same mathematics; rounding: other last digits; different: another algorithm. A plan takes them in this order."""
+
+
+@dataclass(frozen=True)
+class Technique:
+    """`applied(setup, table)`: the setup with it, None where it changes nothing. `setting` is what a person writes for it.
+
+    `automatic`: a plan may use it by itself when the setting is "auto"; the others are only proposed.
+    """
+
+    name: str
+    kind: str
+    key: str
+    applied: Callable[[Setup, Table], Setup | None]
+    setting: Callable[[Setup], str]
+    automatic: bool
+    price: str
+
+
+def _half_batch(setup: Setup, table: Table) -> Setup | None:
+    return setup.with_micro_batch(-(-setup.micro_batch // 2)) if setup.micro_batch > 1 else None
+
+
+def _low(setup: Setup, table: Table) -> Setup | None:
+    return replace(setup, precision="bf16") if setup.precision == "fp32" else None
+
+
+def _optimizer(name: str) -> Callable[[Setup, Table], Setup | None]:
+    def applied(setup: Setup, table: Table) -> Setup | None:
+        return replace(setup, optimizer=name) if setup.optimizer in ("adamw", "adam") else None
+
+    return applied
+
+
+TECHNIQUES = (
+    Technique(
+        "smaller micro-batch",
+        EXACT,
+        "train.micro_batch",
+        _half_batch,
+        lambda setup: f"train.micro_batch={setup.micro_batch}",
+        True,
+        "the same batch in more pieces: slower where pieces are small",
+    ),
+    Technique(
+        "bf16 autocast",
+        ROUNDING,
+        "train.precision",
+        _low,
+        lambda setup: f"train.precision={setup.precision}",
+        False,
+        "products in bf16, weights and gradients stay in fp32",
+    ),
+    Technique(
+        "Adafactor",
+        DIFFERENT,
+        "train.optimizer",
+        _optimizer("adafactor"),
+        lambda setup: f"train.optimizer={setup.optimizer}",
+        False,
+        "another optimizer: a row and a column per matrix instead of two copies; its learning rate must be found anew",
+    ),
+    Technique(
+        "SGD",
+        DIFFERENT,
+        "train.optimizer",
+        _optimizer("sgd"),
+        lambda setup: "train.optimizer=sgd",
+        False,
+        "another optimizer: one copy instead of two; its learning rate must be found anew",
+    ),
+)

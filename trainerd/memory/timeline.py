@@ -1,0 +1,204 @@
+"""A run as its allocations in order: load, optimizer, steps, evaluation, checkpoint. Must not know what they mean for a machine.
+
+The engine's order (trainerd/engine/building.py, step.py, state.py): optimizer state before the first step; all micro-batches of
+a step on the host together; gradients live from the first micro-batch of a step to its update.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from trainerd.memory.optimizers import Optimizer
+from trainerd.memory.tape import ACTIVATIONS, STAGING, Tape, Tensor
+
+LOADING, OPTIMIZER, STEP, EVALUATING, SAVING = "loading", "optimizer", "training", "evaluating", "checkpointing"
+_WINDOW = 64  # a step's micro-batches lie on the host together; beyond this many their sum is not played
+_STATISTICS_BYTES = 1 << 20  # buffers up to this are kept twice, for a step that is tried again
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything of a plan that memory depends on."""
+
+    device: str = "cpu"
+    precision: str = "fp32"
+    micro_batch: int = 1
+    effective_batch: int = 1
+    optimizer: str = "adamw"
+
+    @property
+    def accumulation(self) -> int:
+        return -(-self.effective_batch // self.micro_batch)
+
+    def with_micro_batch(self, samples: int) -> Setup:
+        return replace(self, micro_batch=samples)
+
+
+class Table(Protocol):
+    """A task's model for the estimate. What a task's blocks.py brings, or what was traced."""
+
+    @property
+    def kind(self) -> str:
+        """What receipts are compared by, e.g. "cadence gru"."""
+
+    @property
+    def assumed(self) -> Sequence[str]:
+        """What had to be guessed, in words."""
+
+    def timeline(self, setup: Setup) -> Timeline: ...
+
+
+@dataclass
+class Timeline:
+    """The births (n) and ends (~n) of storages, their sizes, and what they were for. `host_*` lie in RAM whatever the device."""
+
+    sizes: list[int]
+    kinds: list[str]
+    events: list[int]
+    marks: list[tuple[int, str]]
+    peak: int
+    breakdown: dict[str, int]
+    flops: float
+    """Of one step."""
+    weight_bytes: int
+    """Weights that are learned, and buffers: what a checkpoint holds of the model."""
+    state_bytes: int
+    host_bytes: int = 0
+    """Optimizer state that lives in RAM, and the staging copy of a checkpoint when the device is a GPU."""
+    resting_bytes: int = 0
+    """Between steps: weights, optimizer, and what stays."""
+    worst_evaluation_bytes: int = 0
+    """What an evaluation may need in its worst case, beyond weights and optimizer."""
+    num_products: int = 0
+    """Different shapes of products in a step, forwards."""
+    num_parameters: int = 0
+    num_trainable: int = 0
+    peaks: dict[str, int] = field(default_factory=dict)
+    """The peak of each phase."""
+
+
+class Built(Protocol):
+    """A model on a tape."""
+
+    def micro_batch(self, tape: Tape, samples: int) -> Any:
+        """The largest micro-batch of so many samples."""
+
+    def loss(self, batch: Any) -> Tensor: ...
+
+    def evaluate(self, tape: Tape, samples: int, *, worst: bool) -> None:
+        """What an evaluation allocates, beside the losses."""
+
+
+def of_model(build: Callable[[Tape], Built], setup: Setup) -> Timeline:
+    """The timeline of the model that `build` puts on a tape."""
+    collecting = gc.isenabled()
+    gc.disable()  # nothing here is circular but the leaves, and thousands of small objects come and go
+    tape = Tape(setup.device, None if setup.precision == "fp32" else setup.precision)
+    try:
+        return _played(tape, build, setup)
+    finally:
+        tape.close()
+        if collecting:
+            gc.enable()
+
+
+def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup) -> Timeline:
+    """On a GPU two steps, for the second meets the holes the first has left; on a CPU one, beside a checkpoint's copy."""
+    tape.mark(LOADING)
+    model = build(tape)
+    trainable = [p for p in tape.parameters if p.requires_grad]
+    saved = [t.storage.size for t in [*trainable, *tape.buffers]]
+    copies = [tape.new(b.shape, b.dtype) for b in tape.buffers if b.storage.size <= _STATISTICS_BYTES]
+    tape.mark(OPTIMIZER)
+    before = tape.live
+    optimizer = Optimizer(tape, setup.optimizer)
+    optimizer.allocate()
+    state_bytes = tape.live - before + optimizer.host_bytes
+    host_bytes, staging = optimizer.host_bytes, sum(saved) + state_bytes
+    kept: list[Tensor] = []
+    if setup.device == "cpu":
+        tape.mark(SAVING)
+        with tape.counting_as(STAGING):
+            kept.append(tape.new((staging,), "uint8"))
+    else:
+        host_bytes += staging
+    tape.kind = ACTIVATIONS
+    tape.mark(STEP)
+    began = len(tape.events)
+    flops = _step(tape, model, optimizer, setup)
+    if setup.device != "cpu":
+        tape.mark(STEP)
+        tape.repeat(began)
+    worst = _evaluation(tape, model, setup)
+    found = Timeline(
+        sizes=tape.sizes,
+        kinds=tape.kinds,
+        events=list(tape.events),
+        marks=tape.marks,
+        peak=tape.peak,
+        breakdown=tape.breakdown(),
+        flops=flops,
+        weight_bytes=sum(saved),
+        state_bytes=state_bytes,
+        host_bytes=host_bytes,
+        resting_bytes=tape.live,
+        worst_evaluation_bytes=worst,
+        num_products=len(tape.products),
+        num_parameters=sum(p.numel for p in tape.parameters),
+        num_trainable=sum(p.numel for p in trainable),
+    )
+    found.peaks = peaks(found)
+    del copies, kept
+    return found
+
+
+def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup) -> float:
+    """One step of the engine; of several micro-batches two are played (on a CPU the second), for the others meet the same."""
+    tape.flops = 0.0
+    on_cpu, several = setup.device == "cpu", setup.accumulation > 1
+    window = [model.micro_batch(tape, setup.micro_batch) for _ in range(min(setup.accumulation, _WINDOW))] if on_cpu else []
+    if on_cpu and several:
+        optimizer.give_gradients()
+    played = 2 if several and not on_cpu else 1
+    for _ in range(played):
+        batch = window[0] if window else model.micro_batch(tape, setup.micro_batch)
+        with tape.autocast():
+            loss = model.loss(batch)
+        del batch
+        tape.backward(loss)
+        del loss
+    optimizer.clip()
+    optimizer.work()
+    optimizer.zero_grad()
+    return tape.flops * setup.effective_batch / (setup.micro_batch * played)
+
+
+def _evaluation(tape: Tape, model: Built, setup: Setup) -> int:
+    """Losses over held-out micro-batches, and what the task adds; the worst of the latter is returned, not played."""
+    tape.mark(EVALUATING)
+    with tape.no_grad(), tape.autocast():
+        batch = model.micro_batch(tape, setup.micro_batch)
+        loss = model.loss(batch)
+        del batch, loss
+        model.evaluate(tape, setup.micro_batch, worst=False)
+    aside = Tape(setup.device, tape.precision)
+    with aside.no_grad(), aside.autocast():
+        model.evaluate(aside, setup.micro_batch, worst=True)
+    return aside.peak
+
+
+def peaks(timeline: Timeline) -> dict[str, int]:
+    """The highest point of every phase."""
+    found: dict[str, int] = {}
+    borders = [at for at, _ in timeline.marks] + [len(timeline.events)]
+    live = 0
+    for (at, phase), end in zip(timeline.marks, borders[1:], strict=True):
+        highest = live
+        for event in timeline.events[at:end]:
+            live += timeline.sizes[event] if event >= 0 else -timeline.sizes[~event]
+            highest = max(highest, live)
+        found[phase] = max(found.get(phase, 0), highest)
+    return found
