@@ -34,7 +34,7 @@ PORTABLE = [
     f"tests/{name}.py"
     for name in (
         "test_config", "test_config_identity", "test_contract_files", "test_contract_requests", "test_machine",
-        "test_checkpoints", "test_cadence_prepare", "test_launcher_parts",
+        "test_checkpoints", "test_cadence_prepare", "test_launcher_parts", "test_hang", "test_engine_dumps",
     )
 ]  # fmt: skip
 

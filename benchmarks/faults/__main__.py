@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("part", choices=[*_PARTS])
     parser.add_argument("--count", type=int, default=10)
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # a killed supervisor's trainer may still be leaving
         os.environ.update(TRAINERD_STATE=str(Path(folder) / "state"), CUDA_VISIBLE_DEVICES="")
         return _PARTS[options.part](Path(folder), options.count)
 

@@ -1,0 +1,42 @@
+"""Stacks of a process that holds the interpreter's lock and never gives it back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BOMB = "re.match(r'(a+)+$', 'a' * 64 + 'b')"
+
+
+def runs(tmp_path: Path, program: str, seconds: float) -> tuple[int | None, str]:
+    """(exit code, None: it had to be killed; what it wrote to its log)."""
+    log = tmp_path / "log"
+    with open(log, "wb") as file:
+        words = [sys.executable, "-c", f"import re\nfrom trainerd.engine import dumps\n{program}"]
+        started = subprocess.Popen(words, cwd=ROOT, stderr=file)
+        try:
+            code: int | None = started.wait(seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+            started.kill()
+            started.wait()
+    return code, log.read_text("utf-8", "replace")
+
+
+def test_a_hung_trainer_nobody_watches_any_more_ends_itself(tmp_path: Path) -> None:
+    """The supervisor is gone, and the training thread never comes back: after its limit it leaves its stacks, and is gone."""
+    program = f"def training(): {BOMB}\ndumps.abandoned('training')\ndumps.wind_up('training', {{'hang': 1}})\ntraining()"
+    code, log = runs(tmp_path, program, 20)
+    assert code == 1 and "Timeout (0:00:01)!" in log and "in training" in log
+
+
+@pytest.mark.skipif(sys.platform != "win32", reason="elsewhere a signal does it")
+def test_on_windows_a_timer_leaves_the_stacks(tmp_path: Path) -> None:
+    """Wound up with every sign of life; when they stop, the stacks are in the log, and the process goes on."""
+    program = f"def training(): {BOMB}\ndumps.wind_up('training', {{'hang': 30}})\ndumps.wind_up('training', {{'hang': 1}})\ntraining()"
+    code, log = runs(tmp_path, program, 6)
+    assert code is None and "in training" in log
