@@ -122,7 +122,7 @@ def test_a_limit_below_what_is_in_use_is_named(home: Home) -> None:
     assert vram.startswith("memory.vram_limit is auto (3.5 GB), and 3.9 GB are in use now")
     assert limits.passed("auto", "99%", now, [card]) == [] == limits.passed("80%", "auto", now, [])
     assert diagnosis.limits(home, now, []) == []
-    config = {"memory": {"ram_limit": "4GB", "vram_limit": "auto"}}
+    config = {"task": "cadence", "memory": {"ram_limit": "4GB", "vram_limit": "auto"}}
     runs.write(home, RunRecord("r", "cadence", 1.0, config, {}))
     files.write_json(home.status, {"schema": 1, "state": "stopped", "run": "r"})
     (found,) = diagnosis.limits(home, now, [])
