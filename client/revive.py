@@ -36,6 +36,8 @@ def revive(home: Home) -> str:
     except AlreadyRunning:
         return ""  # somebody else found it dead in the same moment, and was quicker
     except TrainerdError as error:
+        if _wanted(home, record.id) is None:
+            return ""  # stopped or finished in the meantime: the new supervisor left it alone
         return f"The supervisor was gone{since}, and could not be started again: {error.message}"
     return f"The supervisor was gone{since}; started it again. {tied}".rstrip()
 
@@ -48,10 +50,15 @@ def _missed(home: Home, reading: Reading) -> RunRecord | None:
     went_down = reading.state == status.STOPPED and found is not None and found.boot_id != clock.boot_id()
     if found is None or found.run is None or not (reading.state == status.CRASHED or went_down):
         return None
+    if found.boot_id != clock.boot_id() and registration.read(home).without == found.run:
+        return None  # --no-autostart: not by itself after a reboot
+    return _wanted(home, found.run)
+
+
+def _wanted(home: Home, run: str) -> RunRecord | None:
+    """The record of a run that is unfinished and shall go on."""
     try:
-        record = runs.read(home, found.run)
+        record = runs.read(home, run)
     except (OSError, Unreadable):
         return None
-    if found.boot_id != clock.boot_id() and registration.read(home).without == record.id:
-        return None  # --no-autostart: not by itself after a reboot
     return record if record.wanted == runs.WANTED_RUNNING and record.outcome is None else None

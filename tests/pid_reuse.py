@@ -94,7 +94,7 @@ def dead_supervisors(home: Home) -> None:
         with_old = stranger(trainer)
         assert status.read(home).state == status.CRASHED
         person = Person(home.root)
-        assert person.types("stop").returncode == 3 and person.types("status").returncode == 4
+        assert person.types("status").returncode == 4 and person.types("stop").returncode == 0
         with Daemon(home, {"steps": 20, "pause": 0.001}, resume=True, run="fake-1") as second:
             assert second.process.wait(20) == 0
         assert unharmed(who) and unharmed(with_old)

@@ -46,7 +46,7 @@ def test_what_may_stand_at_each_place(home: Home, tmp_path: Path) -> None:
     """Commands and the launcher's presets, their options, presets, tasks, runs of this home, files."""
     person = Person(home.root, tmp_path / "state")
     for name in ("first", "second"):
-        runs.write(home, RunRecord(name, "cadence", 1.0, {}, {}))
+        runs.write(home, RunRecord(name, "cadence", 1.0, {"task": "cadence"}, {}))
     assert {"plain,start", "plain,status", "plain,stop", "plain,standard"} == set(asked(person, "./start_training.sh st"))
     assert "plain,--preset" in asked(person, "./start_training.sh start --pre") and "plain,quick" in asked(person, "x start --preset q")
     assert asked(person, "x quick --epo") == ["plain,--epochs"]

@@ -1,5 +1,6 @@
 """The task protocol carries four very different tasks through the real Trainer: they learn, resume exactly, and give a result."""
 
+import hashlib
 import json
 
 import pytest
@@ -90,5 +91,8 @@ def test_another_base_is_refused(tmp_path):
     weights = torch.load(path, weights_only=True)
     weights["layers"][0][0, 0] += 1
     torch.save(weights, path)
+    record = json.loads((path.parent / "prepared.json").read_text("utf-8"))
+    record["files"]["base.pt"] |= {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    (path.parent / "prepared.json").write_text(json.dumps(record), "utf-8")  # the cache was made anew, from another base
     with pytest.raises(TrainerdError, match=r"frozen weight layers\.0\.base\.weight"):
         Trainer(_llm(), _config("llm"), home=tmp_path, link=Link()).train()
