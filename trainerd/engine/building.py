@@ -52,10 +52,8 @@ def build(
     *,
     traces: bool = False,
 ) -> Training:
-    """The training, at `state` or at its beginning. What must be closed afterwards is put on the stack.
-
-    `traces`: a model without a memory table is traced once, for the estimate.
-    """
+    """The training, at `state` or at its beginning; what must be closed afterwards is put on the stack.
+    `traces`: a model without a memory table is traced once, for the estimate."""
     device = plans.device_of(plan)
     mixed = precision.Precision(plan["precision"], device)
     pulse = Pulse(link.send)
@@ -65,16 +63,14 @@ def build(
     batches = Batches(len(dataset), config.train.batch_size, config.seed, lengths=lengths_of(task, dataset), limit=config.data.size)
     model = task.model()
     foreseen = fitting.foresee(task, model, dataset, config, plan, paths.home, mixed, link.send, traces=traces)
-    model = model.to(device)
+    model = model.to(device).train()
     pulse.enter(phases.STARTING)
-    model.train()
     optimizer = optimizers.build(model, task, config.train)
     plan["optimizer"] = optimizers.kernel(optimizer)
     model = mixed.prepare(model)
     dropout.attach(model, task.ctx)
     loader = Loader(task, dataset, batches, num_workers=plan["num_workers"], seed=config.seed, pin_memory=device.type == "cuda")
     stack.callback(loader.close)
-    metrics = _metrics(config, paths, link, state, stack)
     total_steps = config.train.epochs * batches.steps_per_epoch
     training = Training(
         task=task,
@@ -89,7 +85,7 @@ def build(
         states=States(model, optimizer, mixed),
         saver=Saver(store, SaveSchedule(config.checkpoint), link.send, paths.home.root),
         store=store,
-        metrics=metrics,
+        metrics=_metrics(config, paths, link, state, stack),
         finite=FiniteWatch(config.faults, model, mixed, batches.ids, link.send),
         exact=Exactness(link.send),
         memory=MemoryWatch(config.memory, device, link.send),
@@ -100,15 +96,20 @@ def build(
     )
     pulse.is_saving = lambda: training.saver.busy
     stack.callback(_close, training)
-    if config.train.early_stopping is not None and held_out is None:
-        link.send(wire.WARNING, text="train.early_stopping does nothing: the task holds out no sample to evaluate on.")
-    rng.seed(config.seed + _TRAINING_STREAM)
-    if plan["deterministic"] is False:
+    _begin(training, held_out, state)
+    loader.seek(training.step, plan["micro_batch"])
+    return training
+
+
+def _begin(training: Training, held_out: MapDataset | None, state: State | None) -> None:
+    """Random states and place: those of the state, or of the beginning."""
+    if training.config.train.early_stopping is not None and held_out is None:
+        training.link.send(wire.WARNING, text="train.early_stopping does nothing: the task holds out no sample to evaluate on.")
+    rng.seed(training.config.seed + _TRAINING_STREAM)
+    if training.plan["deterministic"] is False:
         training.exact.lost(0, "deterministic is off")
     if state is not None:
         _put_back(training, state)
-    loader.seek(training.step, plan["micro_batch"])
-    return training
 
 
 def _datasets(task: Task) -> tuple[MapDataset, MapDataset | None]:
