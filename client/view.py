@@ -219,7 +219,8 @@ def what_next(reading: Reading, program: str) -> list[str]:
     if reading.state == NOT_ANSWERING:
         return stuck.steps(reading, program)
     if reading.state in (STOPPED, CRASHED):
-        return [f"Go on from the last checkpoint with: {program} resume"]
+        saved = reading.status is not None and reading.status.checkpoint is not None
+        return [f"Go on{' from the last checkpoint' if saved else ''} with: {program} resume"]
     if reading.state == FAILED:
         return [f"Look into the log with: {program} logs", f"Try again with: {program} resume"]
     return []
