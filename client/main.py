@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,6 +95,7 @@ def _known(error: Exception) -> TrainerdError | None:
 
 
 def _unexpected(error: Exception) -> TrainerdError:
+    import tempfile
     import traceback
 
     text = "".join(traceback.format_exception(error))

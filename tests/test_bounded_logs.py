@@ -13,7 +13,7 @@ import pytest
 from client.commands import logs as logs_command
 from tests.person import Person
 from tests.supervised import RUN, Daemon, wait_for
-from trainerd.contract import runs, status
+from trainerd.contract import files, runs, status
 from trainerd.contract.paths import Home
 from trainerd.contract.runs import RunRecord
 from trainerd.machine import append
@@ -140,7 +140,7 @@ def test_every_refusal_restart_and_pause_has_an_event_with_its_cause(home: Home)
     """events.jsonl tells a run's story: start, death and why, restart, pause, resume, refusal, stop."""
     with Daemon(home, {"at": 4, "do": "raise:boom"}, LONG) as daemon:
         daemon.until(lambda r: r.state == status.RUNNING and r.status is not None and r.status.trainer.restarts == 1)
-        (home.control / "x.json").write_text("{}", encoding="utf-8")
+        files.write_atomic(home.control / "x.json", b"{}")
         daemon.outcome("x")
         daemon.until_step(3)
         daemon.ask("pause")

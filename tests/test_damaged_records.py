@@ -189,7 +189,8 @@ def test_a_home_open_to_everybody_is_said(home: Home) -> None:
 def test_what_is_made_in_a_home_is_private(home: Home, tmp_path: Path) -> None:
     """An existing home keeps its mode (it may be a checkout); every folder and file made in it is its user's alone."""
     home.root.chmod(0o755)
-    home.logs.mkdir(mode=0o755)
+    home.logs.mkdir()
+    home.logs.chmod(0o755)
     task = tmp_path / "mine.py"
     task.write_text("x = 1\n", encoding="utf-8")
     new = Home(tmp_path / "new" / "home")

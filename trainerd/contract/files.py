@@ -8,7 +8,6 @@ that a test can count, cut, fail or record every single one.
 from __future__ import annotations
 
 import errno
-import hashlib
 import itertools
 import json
 import os
@@ -17,9 +16,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from trainerd.contract.errors import Unreadable, UsageError
+
+if TYPE_CHECKING:
+    import hashlib
 
 SCHEMA = 1
 _WINDOWS = sys.platform == "win32"
@@ -200,6 +202,8 @@ class Sink:
     serialisers written in C++ lose the errno of an exception raised inside write(), or do not survive it."""
 
     def __init__(self, file: BinaryIO) -> None:
+        import hashlib  # OpenSSL costs `status` 4 ms, which hashes nothing
+
         self._file = file
         self._hash = hashlib.sha256()
         self.error: OSError | None = None
@@ -334,6 +338,8 @@ def read_json(path: Path, what: str, max_bytes: int = 16 << 20, remedy: str = "M
 
 def hash_of(path: Path) -> hashlib._Hash:
     """The sha256 of a file's content, to go on from. Raises OSError."""
+    import hashlib
+
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):

@@ -30,6 +30,7 @@ _FEWEST_STEPS = 5
 def write(found: Forecast, plan: plans.Plan, config: RunConfig, paths: RunPaths, steps: int, send: Send) -> None:
     """The receipt of the run so far. Never raises: a run does not fail for it."""
     try:
+        files.tidy(paths.folder, receipts.FILE)  # an earlier life may have been killed right here
         document = _document(found, plan, config, paths, steps)
         files.write_json(paths.folder / receipts.FILE, document)
         send(wire.NOTE, kind="receipt", predicted=document["predicted"], real=document["real"])
