@@ -32,7 +32,7 @@ def write(found: Forecast, plan: plans.Plan, config: RunConfig, paths: RunPaths,
     try:
         files.tidy(paths.folder, receipts.FILE)  # an earlier life may have been killed right here
         document = _document(found, plan, config, paths, steps)
-        files.write_json(paths.folder / receipts.FILE, document)
+        files.write_json(paths.folder / receipts.FILE, document, durable=True)  # nobody tidies after the result
         send(wire.NOTE, kind="receipt", predicted=document["predicted"], real=document["real"])
     except Exception as error:  # whatever a driver or a full disk says: the training is worth more
         send(wire.NOTE, kind="no_receipt", text=f"{type(error).__name__}: {error}"[:300])
