@@ -16,6 +16,7 @@ DOOR = Path(__file__).resolve().parents[1] / "run_optimized_training.py"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs getrusage")
+@pytest.mark.slow  # a time, so not for a machine on which other tests run
 def test_status_takes_at_most_70_ms_of_cpu(home: Home) -> None:
     """Median of 20 fresh processes while a training goes on."""
     import resource
