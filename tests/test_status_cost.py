@@ -32,3 +32,12 @@ def test_status_takes_at_most_70_ms_of_cpu(home: Home) -> None:
         daemon.until(lambda r: r.status and r.status.progress.step)
         taken = statistics.median(seconds() for _ in range(20))
     assert taken <= 0.070, f"{taken * 1000:.0f} ms of CPU"
+
+
+def test_status_loads_nothing_it_does_not_need(home: Home) -> None:
+    """What its tenth of a second would go to is never imported: command line, configuration, colours, hashes, temporary files."""
+    command = [sys.executable, "-X", "importtime", str(DOOR), "--home", str(home.root), "status"]
+    told = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False).stderr
+    loaded = {line.rpartition("|")[2].strip() for line in told.splitlines() if line.startswith("import time:")}
+    assert "trainerd.contract.status" in loaded
+    assert not loaded & {"torch", "numpy", "pydantic", "click", "rich", "psutil", "watchdog", "platformdirs", "hashlib", "tempfile"}

@@ -8,7 +8,7 @@ from trainerd.memory import kernels, ops
 from trainerd.memory.tape import Node, Tape, Tensor
 
 # What cuDNN keeps for the way back, in numbers per unit, sample and place: three gates, the recurrent part of the third, the
-# state. Not measured here: the upper bound takes twice as much (estimate.py).
+# state. Not measured here, and the upper bound gives it no more room than everything else on a GPU (estimate.py).
 _RESERVE = 5
 
 
