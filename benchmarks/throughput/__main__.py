@@ -1,14 +1,14 @@
 """Samples per second of the engine beside its peers, interleaved.
 
-    python -m benchmarks.throughput same|padded|document|precision|overhead [--rounds 15] [--steps 60] [--batch 8 32 128]
+    python -m benchmarks.throughput same|padded|precision|overhead [--rounds 15] [--steps 60] [--batch 8 32 128]
                                     [--precision fp32] [--threads 2] [--data FILE] [--peers bare huggingface lightning]
 
 same       everybody trains the task's model on the engine's own batches
 padded     the others train the plain model on random batches padded to their longest
-document   the engine against what document 002 describes, at an effective batch of 32
 precision  the engine in bf16 against the engine in fp32
 overhead   time per step on a 4x4 model, engine against a bare loop
-A ratio above 1 means that the engine is faster. The interval is a bootstrap over rounds.
+A ratio above 1 means that the engine is faster. The interval is a bootstrap over rounds. Against what document 002 describes:
+benchmarks/throughput/document.py.
 """
 
 from __future__ import annotations
@@ -77,17 +77,6 @@ def compare(asked: argparse.Namespace, form: Any) -> None:
                 show(name, seconds["engine"], seconds[name])
 
 
-def document(asked: argparse.Namespace) -> None:
-    workload = prepare(data=asked.data, size=asked.size)
-    sides = {
-        "engine": lambda: contenders.engine(workload, workload.bucketed, asked.steps, 32, asked.precision[0]),
-        "document": lambda: contenders.document(workload, workload.shuffled, asked.steps, 32, "fp32"),
-    }
-    seconds = interleave(workload, sides, asked.rounds)
-    print(f"effective batch 32, engine {asked.precision[0]}, document fp32")
-    show("document 002", seconds["engine"], seconds["document"])
-
-
 def precision(asked: argparse.Namespace) -> None:
     workload = prepare(data=asked.data, size=asked.size)
     for batch in asked.batch:
@@ -114,7 +103,7 @@ def overhead(asked: argparse.Namespace) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("what", choices=("same", "padded", "document", "precision", "overhead"))
+    options.add_argument("what", choices=("same", "padded", "precision", "overhead"))
     options.add_argument("--rounds", type=int, default=15)
     options.add_argument("--steps", type=int, default=60)
     options.add_argument("--batch", type=int, nargs="+", default=[8, 32, 128])
@@ -133,7 +122,7 @@ def main() -> None:
     elif asked.what == "padded":
         compare(asked, Padded)
     else:
-        {"document": document, "precision": precision, "overhead": overhead}[asked.what](asked)
+        {"precision": precision, "overhead": overhead}[asked.what](asked)
 
 
 if __name__ == "__main__":

@@ -228,13 +228,13 @@ def engine(workload: Workload, batches: Callable[[int], Iterator[list[int]]], st
     return stamps[steps] - stamps[WARM]
 
 
-def document(workload: Workload, batches: Callable[[int], Iterator[list[int]]], steps: int, batch_size: int, precision: str) -> float:
+def document(workload: Workload, steps: int, warm: int) -> tuple[float, Padded]:
     """What document 002 describes: padded batches of 8, 4 of them a step, logits on padding, memory cleaned every 10 batches."""
-    work = Padded(workload, batches(8), steps * 4)
+    work = Padded(workload, workload.shuffled(8), steps * 4)
     optimizer = adamw(work.model, fused=False)
     since = 0.0
     for number, ids in enumerate(work.batches):
-        if number == WARM * 4:
+        if number == warm * 4:
             since = time.perf_counter()
         (work.loss(work.batch(ids)) / 4).backward()
         if number % 4 == 3:
@@ -245,4 +245,19 @@ def document(workload: Workload, batches: Callable[[int], Iterator[list[int]]], 
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-    return time.perf_counter() - since
+    return time.perf_counter() - since, work
+
+
+def held_out_loss(workload: Workload, work: Padded) -> float:
+    """The plain model's mean loss of a held-out token, over the split that the engine evaluates on."""
+    held_out = workload.task.dataset("eval")
+    assert held_out is not None
+    rows = Workload(workload.home, workload.config, workload.task, held_out)
+    work.workload, total, tokens = rows, 0.0, 0
+    work.model.eval()
+    with torch.no_grad():
+        for start in range(0, len(held_out), 256):
+            batch = work.batch(list(range(start, min(start + 256, len(held_out)))))
+            number = int((batch[2] != -100).sum())
+            total, tokens = total + float(work.loss(batch)) * number, tokens + number
+    return total / tokens

@@ -1,0 +1,108 @@
+"""Samples per second of the engine beside what document 002 describes, to the same held-out loss; each side a process of its own.
+
+    python -m benchmarks.throughput.document --data FILE [--rounds 9] [--steps 150] [--precision auto] [--threads 2]
+
+Both train CADENCE's default model at an effective batch of 32 for the same number of samples; then both are scored on the same
+held-out split. The engine runs as the daemon's trainer does, heap settings included, which a process of their own keeps from
+the other side. Prints the ratio with a bootstrap interval over rounds, and both losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+WARM = 10
+BATCH = 32
+
+
+def ours(asked: argparse.Namespace) -> tuple[float, float]:
+    """(samples per second, held-out loss) of the engine."""
+    from benchmarks.throughput.workload import prepare
+    from trainerd.config.model import RunConfig
+    from trainerd.engine import arenas
+    from trainerd.engine.loop import Link
+    from trainerd.engine.trainer import Trainer
+
+    arenas.keep_large_blocks()
+    workload = prepare(Path(asked.home), asked.data)
+    words = workload.config.model_dump()
+    train = {"batch_size": BATCH, "precision": asked.precision, "scheduler": "constant", "threads": asked.threads}
+    words["train"].update(train, max_steps=asked.steps, eval_every_steps=asked.steps)
+    run = f"engine-{time.monotonic_ns()}"
+    settings = workload.task.settings
+    Trainer(type(workload.task)(settings), RunConfig.model_validate(words), home=workload.home, run=run, link=Link()).train()
+    rows = [json.loads(line) for line in (workload.home / "runs" / run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    stamps = {row["step"]: row["t"] for row in rows if "loss" in row}
+    held_out = next(row["eval"]["loss"] for row in reversed(rows) if "eval" in row)
+    for kind in ("runs", "checkpoints", "models"):
+        shutil.rmtree(workload.home / kind / run, ignore_errors=True)
+    return (asked.steps - WARM) * BATCH / (stamps[asked.steps] - stamps[WARM]), held_out
+
+
+def theirs(asked: argparse.Namespace) -> tuple[float, float]:
+    """(samples per second, held-out loss) of the recipe: padded batches of 8, 4 of them a step, cleaned up every 10."""
+    import torch
+
+    from benchmarks.throughput import contenders
+    from benchmarks.throughput.workload import prepare
+
+    torch.set_num_threads(asked.threads)
+    workload = prepare(Path(asked.home), asked.data)
+    seconds, work = contenders.document(workload, asked.steps, WARM)
+    return (asked.steps - WARM) * BATCH / seconds, contenders.held_out_loss(workload, work)
+
+
+def one(side: str, asked: argparse.Namespace) -> tuple[float, float]:
+    """A round of one side, in a new process."""
+    command = [sys.executable, "-m", "benchmarks.throughput.document", "--one", side, "--home", asked.home, "--steps", str(asked.steps)]
+    command += ["--precision", asked.precision, "--threads", str(asked.threads), *(["--data", asked.data] if asked.data else [])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    per_second, loss = json.loads(done.stdout.splitlines()[-1])
+    return per_second, loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--one", choices=["engine", "document"], help=argparse.SUPPRESS)
+    parser.add_argument("--home", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = ours(asked) if asked.one == "engine" else theirs(asked)
+        print(json.dumps(found))
+        return
+    from benchmarks.throughput.__main__ import interval
+
+    found_by: dict[str, list[tuple[float, float]]] = {"engine": [], "document": []}
+    with tempfile.TemporaryDirectory() as asked.home:
+        for number in range(asked.rounds + 1):  # the first fills the caches of data and files
+            for side in sorted(found_by, reverse=bool(number % 2)):
+                result = one(side, asked)
+                if number:
+                    found_by[side].append(result)
+    ratios = [a[0] / b[0] for a, b in zip(found_by["engine"], found_by["document"], strict=True)]
+    low, high = interval(ratios)
+    print(f"effective batch {BATCH}, engine {asked.precision}, document 002 fp32, {asked.rounds} rounds of {asked.steps} steps, {asked.threads} threads")
+    for side, rows in found_by.items():
+        speed, loss = (statistics.median(column) for column in zip(*rows, strict=True))
+        print(f"  {side:9} {speed:6.0f} samples/s, held-out loss {loss:.4f} after {asked.steps * BATCH} samples")
+    print(f"  engine / document 002  {statistics.median(ratios):.3f}  [{low:.3f}, {high:.3f}]")
+
+
+if __name__ == "__main__":
+    main()
