@@ -17,6 +17,8 @@ from trainerd.contract.paths import Home
 
 ROOT = Path(__file__).resolve().parents[1]
 DOOR = ROOT / "run_optimized_training.py"
+# The checkout's script, or the installed command that TRAINERD_TEST_COMMAND names.
+_COMMAND = [os.environ["TRAINERD_TEST_COMMAND"]] if "TRAINERD_TEST_COMMAND" in os.environ else [sys.executable, str(DOOR)]
 
 # Small enough that a run takes seconds after torch's import, real enough to have every part.
 SMALL = (
@@ -39,7 +41,7 @@ class Person:
         self.environment.pop("TRAINERD_HOME", None)
 
     def types(self, *words: str, timeout: float = 120, given: str | None = None) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(DOOR), "--home", str(self.home.root), *words]
+        command = [*_COMMAND, "--home", str(self.home.root), *words]
         return subprocess.run(
             command, input=given, capture_output=True, text=True, encoding="utf-8", timeout=timeout, env=self.environment, check=False
         )
