@@ -29,8 +29,8 @@ def die_at(folder: Path, every: int) -> tuple[int, int]:
 
 
 def test_a_kill_at_some_operations(tmp_path: Path) -> None:
-    """Every 100th point: the next life goes on from what was acknowledged, and ends with the same bits and the same files."""
-    assert die_at(tmp_path / "home", 100)[0] > 20
+    """Every 300th point: the next life goes on from what was acknowledged, and ends with the same bits and the same files."""
+    assert die_at(tmp_path / "home", 300)[0] > 6
 
 
 @pytest.mark.slow
