@@ -43,7 +43,8 @@ def trainer_command(*scripts: dict[str, Any]) -> list[str]:
 def start_arguments(**more: Any) -> dict[str, Any]:
     arguments: dict[str, Any] = {"run": RUN, "resume": False, "config": {"task": "fake", "seed": 1}, "identity": {"task": "fake"}, **more}
     # Not idle by default, or a fake trainer would wait for every test beside it.
-    arguments["config"] = {"polite": {"priority": "normal"}, **arguments["config"]}
+    if isinstance(arguments["config"], dict):
+        arguments["config"] = {"polite": {"priority": "normal"}, **arguments["config"]}
     return arguments
 
 

@@ -97,7 +97,7 @@ def main() -> None:
                     found_by[side].append(result)
     ratios = [a[0] / b[0] for a, b in zip(found_by["engine"], found_by["document"], strict=True)]
     low, high = interval(ratios)
-    print(f"effective batch {BATCH}, engine {asked.precision}, document 002 fp32, {asked.rounds} rounds of {asked.steps} steps, {asked.threads} threads")
+    print(f"effective batch {BATCH}, engine {asked.precision}, document 002 fp32, {asked.threads} threads, {asked.rounds} rounds")
     for side, rows in found_by.items():
         speed, loss = (statistics.median(column) for column in zip(*rows, strict=True))
         print(f"  {side:9} {speed:6.0f} samples/s, held-out loss {loss:.4f} after {asked.steps * BATCH} samples")
