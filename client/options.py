@@ -9,7 +9,7 @@ import click
 
 from trainerd.config.load import Resolved, resolve
 
-from . import offers
+from . import able, offers
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -33,12 +33,16 @@ def training_options(function: _F) -> _F:
     return function
 
 
-def configuration(words: dict[str, Any]) -> Resolved:
-    """The configuration these options mean. Raises ConfigError with all problems."""
+def configuration(words: dict[str, Any], *, elsewhere: bool = False) -> Resolved:
+    """The configuration these options mean, possible on this machine unless it is meant for another. Raises ConfigError with all
+    problems."""
     flags = {
         "data.path": words["data"],
         "data.size": words["dataset_size"],
         "train.epochs": words["epochs"],
         "name": words["name"],
     }
-    return resolve(words["task"], words["preset"], words["config"], words["sets"], flags)
+    asked = resolve(words["task"], words["preset"], words["config"], words["sets"], flags)
+    if not elsewhere:
+        able.refuse_impossible(asked.config)
+    return asked

@@ -57,3 +57,16 @@ def bitsandbytes_cuda(where: Path | None = None) -> set[str] | None:
         return None
     names = (path.name for path in where.glob("libbitsandbytes_cuda*"))
     return {match[1] for name in names if (match := re.match(r"libbitsandbytes_cuda(\d+)", name))}
+
+
+def bitsandbytes_steps_on_cpus(where: Path | None = None) -> bool | None:
+    """Whether it brings the 8-bit optimizers' kernel for CPUs; None when it is not installed. Read from
+    its source: so no version has to be remembered."""
+    where = where or folder("bitsandbytes")
+    if where is None:
+        return None
+    try:
+        text = (where / "backends" / "cpu" / "ops.py").read_text("utf-8", errors="replace")
+    except OSError:
+        return False
+    return "bitsandbytes::optimizer_update_8bit_blockwise" in text

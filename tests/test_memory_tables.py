@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from benchmarks.memory.__main__ import counted, estimated
 from benchmarks.memory.families import family
-from tests.memory_oracle import TensorCount
+from tests.memory_oracle import TensorCount, allocator_changes, peak
 from trainerd.memory import kernels, layers, losses, ops
 from trainerd.memory.optimizers import Optimizer
 from trainerd.memory.recurrent import Gru
@@ -244,6 +244,28 @@ def test_an_optimizer_keeps_what_its_table_says(name: str) -> None:
     table = Optimizer(tape, name)
     table.allocate()
     assert tape.live - before == count.live - count.known
+
+
+def test_an_eight_bit_optimizer_keeps_and_unpacks_what_its_table_says() -> None:
+    """Its states to the byte; and on a CPU five copies of the largest parameter while it steps."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        eightbit = pytest.importorskip("trainerd.engine.eightbit")
+    learned = [nn.Parameter(p.detach()) for p in weights((300, 200), (64,), (128, 64))]
+    with TensorCount(learned) as count:
+        optimizer = eightbit.make("adamw8bit", [{"params": learned}], 1e-3, 0.01)
+    for p in learned:
+        p.grad = torch.zeros_like(p)
+    tape = Tape("cpu")
+    for p in learned:
+        tape.parameter(*p.shape)
+    before = tape.live
+    table = Optimizer(tape, "adamw8bit")
+    table.allocate()
+    assert tape.live - before == count.live - count.known
+    tape.peak = held = tape.live
+    table.work()
+    assert tape.peak - held == pytest.approx(peak(allocator_changes(optimizer.step)), rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -67,12 +67,13 @@ class TrainConfig(Section):
     out-of-memory."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: the fastest this machine computes natively."""
-    optimizer: Literal["adamw", "adam", "sgd", "adafactor"] = "adamw"
-    """adamw, adam and sgd run fused where torch has a fused kernel."""
+    optimizer: Literal["adamw", "adam", "sgd", "adafactor", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """adamw, adam and sgd run fused where torch has a fused kernel. adamw8bit keeps its state in a quarter of the memory
+    (bitsandbytes); paged_adamw8bit lets the driver move it out of a GPU that is full."""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(0.01, ge=0)
-    """Decoupled for adamw and adafactor, L2 otherwise; never on biases and norms."""
+    """Decoupled for adamw (8-bit too) and adafactor, L2 otherwise; never on biases and norms."""
     scheduler: Literal["constant", "cosine", "linear", "polynomial"] = "cosine"
     """Shape of the learning rate after the warm-up."""
     warmup_steps: int = Field(0, ge=0)

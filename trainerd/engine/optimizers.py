@@ -15,6 +15,7 @@ from trainerd.contract.errors import TrainerdError
 from trainerd.engine.task import Task
 
 _MOMENTUM = 0.9
+_EIGHT_BIT = ("adamw8bit", "paged_adamw8bit")
 
 
 def build(model: nn.Module, task: Task, config: TrainConfig) -> torch.optim.Optimizer:
@@ -23,6 +24,10 @@ def build(model: nn.Module, task: Task, config: TrainConfig) -> torch.optim.Opti
     groups = [{"lr_scale": 1.0, **group, "params": list(group["params"])} for group in groups]
     if not any(group["params"] for group in groups):
         raise TrainerdError("The model has no trainable parameter.", "Leave requires_grad on for what is to be learned.")
+    if config.optimizer in _EIGHT_BIT:
+        from trainerd.engine import eightbit
+
+        return eightbit.make(config.optimizer, groups, config.lr, config.weight_decay)
     optimizer = _fused(config, groups) or _plain(config, groups)
     _allocate_state(optimizer)
     return optimizer
@@ -30,8 +35,17 @@ def build(model: nn.Module, task: Task, config: TrainConfig) -> torch.optim.Opti
 
 def kernel(optimizer: torch.optim.Optimizer) -> str:
     """What the plan calls it: adamw, fused or not."""
-    fused = optimizer.param_groups[0].get("fused")
-    return type(optimizer).__name__.lower() + (" (fused)" if fused else "")
+    name = getattr(optimizer, "known_as", type(optimizer).__name__.lower())
+    return name + (" (fused)" if optimizer.param_groups[0].get("fused") else "")
+
+
+def warning(config: TrainConfig) -> str | None:
+    """A sentence for a person where an optimizer does less than its name says."""
+    if config.optimizer not in _EIGHT_BIT:
+        return None
+    from trainerd.engine import eightbit
+
+    return eightbit.warning(config.optimizer)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -163,9 +163,13 @@ class Stepper:
             buffer.copy_(kept)
 
     def _version(self) -> int:
-        """A number that every change of a weight or of the optimizer's state makes larger."""
-        states = (value for state in self._optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
-        return sum(int(t._version) for t in self._trainable) + sum(int(t._version) for t in states)
+        """A number that every change of a weight or of the optimizer's state makes larger.
+
+        Foreign kernels change tensors behind torch's back; but they count their steps first, in plain numbers.
+        """
+        states = [value for state in self._optimizer.state.values() for value in state.values()]
+        changed = sum(int(t._version) for t in [*self._trainable, *(t for t in states if isinstance(t, Tensor))])
+        return changed + sum(value for value in states if isinstance(value, int))
 
     def _is_half_done(self) -> bool:
         """Whether the optimizer failed after it had changed something: then only a checkpoint helps, and the error is raised."""

@@ -19,7 +19,7 @@ from trainerd.contract import clock, files, wire
 from trainerd.contract.errors import Refused
 from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home, RunPaths
-from trainerd.engine import loop, precision, preparing, provenance, receipt, space
+from trainerd.engine import loop, optimizers, precision, preparing, provenance, receipt, space
 from trainerd.engine import plan as plans
 from trainerd.engine.building import build
 from trainerd.engine.checkpoints import CheckpointStore
@@ -152,9 +152,9 @@ class Trainer:
 
     def _tell_plan(self, plan: plans.Plan) -> None:
         self._link.send(wire.PLAN, **plans.shown(plan))
-        slow = precision.slow_here(plan["precision"], plans.device_of(plan))
-        if slow:
-            self._link.send(wire.WARNING, text=slow)
+        for text in (precision.slow_here(plan["precision"], plans.device_of(plan)), optimizers.warning(self.config.train)):
+            if text:
+                self._link.send(wire.WARNING, text=text)
 
     @contextmanager
     def _lock(self) -> Iterator[None]:

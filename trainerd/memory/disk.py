@@ -43,7 +43,7 @@ def _need(checkpoints: int, checkpoint_bytes: int, result_bytes: int) -> int:
 WHAT_TO_DO = "Free some space, use another --home, or make the model smaller."
 _PER_WEIGHT_BYTES = 4
 # How many numbers each optimizer keeps beside every weight.
-_STATE_PER_WEIGHT = {"adamw": 2, "adam": 2, "sgd": 1, "adafactor": 0}
+_STATE_PER_WEIGHT = {"adamw": 2.0, "adam": 2.0, "sgd": 1.0, "adafactor": 0.0, "adamw8bit": 0.51, "paged_adamw8bit": 0.51}
 
 
 def weights_bytes(num_parameters: int) -> int:
@@ -53,7 +53,7 @@ def weights_bytes(num_parameters: int) -> int:
 
 def checkpoint_bytes(num_parameters: int, optimizer: str) -> int:
     """Of one checkpoint: the weights and what the optimizer keeps."""
-    return weights_bytes(num_parameters) * (1 + _STATE_PER_WEIGHT.get(optimizer, 2))
+    return int(weights_bytes(num_parameters) * (1 + _STATE_PER_WEIGHT.get(optimizer, 2.0)))
 
 
 def too_little(where: str, found: Room, checkpoint_bytes: int) -> str:

@@ -1,7 +1,8 @@
 """What an optimizer keeps per weight, and what its step allocates. Must not know which one is chosen, nor why.
 
 `kernel`: "fused" makes nothing, "foreach" makes lists as large as the parameters, "loop" works through one parameter at a time.
-Eight-bit states are bitsandbytes' (blocks of 256, tensors below 4,096 numbers stay in fp32).
+Eight-bit states are bitsandbytes' (blocks of 256, tensors below 4,096 numbers stay in fp32); paged ones lie on the host from
+100,000 numbers on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 from trainerd.memory.tape import GRADIENTS, OPTIMIZER, Tape, Tensor
 
 _EIGHT_BIT_LEAST, _EIGHT_BIT_BLOCK, _EIGHT_BIT_TABLES = 4096, 256, 2 * 256 * 4
+_PAGED_LEAST = 100_000
+_EIGHT_BIT_COPIES, _SMALL_COPIES = 5, 3  # in fp32, of one parameter, while a CPU computes its step
 NAMES = ("adamw", "adam", "sgd", "adafactor", "adamw8bit", "paged_adamw8bit")
 
 
@@ -20,8 +23,7 @@ class Optimizer:
     def __init__(self, tape: Tape, name: str, kernel: str = "fused", *, on_host: bool = False) -> None:
         if name not in NAMES:
             raise ValueError(f"no memory table for the optimizer {name!r}; there is {', '.join(NAMES)}")
-        self.tape, self.name, self.kernel = tape, name, kernel
-        self.on_host = on_host or name == "paged_adamw8bit"
+        self.tape, self.name, self.kernel, self.on_host = tape, name, kernel, on_host
         self.host_bytes = 0
         self._states: list[Tensor] = []
 
@@ -31,14 +33,16 @@ class Optimizer:
 
     def allocate(self) -> None:
         """All states at once, as the engine does before the first step, and the gradients of zeros that takes."""
-        tape = self.tape
-        self.give_gradients()
+        tape, eight_bit = self.tape, "8bit" in self.name
+        if not eight_bit:
+            self.give_gradients()
         with tape.counting_as(OPTIMIZER):
             for p in self.trainable:
                 for number, dtype in state_of(self.name, p.shape):
                     self._hold(number, dtype)
-            if "8bit" in self.name:
+            if eight_bit:
                 self._hold(_EIGHT_BIT_TABLES, "uint8")
+                return
         self.work()
         self.zero_grad()
 
@@ -49,7 +53,8 @@ class Optimizer:
                 p.grad = self.tape.new(p.shape, p.dtype)
 
     def _hold(self, number: int, dtype: str) -> None:
-        if self.on_host:
+        paged = self.name == "paged_adamw8bit" and dtype == "uint8" and number >= _PAGED_LEAST
+        if self.on_host or paged:
             self.host_bytes += number * (1 if dtype == "uint8" else 4)
         else:
             self._states.append(self.tape.new((number,), dtype))
@@ -61,7 +66,9 @@ class Optimizer:
             if self.name == "adafactor":
                 for p in trainable:
                     _adafactor(tape, p)
-            elif "8bit" in self.name or self.kernel == "fused":
+            elif "8bit" in self.name:
+                _unpacked(tape, trainable)
+            elif self.kernel == "fused":
                 return
             elif self.kernel == "foreach":
                 lists = [tape.new(p.shape, p.dtype) for p in trainable]
@@ -100,6 +107,13 @@ def state_of(name: str, shape: Sequence[int]) -> list[tuple[int, str]]:
         return [(numbers, "fp32"), (numbers, "fp32")]
     blocks = -(-numbers // _EIGHT_BIT_BLOCK)
     return [(numbers, "uint8"), (numbers, "uint8"), (blocks, "fp32"), (blocks, "fp32")]
+
+
+def _unpacked(tape: Tape, trainable: Sequence[Tensor]) -> None:
+    """A CPU unpacks the states of one parameter after the other; a GPU's kernel works on them as they are."""
+    for p in trainable if tape.device == "cpu" else ():
+        copies = [tape.new(p.shape, "fp32") for _ in range(_EIGHT_BIT_COPIES if p.numel >= _EIGHT_BIT_LEAST else _SMALL_COPIES)]
+        del copies
 
 
 def _adafactor(tape: Tape, p: Tensor) -> None:
