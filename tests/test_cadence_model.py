@@ -209,6 +209,19 @@ def test_sliced_loss_is_cross_entropy(num_tokens: int) -> None:
         assert torch.isclose(layer.loss(hidden, targets), expected)
 
 
+def test_all_logits_at_once_is_a_setting() -> None:
+    """memory.logits=full: torch's own loss, and the same gradients."""
+    torch.manual_seed(0)
+    layer = WordSoftmax(6, 50).double()
+    hidden, targets = torch.randn(30, 6, dtype=torch.double, requires_grad=True), torch.randint(0, 50, (30,))
+    found = []
+    for layer.chunked in (True, False):
+        loss = layer.loss(hidden, targets)
+        assert (type(loss.grad_fn).__name__ == "NllLossBackward0") is not layer.chunked
+        found.append(torch.autograd.grad(loss, [hidden, layer.weight, layer.bias]))
+    assert all(torch.allclose(one, other, rtol=1e-12) for one, other in zip(*found, strict=True))
+
+
 def test_sliced_loss_in_bfloat16_is_near() -> None:
     """Under autocast the loss stays within bfloat16's precision of the exact one, and weights' gradients are float32."""
     torch.manual_seed(0)

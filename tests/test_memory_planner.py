@@ -56,6 +56,20 @@ def test_the_micro_batch_is_the_largest_even_one_that_fits(device: str, share: f
     assert judge(estimate(GRU, fewer), budget) != FITS
 
 
+def test_full_logits_that_do_not_fit_are_proposed_in_pieces() -> None:
+    """memory.logits=full is kept when it fits; else the loss in pieces is proposed, and needs less; auto has it from the start."""
+    fixed = {"micro_batch": 512, "precision": "bf16"}
+    needs = {kind: estimate(GRU, Setup("cuda", "bf16", 512, 512, logits=kind)).needed.upper for kind in ("full", "chunked")}
+    assert needs["chunked"] < needs["full"] - 200 * MB
+    between = int(sum(needs.values()) / 2)
+    asked = RunConfig.model_validate({"task": "cadence", "train": {"batch_size": 512, **fixed}, "memory": {"logits": "full"}})
+    answer = forecast.answer(asked, forecast.Place("cuda", between, "bf16"), GRU)
+    assert answer.verdict != FITS and ("memory.logits=chunked",) in [p.settings for p in answer.proposals]
+    roomy = forecast.answer(asked, forecast.Place("cuda", int(needs["full"]) + MB, "bf16"), GRU)
+    assert roomy.verdict == FITS and roomy.setup.logits == "full"
+    assert plan(fixed, between).verdict == FITS and plan(fixed, between).setup.logits == "chunked"
+
+
 def test_what_a_person_fixed_stays() -> None:
     """A fixed micro-batch is never made smaller by the plan; it is proposed instead."""
     fits = plan({"batch_size": 4096}, 2000 * MB)

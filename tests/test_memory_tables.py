@@ -269,24 +269,20 @@ def test_an_eight_bit_optimizer_keeps_and_unpacks_what_its_table_says() -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_a_sliced_and_a_chunked_loss_never_hold_all_logits(precision: str) -> None:
-    """With twice as many tokens the logits held stay those of one slice."""
+def test_a_loss_in_pieces_never_holds_all_logits(precision: str) -> None:
+    """With twice as many tokens the logits held stay those of one piece."""
 
-    def logits(tokens: int, chunked: bool) -> int:
+    def logits(tokens: int) -> int:
         tape = Tape("cpu", None if precision == "fp32" else precision)
         weight, bias = tape.parameter(5000, 32), tape.parameter(5000)
         x = tape.parameter(tokens, 32)
         with tape.autocast():
-            if chunked:
-                loss = losses.chunked_cross_entropy(x, weight, bias, tape.input(tokens), 256)
-            else:
-                loss = losses.sliced(x, weight, bias, tape.input(tokens))
+            loss = losses.linear_cross_entropy(x, weight, bias, tape.input(tokens))
         tape.backward(loss)
         del loss
         return max(size for size, kind in zip(tape.sizes, tape.kinds, strict=True) if kind == "logits")
 
-    for chunked in (False, True):
-        assert logits(4096, chunked) == logits(512, chunked) <= 256 * 5000 * 4
+    assert logits(4096) == logits(512) <= 256 * 5000 * 4
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

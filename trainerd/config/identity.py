@@ -17,6 +17,7 @@ from trainerd.contract.errors import UsageError
 
 # What may change while a run goes on; everything else that was set and differs is refused, never silently ignored.
 _MAY_CHANGE = ("train.epochs", "train.max_steps", "train.lr", "train.scheduler", "log.", "polite.", "memory.", "checkpoint.", "faults.")
+_FIXED = ("memory.logits",)  # the plan of the run has decided it: another would give other last bits
 _LABELS = ("task", "preset", "name", "data.path")  # the identity and the run's name speak for these
 _EDGE_BYTES = 1 << 20
 
@@ -124,7 +125,7 @@ def resumed(recorded: Mapping[str, Any], asked: RunConfig, explicit: Iterable[st
         if key in _LABELS or key not in new or old.get(key) == new[key]:
             continue
         words = f"{key} {_shown(old.get(key))} -> {_shown(new[key])}"
-        if not key.startswith(_MAY_CHANGE):
+        if not key.startswith(_MAY_CHANGE) or key in _FIXED:
             found.forbidden.append(words)
             continue
         *sections, name = key.split(".")

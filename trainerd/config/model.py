@@ -99,6 +99,9 @@ class MemoryConfig(Section):
     """Bound on the whole machine's used RAM: "14GB", "80%", or auto (87.5 %)."""
     vram_limit: Limit = "auto"
     """Bound on the whole GPU's used memory: "3.5GB", "80%", or auto (87.5 %)."""
+    logits: Literal["auto", "full", "chunked"] = "auto"
+    """How the built-in task makes its loss over the vocabulary. chunked: in pieces, at most 64 MiB at 50,000 words; full: all scores
+    at once, as torch's own; auto: chunked. A task of your own decides by ctx.logits."""
 
 
 class CheckpointConfig(Section):

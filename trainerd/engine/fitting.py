@@ -53,6 +53,7 @@ class Forecast:
             micro_batch=plan["micro_batch"],
             effective_batch=plan["effective_batch"],
             optimizer=config.train.optimizer,
+            logits=plan.get("logits", "chunked"),
         )
         return estimate(self.table, setup, self.place.profile)
 
@@ -158,6 +159,7 @@ def _key(task: Task, model: nn.Module, config: RunConfig, mixed: Precision) -> s
         "config": config.model_dump(mode="json", include={"settings", "data"}),
         "batch": config.train.batch_size,
         "precision": mixed.name,
+        "logits": task.ctx.logits,
         "torch": str(torch.__version__),
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -42,6 +42,7 @@ def resolve(config: RunConfig, task: Task) -> Plan:
         "num_workers": 0 if train.num_workers == "auto" else train.num_workers,
         "deterministic": train.deterministic,
         "optimizer": train.optimizer,
+        "logits": "full" if config.memory.logits == "full" else "chunked",
         "activation_checkpointing": "off",
         "offload": "off",
         "effective_batch": train.batch_size,

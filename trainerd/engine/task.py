@@ -72,6 +72,8 @@ class TaskContext:
     sample_ids: Sequence[int] = field(default_factory=list)
     """Dataset indices of the samples in this micro-batch, in batch order."""
     training: bool = True
+    logits: str = "chunked"
+    """chunked or full: how the plan wants a loss over many words to be made; see engine/chunked.py's linear_cross_entropy."""
 
     def pulse(self) -> None:
         """Call it now and then in a long evaluate(): it raises when the run has been asked to leave. The evaluation is then

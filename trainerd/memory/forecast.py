@@ -42,8 +42,10 @@ def question(config: RunConfig, place: Place, splittable: bool = True) -> Questi
         micro_batch=whole if train.micro_batch == "auto" else min(train.micro_batch, whole),
         effective_batch=whole,
         optimizer=train.optimizer,
+        logits="full" if config.memory.logits == "full" else "chunked",
     )
-    values = {"train.micro_batch": train.micro_batch, "train.precision": train.precision, "train.optimizer": train.optimizer}
+    values: dict[str, object] = {"memory.logits": config.memory.logits}
+    values |= {"train.micro_batch": train.micro_batch, "train.precision": train.precision, "train.optimizer": train.optimizer}
     return Question(setup, place.budget_bytes, frozenset(key for key, value in values.items() if value != "auto"), splittable)
 
 

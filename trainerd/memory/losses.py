@@ -1,17 +1,17 @@
-"""What a loss over a vocabulary holds: whole logits, or logits in slices. Must not know any model.
+"""What a loss over a vocabulary holds: whole logits, or logits in pieces. Must not know any model.
 
-`sliced` is CADENCE's (trainerd/tasks/cadence/softmax.py): gradients are made on the way forward, slice by slice.
+`linear_cross_entropy` is the engine's (trainerd/engine/chunked.py): gradients are made on the way forward, piece by piece.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainerd.memory import kernels, ops
-from trainerd.memory.checkpointing import checkpointed
-from trainerd.memory.tape import GRADIENTS, LOGITS, Node, Tensor
+from trainerd.memory import ops
+from trainerd.memory.chunks import cut
+from trainerd.memory.tape import BYTES, GRADIENTS, LOGITS, Node, Tensor
 
-SLICE_CPU, SLICE_GPU = 256, 8192
+_ROWS, _SCALED_BYTES = 16, 4 << 20
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -33,93 +33,117 @@ def _nll_back(node: Node, grads: list[Tensor | None]) -> Sequence[Tensor | None]
         return [g.tape.new(node.about[0], g.dtype)]
 
 
-def sliced(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-    """The sum of the cross-entropy of `hidden` (tokens, width) with the logits of one slice at a time."""
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """The summed loss of a last layer (words, width) over `hidden` (tokens, width), made in pieces with its gradients."""
     tape = hidden.tape
-    dtype = (tape.precision or "fp32") if tape.casting else weight.dtype
-    with tape.autocast(False):
-        hidden = ops.to(hidden, weight.dtype)
-        if not tape.grad_enabled:
-            return _sliced_value(hidden, weight, bias, dtype)
-        gradients, total = _sliced_gradients(hidden, weight, bias, dtype)
-    tape.record([total], [hidden, weight, bias], _sliced_back, (gradients,))
-    return total
-
-
-def _slices(hidden: Tensor) -> list[int]:
-    tokens, step = hidden.shape[0], SLICE_CPU if hidden.tape.device == "cpu" else SLICE_GPU
-    return [min(step, tokens - start) for start in range(0, tokens, step)]
-
-
-def _sliced_gradients(hidden: Tensor, weight: Tensor, bias: Tensor, dtype: str) -> tuple[list[Tensor], Tensor]:
-    tape, outputs, width = hidden.tape, weight.shape[0], hidden.shape[1]
-    exact, mixed = weight.dtype, dtype != weight.dtype
+    work = _Pieces(hidden, weight, bias)
     with tape.no_grad():
-        lowered = [ops.to(t, dtype) for t in (hidden, weight, bias)]
-        with tape.counting_as(GRADIENTS):
-            to_hidden = tape.new(hidden.shape, dtype)
-        total = tape.new((), exact)
-        to_weight = to_bias = None
-        for number in _slices(hidden):
-            tape.flops += 6.0 * number * outputs * width
-            with tape.counting_as(LOGITS):
-                logits = tape.new((number, outputs), dtype)
-                exact_logits = ops.to(logits, exact) if tape.device == "cpu" or dtype == "bf16" else logits
-                chance = tape.new((number, outputs), exact)
-                del logits, exact_logits
-                hit = tape.new((number, 1), exact)
-                low = ops.to(chance, dtype)
-            if to_weight is None or to_bias is None:
-                with tape.counting_as(GRADIENTS):
-                    to_weight = ops.to(tape.new(weight.shape, dtype), exact)
-                    to_bias = tape.new(bias.shape, exact)
-            else:
-                tape.new(bias.shape, exact)
-                if mixed:
-                    tape.new(weight.shape, dtype)
-            del hit, low, chance
-        del lowered
-        with tape.counting_as(GRADIENTS):
-            to_hidden = ops.to(to_hidden, hidden.dtype)
-    assert to_weight is not None and to_bias is not None
-    return [to_hidden, to_weight, to_bias], total
+        work.run()
+    tape.record([work.total], [hidden, weight, bias], _pieces_back, (work.gradients,))
+    return work.total
 
 
-def _sliced_back(node: Node, grads: list[Tensor | None]) -> Sequence[Tensor | None]:
-    """They have been made already, and are scaled in place."""
+class _Pieces:
+    """What trainerd/engine/chunked.py allocates, in its order."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        tape = self.tape = hidden.tape
+        self.hidden, self.weight = hidden, weight
+        self.exact = "fp64" if weight.dtype == "fp64" else "fp32"
+        lowers = tape.casting and self.exact == "fp32"
+        self.dtype = (tape.precision or weight.dtype) if lowers else weight.dtype
+        self.mixed = self.dtype != self.exact
+        self.cut = cut(tape.device, weight.shape[0], weight.shape[1], self.dtype, BYTES[weight.dtype])
+        self.bias = None if bias is None else ops.to(bias.detach(), self.dtype)
+        self.total = tape.new((), self.exact)
+        self.gradients: list[Tensor | None] = [None, None, None]
+        if tape.grad_enabled:
+            with tape.counting_as(GRADIENTS):
+                self.gradients = [
+                    tape.new(t.shape, t.dtype if place == 0 else self.exact) if t is not None and t.requires_grad else None
+                    for place, t in enumerate((hidden, weight, bias))
+                ]
+        self.learns = any(gradient is not None for gradient in self.gradients)
+
+    def run(self) -> None:
+        tokens, words = self.hidden.shape[0], self.weight.shape[0]
+        whole = self.cut.words >= words
+        low = ops.to(self.weight.detach(), self.dtype) if whole else None
+        for start in range(0, max(1, tokens), self.cut.tokens):
+            some = ops.to(self.hidden.view(min(self.cut.tokens, tokens - start), self.hidden.shape[1]), self.dtype)
+            with self.tape.counting_as(LOGITS):
+                if whole:
+                    self._whole(some)
+                else:
+                    self._by_words(some)
+        del low
+
+    def _whole(self, some: Tensor) -> None:
+        tape, shape = self.tape, (some.shape[0], self.weight.shape[0])
+        logits: Tensor | None = self._product(shape, self.dtype)
+        chance = tape.new(shape, self.exact)
+        if self.mixed and tape.device == "cpu":
+            rows = tape.new((min(_ROWS, shape[0]), shape[1]), self.exact)
+            del rows
+        if not self.learns:
+            return
+        if not self.mixed:
+            logits = None  # what is low is the chances themselves; else they are put where the logits were
+        if self.gradients[0] is not None:
+            tape.flops += 2.0 * some.numel * shape[1]
+            if self.gradients[0].dtype != self.dtype:
+                tape.new(some.shape, self.dtype)
+        self._add(chance, some)
+        del logits
+
+    def _by_words(self, some: Tensor) -> None:
+        tape, number = self.tape, self.weight.shape[0]
+        blocks = [min(self.cut.words, number - start) for start in range(0, number, self.cut.words)]
+        for words in blocks:
+            self._block(some, words, sums=True)
+        if not self.learns:
+            return
+        out = tape.new(some.shape, self.exact) if self.gradients[0] is not None else None
+        for words in blocks:
+            weight, chance = self._block(some, words)
+            low = ops.to(chance, self.dtype)
+            if out is not None:
+                tape.flops += 2.0 * some.numel * words
+                if self.mixed:
+                    tape.new(some.shape, self.dtype)
+            self._add(chance, some)
+            del weight, chance, low
+        del out
+
+    def _block(self, some: Tensor, words: int, *, sums: bool = False) -> tuple[Tensor | None, Tensor]:
+        """The weight of these words in the type of products, and their logits in the exact one; for the sums, one more for a moment."""
+        shape, width = (some.shape[0], words), self.weight.shape[1]
+        weight = self.tape.new((words, width), self.dtype) if self.dtype != self.weight.dtype else None
+        logits = self._product(shape, self.dtype)
+        if sums:
+            weight = None
+        return weight, ops.to(logits, self.exact)
+
+    def _product(self, shape: tuple[int, int], dtype: str) -> Tensor:
+        self.tape.flops += 2.0 * shape[0] * shape[1] * self.weight.shape[1]
+        return self.tape.new(shape, dtype)
+
+    def _add(self, chance: Tensor, some: Tensor) -> None:
+        words = chance.shape[1]
+        if self.gradients[2] is not None:
+            self.tape.new((words,), self.exact)
+        if self.gradients[1] is not None:
+            self.tape.flops += 2.0 * some.numel * words
+            if self.mixed:
+                self.tape.new((words, some.shape[1]), self.dtype)
+
+
+def _pieces_back(node: Node, grads: list[Tensor | None]) -> Sequence[Tensor | None]:
+    """They have been made already, and are scaled in place: low ones a part at a time."""
     found: list[Tensor | None] = [t if node.needs(place) else None for place, t in enumerate(node.saved[0])]
+    grads[0] = None
     node.saved = ()
+    first = found[0]
+    if first is not None and BYTES[first.dtype] < 4:
+        first.tape.new((min(first.numel, _SCALED_BYTES // 4),), "fp32")
     return found
-
-
-def _sliced_value(hidden: Tensor, weight: Tensor, bias: Tensor, dtype: str) -> Tensor:
-    """Without gradients: the loss alone."""
-    tape = hidden.tape
-    lowered = [ops.to(t, dtype) for t in (weight, bias, hidden)]
-    total = tape.new((), hidden.dtype)
-    for number in _slices(hidden):
-        tape.flops += 2.0 * number * weight.numel
-        with tape.counting_as(LOGITS):
-            logits = ops.to(tape.new((number, weight.shape[0]), dtype), hidden.dtype)
-            chances = tape.new(logits.shape, logits.dtype)
-            del logits, chances
-    del lowered
-    return total
-
-
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
-    """Logits of `chunk` tokens at a time, each chunk checkpointed: they are made again on the way back."""
-    tokens, width = hidden.shape
-    total: Tensor | None = None
-    for start in range(0, tokens, chunk):
-        some = ops.part(hidden, min(chunk, tokens - start), width, contiguous=True)
-
-        def one(piece: Tensor) -> Tensor:
-            with piece.tape.counting_as(LOGITS):
-                logits = kernels.linear(piece, weight, bias)
-            return cross_entropy(logits, targets)
-
-        part = checkpointed(one, some)
-        total = part if total is None else ops.add(total, part)
-    assert total is not None
-    return total

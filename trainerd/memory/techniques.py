@@ -39,6 +39,10 @@ def _low(setup: Setup, table: Table) -> Setup | None:
     return replace(setup, precision="bf16") if setup.precision == "fp32" else None
 
 
+def _chunked(setup: Setup, table: Table) -> Setup | None:
+    return replace(setup, logits="chunked") if setup.logits == "full" and "chunked" in table.offers else None
+
+
 def _optimizer(name: str) -> Callable[[Setup, Table], Setup | None]:
     def applied(setup: Setup, table: Table) -> Setup | None:
         if name == "paged_adamw8bit" and setup.device == "cpu":
@@ -57,6 +61,15 @@ TECHNIQUES = (
         lambda setup: f"train.micro_batch={setup.micro_batch}",
         True,
         "the same batch in more pieces: slower where pieces are small",
+    ),
+    Technique(
+        "chunked cross-entropy",
+        EXACT,
+        "memory.logits",
+        _chunked,
+        lambda setup: f"memory.logits={setup.logits}",
+        True,
+        "the loss over all words in pieces: no slower",
     ),
     Technique(
         "bf16 autocast",

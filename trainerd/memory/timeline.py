@@ -7,7 +7,7 @@ a step on the host together; gradients live from the first micro-batch of a step
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -28,6 +28,8 @@ class Setup:
     micro_batch: int = 1
     effective_batch: int = 1
     optimizer: str = "adamw"
+    logits: str = "chunked"
+    """chunked or full: the loss over many words, of a table that offers it."""
 
     @property
     def accumulation(self) -> int:
@@ -47,6 +49,10 @@ class Table(Protocol):
     @property
     def assumed(self) -> Sequence[str]:
         """What had to be guessed, in words."""
+
+    @property
+    def offers(self) -> Collection[str]:
+        """Techniques that this model's training can take: "chunked" logits, and what of checkpointing its blocks allow."""
 
     def timeline(self, setup: Setup) -> Timeline: ...
 

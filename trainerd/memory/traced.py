@@ -53,6 +53,10 @@ class TracedTable:
     assumed: tuple[str, ...] = ("every sample as large as the largest that was found",)
     format: int = field(default=FORMAT)
 
+    @property
+    def offers(self) -> tuple[str, ...]:
+        return ()
+
     def timeline(self, setup: Setup) -> Timeline:
         """Load, optimizer, a step of one or two micro-batches, an evaluation no larger than the forward pass."""
         learned = [_numbers(shape) * 4 for shape in self.trainable]

@@ -57,8 +57,8 @@ class _QueryModel:
     def features(self, hidden: Tensor, categories: Tensor) -> Tensor:
         return hidden
 
-    def loss(self, given: Batch) -> Tensor:
-        """The sum of the cross-entropy over the batch's tokens."""
+    def loss(self, given: Batch, logits: str = "chunked") -> Tensor:
+        """The sum of the cross-entropy over the batch's tokens; `logits` as the setup says."""
         hidden = self.run(given)
         tokens = given.places.shape[0]
         flat = ops.reshape(hidden, -1, hidden.shape[-1])
@@ -67,7 +67,12 @@ class _QueryModel:
         del flat
         seen = self.features(rows, _categories(given, tokens))
         del rows
-        return losses.sliced(seen, self.weight, self.bias, given.targets)
+        if logits == "chunked":
+            return losses.linear_cross_entropy(seen, self.weight, self.bias, given.targets)
+        with seen.tape.counting_as(LOGITS):
+            scores = kernels.linear(seen, self.weight, self.bias)
+        del seen
+        return losses.cross_entropy(scores, given.targets)
 
 
 def _categories(given: Batch, tokens: int) -> Tensor:
@@ -205,21 +210,25 @@ class CadenceTable:
         return f"cadence {self.settings.model}"
 
     def timeline(self, setup: Setup) -> Timeline:
-        return of_model(lambda tape: _Training(self, tape), setup)
+        return of_model(lambda tape: _Training(self, tape, setup), setup)
+
+    @property
+    def offers(self) -> tuple[str, ...]:
+        return ("chunked",)
 
 
 class _Training:
     """The model on a tape, with the micro-batches it meets: every row as long as the longest."""
 
-    def __init__(self, table: CadenceTable, tape: Tape) -> None:
-        self.table = table
+    def __init__(self, table: CadenceTable, tape: Tape, setup: Setup) -> None:
+        self.table, self.setup = table, setup
         self.model = build(tape, table.settings, table.sizes)
 
     def micro_batch(self, tape: Tape, samples: int) -> Batch:
         return batch(tape, samples, self.table.places, samples * self.table.places)
 
     def loss(self, given: Batch) -> Tensor:
-        return self.model.loss(given)
+        return self.model.loss(given, self.setup.logits)
 
     def evaluate(self, tape: Tape, samples: int, *, worst: bool) -> None:
         """Completions of prefixes: scores of the next word for all beams at once, and their log-probabilities."""

@@ -40,7 +40,10 @@ class CadenceTask(Task):
         return Vocabulary.load(self.ctx.cache_dir)
 
     def model(self) -> nn.Module:
-        return self.build_model(self.vocabulary)
+        made = self.build_model(self.vocabulary)
+        if isinstance(made, QueryModel):
+            made.softmax.chunked = self.ctx.logits != "full"
+        return made
 
     def build_model(self, vocabulary: Vocabulary) -> QueryModel:
         """A fresh model for these words and categories."""
