@@ -72,9 +72,9 @@ def test_full_logits_that_do_not_fit_are_proposed_in_pieces() -> None:
 
 def test_what_a_person_fixed_stays() -> None:
     """A fixed micro-batch is never made smaller by the plan; it is proposed instead."""
-    fits = plan({"batch_size": 4096}, 2000 * MB)
+    fits = plan({"batch_size": 4096}, 1000 * MB)
     assert fits.verdict == FITS
-    fixed = plan({"batch_size": 4096, "micro_batch": 4096, "precision": "fp32"}, 2000 * MB)
+    fixed = plan({"batch_size": 4096, "micro_batch": 4096, "precision": "fp32"}, 1000 * MB)
     assert fixed.verdict == TOO_LARGE
     assert (fixed.setup.micro_batch, fixed.setup.precision, fixed.setup.optimizer) == (4096, "fp32", "adamw")
     assert any(setting.startswith("train.micro_batch=") for proposal in fixed.proposals for setting in proposal.settings)
@@ -82,14 +82,14 @@ def test_what_a_person_fixed_stays() -> None:
 
 def test_a_batch_that_cannot_be_split_is_not() -> None:
     """In-batch negatives, batch norm: the plan says what is needed instead of halving."""
-    answer = plan({"batch_size": 4096}, 2000 * MB, splittable=False)
+    answer = plan({"batch_size": 4096}, 1000 * MB, splittable=False)
     assert answer.verdict == TOO_LARGE and answer.setup.micro_batch == 4096
     assert all("train.micro_batch" not in setting for proposal in answer.proposals for setting in proposal.settings)
 
 
 def test_exact_changes_are_proposed_before_another_algorithm() -> None:
     """When a smaller micro-batch alone would do, no other optimizer comes first."""
-    answer = plan({"batch_size": 4096, "micro_batch": 4096}, 2000 * MB)
+    answer = plan({"batch_size": 4096, "micro_batch": 4096}, 1000 * MB)
     assert answer.proposals and answer.proposals[0].settings[0].startswith("train.micro_batch=")
     assert all(len(proposal.settings) == 1 for proposal in answer.proposals)
 
