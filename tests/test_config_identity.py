@@ -77,7 +77,9 @@ def test_what_may_change_changes_and_is_said() -> None:
     assert (found.config.train.epochs, found.config.checkpoint.keep, found.config.train.scheduler) == (9, 5, "linear")
 
 
-@pytest.mark.parametrize("key", ["train.weight_decay=0.5", "train.precision=fp32", "train.threads=3", "train.warmup_steps=9", "memory.logits=full"])
+@pytest.mark.parametrize(
+    "key", ["train.weight_decay=0.5", "train.precision=fp32", "train.threads=3", "train.warmup_steps=9", "memory.logits=full"]
+)
 def test_what_may_not_change_is_never_silently_ignored(key: str) -> None:
     """A value set that cannot take effect is told."""
     again = resolve(sets=[key])
