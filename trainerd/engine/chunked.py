@@ -41,7 +41,7 @@ def linear_cross_entropy(
         raise ValueError(f"hidden has {len(rows)} tokens {tuple(hidden.shape[:-1])}, and targets {len(wanted)} {tuple(targets.shape)}.")
     wanted, counts = _counting(wanted, ignore_index, len(weight))
     with torch.autocast(device, enabled=False):
-        pieces = cut(device, *weight.shape, _NAMES[dtype], weight.element_size())
+        pieces = cut(device, len(weight), weight.shape[1], _NAMES[dtype], weight.element_size())
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, weight, bias)):
             loss: Tensor = _Loss.apply(rows, weight, bias, wanted, counts, dtype, pieces)  # type: ignore[no-untyped-call]
             return loss
@@ -80,7 +80,7 @@ class _Loss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> Any:
         if ctx.gradients is None:
             raise RuntimeError("The loss of linear_cross_entropy can be differentiated once; compute it again for a second time.")
@@ -92,7 +92,7 @@ def _scaled(gradient: Tensor, scale: Tensor) -> Tensor:
     """gradient * scale, in place. torch would round the scale first to a low gradient's type, where it can overflow."""
     if gradient.dtype == scale.dtype:
         return gradient.mul_(scale)
-    for some in gradient.split(max(1, _SCALED_BYTES // (4 * gradient.shape[-1]))):
+    for some in torch.split(gradient, max(1, _SCALED_BYTES // (4 * gradient.shape[-1]))):
         some.copy_(some.to(scale.dtype).mul_(scale))
     return gradient
 
@@ -171,7 +171,7 @@ class _Work:
         if logits.dtype == self.exact or logits.device.type != "cpu":
             return torch.softmax(logits, 1, dtype=self.exact)
         chance = torch.empty_like(logits, dtype=self.exact)
-        for some, out in zip(logits.split(_ROWS), chance.split(_ROWS), strict=True):
+        for some, out in zip(torch.split(logits, _ROWS), torch.split(chance, _ROWS), strict=True):
             torch.softmax(some, 1, dtype=self.exact, out=out)
         return chance
 
@@ -183,7 +183,7 @@ class _Work:
             return total - logits.gather(1, wanted).to(self.exact)
         nats = -hit.log()
         lost = (hit < torch.finfo(self.exact).tiny).squeeze(1).nonzero().squeeze(1)
-        for rows in lost.split(_ROWS) if len(lost) else ():
+        for rows in torch.split(lost, _ROWS) if len(lost) else ():
             again = self._logits(some[rows], weight, slice(None)).to(self.exact)
             nats[rows] = functional.cross_entropy(again, wanted[rows, 0], reduction="none").unsqueeze(1)
         return nats
