@@ -178,7 +178,14 @@ def no_number(trainer: FakeTrainer, value: str) -> None:
     os._exit(1)
 
 
+def no_room(trainer: FakeTrainer, value: str) -> None:
+    trainer.send(wire.NO_ROOM, resource="ram", reason="RAM is short", own_bytes=10**9, ceiling_bytes=14 * 10**9)
+    trainer.save()
+    os._exit(wire.EXIT_NO_ROOM)
+
+
 _SPECIAL = {
+    "no-room": no_room,
     "hang": lambda trainer, value: time.sleep(600),
     "slow": lambda trainer, value: time.sleep(float(value)),
     "lock": lock_up,

@@ -72,3 +72,35 @@ def peak(changes: list[int]) -> int:
         live += change
         highest = max(highest, live)
     return highest
+
+
+class Budget(TensorCount):
+    """A device with so many bytes: what passes them is an out-of-memory, as torch's allocators raise it, and what it was for dies."""
+
+    def __init__(self, budget_bytes: int, known: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__(known)
+        self.budget_bytes = budget_bytes
+        self.refused = 0
+
+    def _change(self, size: int) -> None:
+        super()._change(size)
+        if size > 0 and self.live > self.budget_bytes:
+            self.refused += 1
+            raise torch.OutOfMemoryError(f"Out of memory: {size} bytes more are {self.live} of {self.budget_bytes} (counted).")
+
+
+class FailsAt(TensorCount):
+    """Every allocation is counted, and the one with this number is an out-of-memory, once. `operation` is what it was for."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number, self.allocations, self.operation = number, 0, ""
+
+    def _change(self, size: int) -> None:
+        super()._change(size)
+        if size <= 0:
+            return
+        self.allocations += 1
+        if self.allocations == self.number:
+            self.operation = self._operation
+            raise torch.OutOfMemoryError(f"Out of memory at allocation {self.number}, {self._operation}.")

@@ -26,6 +26,7 @@ QUICK = Timing(
     tick_seconds=0.05,
     backoff_seconds=0.02,
     device_seconds=0.05,
+    room_seconds=0.3,
     leave_seconds=0.5,
     leave_now_seconds=0.3,
     hung_seconds=0.5,

@@ -1,12 +1,10 @@
-"""Out of memory costs no step, and cleaning up does not become a habit."""
+"""Out of memory costs no step."""
 
 import pytest
 import torch
 
 from tests.toy import LEAVE, Script, Toy, ToyModel, config, lines, run, same, weights
-from trainerd.config.model import MemoryConfig
-from trainerd.engine import guard
-from trainerd.engine.guard import MemoryWatch, is_out_of_memory
+from trainerd.engine.guard import is_out_of_memory
 
 ERRORS = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -224,41 +222,3 @@ def test_an_evaluation_may_run_out_of_memory(tmp_path):
     link = Script()
     assert run(tmp_path, config(), link, HungryEvaluation()).outcome == "finished"
     assert "in an evaluation" in link.of("exact")[-1]["because"]
-
-
-class _Clock:
-    """A machine whose RAM is over the limit, and where cleaning frees `frees` bytes."""
-
-    def __init__(self, monkeypatch, frees):
-        self.used, self.cleanings, self.now = 15 << 30, [], 0.0
-
-        def ram():
-            return guard.machine_memory.RamFacts(self.used, 16 << 30)
-
-        def free():
-            self.cleanings.append(self.now)
-            self.used -= frees
-
-        monkeypatch.setattr(guard.machine_memory, "ram", ram)
-        monkeypatch.setattr(guard, "free", free)
-
-    def run(self, watch, seconds):
-        for tick in range(seconds * 10):
-            self.now = tick / 10
-            watch.look(self.now)
-
-
-def test_cleaning_that_frees_nothing_backs_off(monkeypatch):
-    """Above the limit with nothing to free: 1, 2, 4, … seconds apart, not every second."""
-    clock, link = _Clock(monkeypatch, frees=0), Script()
-    clock.run(MemoryWatch(MemoryConfig(ram_limit="14GB"), torch.device("cpu"), link.send), 60)
-    gaps = [b - a for a, b in zip(clock.cleanings, clock.cleanings[1:], strict=False)]
-    assert gaps == pytest.approx([2, 4, 8, 16], abs=1.1)
-    assert link.of("memory")[-1]["cleanups"] == len(clock.cleanings) == 5
-
-
-def test_cleaning_stops_below_the_threshold(monkeypatch):
-    """One cleaning that helps is one cleaning."""
-    clock = _Clock(monkeypatch, frees=4 << 30)
-    clock.run(MemoryWatch(MemoryConfig(ram_limit="14GB"), torch.device("cpu"), Script().send), 20)
-    assert len(clock.cleanings) == 1

@@ -125,6 +125,8 @@ class Memory:
     vram: VramUse = field(default_factory=VramUse)
     predicted_bytes: int | None = None
     cleanups: int = 0
+    cleanup_seconds: float = 0.0
+    """What they have cost this trainer."""
     oom_recoveries: int = 0
 
 

@@ -23,7 +23,8 @@ DATA = "data"  # {rows, used, dropped}
 PLAN = "plan"  # {the Plan of the status, plus "record": everything a resume needs to resolve the same}
 PROGRESS = "progress"  # {the Progress of the status}
 EXACT = "exact"  # {now, since_step, because}
-MEMORY = "memory"  # {vram_allocated_bytes, vram_reserved_bytes, cleanups, oom_recoveries}
+MEMORY = "memory"  # {vram_allocated_bytes, vram_reserved_bytes, cleanups, cleanup_seconds, oom_recoveries}
+NO_ROOM = "no_room"  # {resource, reason, ceiling_bytes, own_bytes}: others need the memory; it saves, and leaves with EXIT_NO_ROOM
 CHECKPOINT = "checkpoint"  # {the Checkpoint of the status, "request": id or None}: acknowledged, it is durable
 UNSAVED = "unsaved"  # {since, missing_bytes, error, "request": id or None}; since None: saving works again
 BEAT = "beat"  # {phase, save}: a sign of life, made by the training thread itself; `save` numbers a save under way, or is None
@@ -36,6 +37,7 @@ FINISHED = "finished"  # {}: the finished record is on disk
 # Exit codes of the trainer.
 EXIT_FINISHED = 0  # only with the finished record on disk; otherwise it is a crash
 EXIT_LEFT = 10  # left as asked (stop, pause or the supervisor's end), after committing where it could
+EXIT_NO_ROOM = 11  # left by itself after committing, because the machine is short of memory: to be started again when there is some
 EXIT_PERMANENT = 12  # an error no restart can mend: the configuration, the data, the user's task file
 EXIT_NO_CHECKPOINT = 13  # checkpoints exist and none can be loaded: never start over silently
 

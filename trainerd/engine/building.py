@@ -16,7 +16,7 @@ from trainerd.config.model import RunConfig
 from trainerd.contract import phases, wire
 from trainerd.contract.errors import UsageError
 from trainerd.contract.paths import RunPaths
-from trainerd.engine import dropout, fitting, optimizers, precision, rng, space
+from trainerd.engine import dropout, fitting, optimizers, precision, rng, space, spill
 from trainerd.engine import plan as plans
 from trainerd.engine.batches import Batches
 from trainerd.engine.checkpoints import CheckpointStore
@@ -89,7 +89,8 @@ def build(
         metrics=_metrics(config, paths, link, state, stack),
         finite=FiniteWatch(config.faults, model, mixed, batches.ids, link.send),
         exact=Exactness(link.send),
-        memory=MemoryWatch(config.memory, device, link.send),
+        memory=MemoryWatch(config.memory, device, link.send, may_leave=link.starts_again),
+        spill=_spill_watch(device, link),
         steps_per_epoch=batches.steps_per_epoch,
         total_steps=min(total_steps, config.train.max_steps or total_steps),
         about=_about(config, device),
@@ -119,6 +120,12 @@ def _datasets(task: Task) -> tuple[MapDataset, MapDataset | None]:
     if dataset is None or len(dataset) == 0:
         raise UsageError("The task has no sample to train on.", "Look at the data, and at what prepare() has kept of it.")
     return dataset, held_out if held_out is not None and len(held_out) else None
+
+
+def _spill_watch(device: torch.device, link: Link) -> spill.SpillWatch | None:
+    if device.type != "cuda":
+        return None
+    return spill.SpillWatch(lambda: spill.look(device.index or 0), link.send, spill.python_program())
 
 
 def _evaluation(

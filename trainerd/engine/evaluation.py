@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainerd.contract.errors import TrainerdError
-from trainerd.engine import guard, rng
+from trainerd.engine import cleaning, guard, rng
 from trainerd.engine.batches import Ids, split
 from trainerd.engine.loader import Fetch, move
 from trainerd.engine.precision import Precision
@@ -65,24 +65,30 @@ class Evaluation:
         """Whether early stopping has had enough."""
         return self._patience is not None and self._without_better >= self._patience
 
-    def run(self, step: int, epoch: int, leaving: Callable[[], bool], shrunk: Callable[[int, str], None]) -> bool | None:
-        """Evaluate the model now. True: better than ever; None: asked to leave, and nothing was remembered."""
+    def run(self, step: int, epoch: int, leaving: Callable[[], bool], shrunk: Callable[[int | None, str], None]) -> bool | None:
+        """Evaluate the model now. True: better than ever; None: asked to leave, and nothing was remembered.
+
+        `shrunk(batch, error)` hears of an out-of-memory and the smaller batch it is tried again with; None: the same.
+        """
         values: dict[str, float] | None = None
+        tried_again = False
         while values is None:
             text = ""
+            smaller = -(-self.batch_size // 2) if self._task.splittable and self.batch_size > 1 else None
             try:
                 with rng.preserved(), self._mode(step, leaving):
                     values = self._values(epoch, leaving)
             except Leaving:
                 return None
             except (MemoryError, RuntimeError) as error:
-                if not guard.is_out_of_memory(error) or self.batch_size == 1 or not self._task.splittable:
+                if not guard.is_out_of_memory(error) or (smaller is None and tried_again):
                     raise
-                text = str(error)[:300]
+                text = guard.in_words(error)
             if values is None:
-                guard.free()
-                self.batch_size = -(-self.batch_size // 2)
-                shrunk(self.batch_size, text)
+                cleaning.free()
+                tried_again = smaller is None
+                self.batch_size = smaller or self.batch_size
+                shrunk(smaller, text)
         return self._remember(step, values)
 
     def _values(self, epoch: int, leaving: Callable[[], bool]) -> dict[str, float]:

@@ -1,23 +1,26 @@
-"""What an out-of-memory error looks like, and cleaning up before one comes. Must not decide how the step is retried.
-
-Cleaning costs milliseconds and frees nothing when nothing is loose: so it backs off then.
+"""What an out-of-memory error looks like, and the watch over the limits: clean, hold to the cap, make room. Must not decide how a
+step is retried, and must not shrink or leave by itself: the loop does, at a step's edge.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import sys
-import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import psutil
 import torch
 
 from trainerd.config.model import MemoryConfig
+from trainerd.contract.errors import TrainerdError
+from trainerd.engine.cleaning import Cleaner, free
+from trainerd.engine.pressure import LEAVE, Pressure, Want
 from trainerd.machine import memory as machine_memory
 from trainerd.memory.limits import resolve_limit
 
+T = TypeVar("T")
+_WHAT_TO_DO = "Close other programs, raise memory.ram_limit or memory.vram_limit, or choose a smaller model; `plan` says what it needs."
 # How allocators say no when they do not raise OutOfMemoryError: torch's CPU allocator (Linux, Windows), cuBLAS, cuDNN, the driver.
 _ALLOCATION_FAILED = (
     "out of memory",
@@ -28,9 +31,7 @@ _ALLOCATION_FAILED = (
 )
 _LOOK_SECONDS = 1.0
 _CAP_SECONDS = 60.0
-_LONGEST_PAUSE_SECONDS = 300.0
 _THRESHOLD = 0.95  # of the limit: cleaning at the limit itself would be too late
-_WORTH_BYTES = 32 << 20
 _MARGIN_BYTES = 64 << 20
 
 
@@ -41,83 +42,201 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _ALLOCATION_FAILED)
 
 
-def free() -> None:
-    """Give back what nothing refers to: Python's cycles, CUDA's cached blocks, the C allocator's free pages."""
-    gc.collect()
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.empty_cache()
-    if sys.platform.startswith("linux"):
-        try:
-            ctypes.CDLL(None).malloc_trim(0)
-        except (OSError, AttributeError):
-            pass  # not glibc
+def in_words(error: BaseException) -> str:
+    """The first line of what an allocator said, for an event."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def with_room(work: Callable[[], T], told: Callable[[str], None]) -> T:
+    """What `work` gives; when it runs out of memory, what it gives the second time, after freeing what can be. `told` hears of it."""
+    try:
+        return work()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        text = in_words(error)
+    # Out of the except block: its frames held what is to be freed.
+    free()
+    told(text)
+    return work()
+
+
+@contextmanager
+def worded(doing: str) -> Iterator[None]:
+    """What cannot be tried in smaller parts ends in words a person can use, when there is no memory for it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainerdError(f"There is too little memory to {doing}: {in_words(error)}.", _WHAT_TO_DO) from error
+
+
+@dataclass(frozen=True)
+class DeviceUse:
+    """A GPU's memory: what all use of it, and what of it is ours: reserved by our allocator, allocated by tensors."""
+
+    used_bytes: int
+    total_bytes: int
+    reserved_bytes: int
+    allocated_bytes: int
+
+    @property
+    def others_bytes(self) -> int:
+        """Everything but our allocator's: other programs, the desktop, our context."""
+        return self.used_bytes - self.reserved_bytes
+
+
+@dataclass(frozen=True)
+class Senses:
+    """What the guard sees, and its only hand on the device. Tests bring their own."""
+
+    ram: Callable[[], machine_memory.RamFacts]
+    own_bytes: Callable[[], int]
+    """The RAM this process holds."""
+    device: Callable[[], DeviceUse | None]
+    cap: Callable[[float], None]
+    """Give our allocator this share of the device."""
+
+
+def _senses(device: torch.device) -> Senses:
+    process = psutil.Process()
+
+    def own_bytes() -> int:
+        return int(process.memory_info().rss)
+
+    if device.type != "cuda":
+        return Senses(machine_memory.ram, own_bytes, lambda: None, lambda share: None)
+
+    def use() -> DeviceUse:
+        free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+        return DeviceUse(total_bytes - free_bytes, total_bytes, torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device))
+
+    def cap(share: float) -> None:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+
+    return Senses(machine_memory.ram, own_bytes, use, cap)
 
 
 class MemoryWatch:
-    """Looks once a second; cleans above the threshold; holds CUDA's allocator to what the limit leaves it."""
+    """Looks once a second: cleans above the threshold, holds CUDA's allocator to what the limit leaves it, and says when the
+    machine needs the memory more."""
 
-    def __init__(self, config: MemoryConfig, device: torch.device, send: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        config: MemoryConfig,
+        device: torch.device,
+        send: Callable[..., None],
+        *,
+        may_leave: bool = False,
+        senses: Senses | None = None,
+    ) -> None:
+        """`may_leave`: somebody will start this training again when there is memory."""
+        self._config = config
         self._send = send
-        self._device = device
-        self._ram_limit = resolve_limit(config.ram_limit, machine_memory.ram().total_bytes)
-        self._vram_limit: int | None = None
-        if device.type == "cuda":
-            self._vram_limit = resolve_limit(config.vram_limit, torch.cuda.mem_get_info(device)[1])
-        self._next_look = self._next_cap = self._next_cleaning = 0.0  # the first look, before the first step, caps at once
-        self._pause_seconds = _LOOK_SECONDS
-        self.cleanups = 0
+        self._senses = senses or _senses(device)
+        self._may_leave = may_leave
+        self._ram: Pressure | None = None
+        self._vram: Pressure | None = None
+        self._ram_limit = self._vram_limit = 0
+        self._next_look = self._next_cap = 0.0  # the first look, before the first step, caps at once
+        self._cap: int | None = None
+        self._first_cap: int | None = None
+        self.cleaner = Cleaner(self._held_bytes, send)
+        self.saving: Callable[[], int | None] = lambda: None
+        """What half the micro-batch would give back of the RAM; None: it cannot be halved, or nobody knows."""
+        self.wants = Want()
         self.oom_recoveries = 0
 
-    def look(self, now: float) -> None:
-        """Called in every step; does something once a second."""
+    @property
+    def may_wait(self) -> bool:
+        """Whether others hold now what we had at the beginning, and somebody starts us again when they have given it back."""
+        if not self._may_leave or self._ram is None:
+            return False
+        vram = self._senses.device()
+        if vram is None:
+            return self._senses.ram().used_bytes > self._ram.ceiling_bytes
+        cap = self._vram_limit - vram.others_bytes - _MARGIN_BYTES
+        return self._first_cap is not None and cap < self._first_cap - _MARGIN_BYTES
+
+    def want_to_leave(self, error: str) -> Want:
+        """For a step that did not fit beside the others, however small its parts."""
+        vram = self._senses.device()
+        pressure = self._ram if vram is None else self._vram
+        assert pressure is not None
+        own = self._senses.own_bytes() if vram is None else vram.reserved_bytes
+        return Want(LEAVE, f"Others hold the memory that a step needs ({error})", pressure.resource, pressure.ceiling_bytes, own)
+
+    def look(self, now: float, step: int) -> Want:
+        """Called in every step, and between micro-batches; does something once a second. What it wants, until it is done."""
+        self.cleaner.passed(step, now)
         if now < self._next_look:
-            return
+            return self.wants
         self._next_look = now + _LOOK_SECONDS
-        if self._vram_limit is not None and now >= self._next_cap:
-            self._next_cap = now + _CAP_SECONDS
-            self._cap_allocator()
-        if now >= self._next_cleaning and self._over_threshold():
-            self._clean(now)
+        ram, vram = self._senses.ram(), self._senses.device()
+        if self._ram is None:
+            self._begin(ram, vram)
+        squeezed = vram is not None and self._hold_to_limit(now, vram)
+        if (squeezed or self._is_tight(ram, vram)) and (self.cleaner.due(now) or squeezed):
+            self.cleaner.clean(now, step)
+            self.tell()
+            ram, vram = self._senses.ram(), self._senses.device()
+        self.wants = self._judged(now, ram, vram)
+        return self.wants
+
+    def done(self) -> None:
+        """What was wanted has been done."""
+        self.wants = Want()
 
     def tell(self) -> None:
         """Send the numbers of the status."""
-        facts: dict[str, Any] = {"cleanups": self.cleanups, "oom_recoveries": self.oom_recoveries}
-        if self._device.type == "cuda":
-            facts["vram_allocated_bytes"] = torch.cuda.memory_allocated(self._device)
-            facts["vram_reserved_bytes"] = torch.cuda.memory_reserved(self._device)
+        facts: dict[str, Any] = {
+            "cleanups": self.cleaner.cleanups,
+            "cleanup_seconds": round(self.cleaner.seconds, 4),
+            "oom_recoveries": self.oom_recoveries,
+        }
+        use = self._senses.device()
+        if use is not None:
+            facts |= {"vram_allocated_bytes": use.allocated_bytes, "vram_reserved_bytes": use.reserved_bytes}
         self._send("memory", **facts)
 
-    def _over_threshold(self) -> bool:
-        if machine_memory.ram().used_bytes > self._ram_limit * _THRESHOLD:
-            return True
-        if self._vram_limit is None:
-            return False
-        free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
-        return total_bytes - free_bytes > self._vram_limit * _THRESHOLD
-
-    def _clean(self, now: float) -> None:
-        """Clean once, see what it brought, and wait twice as long when it brought nothing."""
-        before = self._held_bytes()
-        began = time.perf_counter()
-        free()
-        milliseconds = round((time.perf_counter() - began) * 1e3, 1)
-        freed = before - self._held_bytes()
-        self.cleanups += 1
-        worth = freed >= _WORTH_BYTES
-        self._pause_seconds = _LOOK_SECONDS if worth else min(self._pause_seconds * 2, _LONGEST_PAUSE_SECONDS)
-        self._next_cleaning = now + self._pause_seconds
-        self._send("note", kind="cleanup", freed_bytes=max(0, freed), milliseconds=milliseconds, next_in_seconds=self._pause_seconds)
-        self.tell()
-
     def _held_bytes(self) -> int:
-        """What a cleaning can lower: the RAM in use and the blocks CUDA's allocator keeps."""
-        reserved = torch.cuda.memory_reserved(self._device) if self._device.type == "cuda" else 0
-        return machine_memory.ram().used_bytes + reserved
+        """What a cleaning can lower: our RAM, and the blocks CUDA's allocator keeps."""
+        use = self._senses.device()
+        return self._senses.own_bytes() + (use.reserved_bytes if use is not None else 0)
 
-    def _cap_allocator(self) -> None:
-        """Our allocator may have the limit minus what everything else on the device uses now, our context included."""
-        assert self._vram_limit is not None
-        free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
-        others = total_bytes - free_bytes - torch.cuda.memory_reserved(self._device)
-        cap = max(0, self._vram_limit - others - _MARGIN_BYTES)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total_bytes), self._device)
+    def _begin(self, ram: machine_memory.RamFacts, vram: DeviceUse | None) -> None:
+        self._ram_limit = resolve_limit(self._config.ram_limit, ram.total_bytes)
+        self._ram = Pressure("ram", self._ram_limit, ram.total_bytes, ram.used_bytes, may_leave=self._may_leave)
+        if vram is not None:
+            self._vram_limit = resolve_limit(self._config.vram_limit, vram.total_bytes)
+            needed = vram.others_bytes + vram.allocated_bytes
+            self._vram = Pressure("vram", self._vram_limit, vram.total_bytes, needed, may_leave=self._may_leave)
+
+    def _is_tight(self, ram: machine_memory.RamFacts, vram: DeviceUse | None) -> bool:
+        # Of the GPU the allocator itself keeps us below the limit: only others can bring it above.
+        return ram.used_bytes > self._ram_limit * _THRESHOLD or (vram is not None and vram.used_bytes > self._vram_limit)
+
+    def _hold_to_limit(self, now: float, vram: DeviceUse) -> bool:
+        """Once a minute, or at once when the limit is passed, our allocator gets what the limit leaves it beside everything else on
+        the device, our context included. True: it holds more than that in blocks it does not use, because others have grown."""
+        if now < self._next_cap and vram.used_bytes <= self._vram_limit:
+            return False
+        self._next_cap = now + _CAP_SECONDS
+        cap = max(0, self._vram_limit - vram.others_bytes - _MARGIN_BYTES)
+        before, self._cap = self._cap, cap
+        self._first_cap = cap if self._first_cap is None else self._first_cap
+        self._senses.cap(cap / vram.total_bytes)
+        return before is not None and cap < before - _MARGIN_BYTES and cap < vram.reserved_bytes
+
+    def _judged(self, now: float, ram: machine_memory.RamFacts, vram: DeviceUse | None) -> Want:
+        """Weights and optimizer must fit on the device beside the others; what a step needs beyond them may shrink by itself,
+        for past the cap it is an out-of-memory."""
+        if vram is not None and self._vram is not None:
+            wanted = self._vram.judge(now, vram.others_bytes + vram.allocated_bytes, vram.reserved_bytes, None)
+            if wanted.what:
+                return wanted
+        assert self._ram is not None
+        over = ram.used_bytes > self._ram.ceiling_bytes
+        return self._ram.judge(now, ram.used_bytes, self._senses.own_bytes() if over else 0, self.saving() if over else None)

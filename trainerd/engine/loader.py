@@ -108,6 +108,11 @@ class Loader:
             with rng.preserved():
                 self._stream = iter(self._workers)
 
+    @property
+    def micro_batch(self) -> int:
+        """The samples of a micro-batch; the last one of a step may have less."""
+        return self._requests.micro_batch
+
     def window(self) -> Window:
         """The samples of the next step."""
         step = self.step

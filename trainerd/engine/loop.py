@@ -6,15 +6,16 @@ train() is flat on purpose: to know what happens in a training, read it from top
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from trainerd.config.model import RunConfig
 from trainerd.contract import phases, wire
+from trainerd.engine import cleaning, guard, pressure, relief, schedules
 from trainerd.engine import plan as plans
-from trainerd.engine import schedules
 from trainerd.engine.checkpoints import CheckpointStore
 from trainerd.engine.determinism import Exactness
 from trainerd.engine.evaluation import Evaluation
@@ -24,16 +25,21 @@ from trainerd.engine.guard import MemoryWatch
 from trainerd.engine.metrics import MetricsLog, Rate, StepRecord
 from trainerd.engine.pulse import Pulse
 from trainerd.engine.saver import Saver
+from trainerd.engine.spill import SpillWatch
 from trainerd.engine.state import States
 from trainerd.engine.step import Stepper
 from trainerd.engine.task import Task
 
 _REPORT_SECONDS = 0.25
-FINISHED, LEFT = "finished", "left"
+FINISHED, LEFT, MADE_ROOM = "finished", "left", "made room"
+T = TypeVar("T")
 
 
 class Link:
     """The loop's only door to the outside; this one leads nowhere."""
+
+    starts_again = False
+    """Whether somebody outside starts a training again that has left by itself."""
 
     def send(self, event: str, **fields: Any) -> None:
         """Tell the outside; must neither block nor raise."""
@@ -45,7 +51,7 @@ class Link:
 
 @dataclass
 class Result:
-    """How a training ended: "finished", or "left" as asked."""
+    """How a training ended: "finished", "left" as asked, or "made room": left because others need the memory."""
 
     outcome: str
     step: int
@@ -62,6 +68,13 @@ class Asked:
         self.leave: dict[str, Any] | None = None
 
     @property
+    def outcome(self) -> str:
+        """How the training has ended, when it ends now."""
+        if self.leave is None:
+            return FINISHED
+        return MADE_ROOM if self.leave.get("why") == wire.NO_ROOM else LEFT
+
+    @property
     def leaves_unsaved(self) -> bool:
         return self.leave is not None and not self.leave.get("save", True)
 
@@ -71,7 +84,7 @@ class Asked:
         while (command := self._command()) is not None:
             if command.get("do") == wire.SAVE:
                 self.saves.append(command.get("id"))
-            elif command.get("do") == wire.LEAVE and (self.leave is None or not command.get("save", True)):
+            elif command.get("do") == wire.LEAVE and (self.outcome != LEFT or not command.get("save", True)):
                 self.leave = command
         return self.leave is not None
 
@@ -96,6 +109,8 @@ class Training:
     finite: FiniteWatch
     exact: Exactness
     memory: MemoryWatch
+    spill: SpillWatch | None
+    """Only on a GPU."""
     steps_per_epoch: int
     total_steps: int
     about: dict[str, Any]
@@ -136,25 +151,46 @@ class Training:
             "oom_recoveries": self.memory.oom_recoveries,
         }
 
+    def leaving(self) -> bool:
+        """Between micro-batches: whether to leave, because somebody asked, or because others need the memory."""
+        wanted = self.memory.look(time.monotonic(), self.step)
+        if wanted.what == pressure.LEAVE and self.asked.leave is None:
+            relief.make_room(self, wanted)
+        return self.asked.to_leave()
+
     def shrunk(self, micro_batch: int, error: str) -> None:
         """A step ran out of memory and is tried again: the plan changes, aloud. The step itself has lost nothing."""
+        if micro_batch == self.plan["micro_batch"]:
+            self._told("out of memory; the step is tried again as it is", error)
+            return
         plans.set_micro_batch(self.plan, micro_batch)
         self._recovered(self.step + 1, f"out of memory; the micro-batch is now {micro_batch}", error)
         self.link.send(wire.PLAN, **plans.shown(self.plan))
 
-    def evaluated_smaller(self, size: int, error: str) -> None:
+    def evaluated_smaller(self, size: int | None, error: str) -> None:
         """An evaluation ran out of memory and is tried again."""
+        if size is None:
+            self._told("out of memory in an evaluation; it is tried again as it is", error)
+            return
         self._recovered(self.step, f"out of memory in an evaluation; its batch is now {size}", error)
+
+    def with_room(self, what: str, work: Callable[[], T]) -> T:
+        """Something beside the steps, tried once more when it runs out of memory: it changes no bit of the training."""
+        return guard.with_room(work, lambda error: self._told(f"out of memory {what}; tried again", error))
 
     def lost_by(self, operation: str) -> None:
         """torch has met an operation that it has no deterministic kernel for."""
         self.exact.lost(self.step + 1, f"{operation} has no deterministic kernel")
 
     def _recovered(self, step: int, because: str, error: str) -> None:
+        self.exact.lost(step, because)
+        self._told(because, error, step)
+
+    def _told(self, because: str, error: str, step: int | None = None) -> None:
+        """One event for each recovery."""
         self.pulse.beat()
         self.memory.oom_recoveries += 1
-        self.exact.lost(step, because)
-        self.link.send(wire.NOTE, kind="out_of_memory", step=step, text=because, error=error)
+        self.link.send(wire.NOTE, kind="out_of_memory", step=self.step if step is None else step, text=because, error=error)
         self.memory.tell()
 
 
@@ -163,7 +199,8 @@ def train(training: Training) -> Result:
     t, asked, checkpoint = training, training.asked, training.config.checkpoint
     _phase(t, phases.TRAINING)
     report(t)
-    t.memory.look(time.monotonic())
+    t.memory.saving = lambda: relief.saving_bytes(t)
+    t.memory.look(time.monotonic(), t.step)
     if evaluate(t):  # due already when the training was left in the middle of it
         save(t)
 
@@ -172,7 +209,7 @@ def train(training: Training) -> Result:
         if asked.to_leave():
             break
         lr = t.lr()
-        taken = t.stepper.take(lr, asked.to_leave, t.shrunk)
+        taken = relief.take(t, lr)
         if taken is None:
             break
         t.step += 1
@@ -185,7 +222,9 @@ def train(training: Training) -> Result:
         now = time.monotonic()
         if now >= t.next_report:
             report(t)
-        t.memory.look(now)
+        relief.make_room(t, t.memory.look(now, t.step))
+        if t.spill is not None:
+            t.spill.step(now, taken.num_tokens or taken.num_samples)
 
         # 3. Evaluate, when due.
         best = evaluate(t)
@@ -201,7 +240,7 @@ def train(training: Training) -> Result:
         _phase(t, phases.CHECKPOINTING)
         save(t)
         _until_saved(t)
-    return Result(FINISHED if asked.leave is None else LEFT, t.step, summary(t))
+    return Result(asked.outcome, t.step, summary(t))
 
 
 def evaluate(t: Training) -> bool:
@@ -214,7 +253,7 @@ def evaluate(t: Training) -> bool:
     _phase(t, phases.EVALUATING)
     began = time.monotonic()
     flush(t)
-    better = t.evaluation.run(t.step, t.epoch - 1, t.asked.to_leave, t.evaluated_smaller)
+    better = t.evaluation.run(t.step, t.epoch - 1, t.leaving, t.evaluated_smaller)
     if better is None:
         return False
     t.metrics.add_evaluation(t.step, t.evaluation.values)
@@ -226,17 +265,22 @@ def evaluate(t: Training) -> bool:
 
 def save(t: Training) -> None:
     """Take the state and hand it to the saving thread, once for everybody who asked."""
+    if t.spill is not None:
+        t.spill.pause()
     _until_saved(t)  # it reads the buffers that the next state is copied into
     position = (t.step, t.evaluation.last_step)
     if t.saved == position and t.saver.failure is None and not t.asked.saves:
         return
     began = time.perf_counter()
     flush(t)
-    t.finite.look_at_weights(t.step, t.epoch)
+    t.with_room("while looking at the weights", lambda: t.finite.look_at_weights(t.step, t.epoch))
     # Left in the middle of an evaluation, this step was saved without it; a committed name is never written again.
     again = t.saved[0] == t.step and t.saved != position
-    state = t.states.capture(t.facts())
+    state = _captured(t)
     blocked_seconds = time.perf_counter() - began
+    if state is None:
+        t.saver.schedule.failed(time.monotonic(), blocked_seconds)
+        return
     for request in t.asked.saves or [None]:
         _until_saved(t)
         t.pulse.num_saves += 1
@@ -257,6 +301,21 @@ def save(t: Training) -> None:
     t.saved = position
 
 
+def _captured(t: Training) -> dict[str, Any] | None:
+    """The state, copied; None when even a second time there was no memory for the copy: told, and the training goes on."""
+    try:
+        return t.with_room("while copying a checkpoint", lambda: t.states.capture(t.facts()))
+    except (MemoryError, RuntimeError) as error:
+        if not guard.is_out_of_memory(error):
+            raise
+        text = guard.in_words(error)
+    cleaning.free()
+    for request in t.asked.saves or [None]:
+        t.saver.not_copied(t.step, text, request)
+    t.asked.saves.clear()
+    return None
+
+
 def _until_saved(t: Training) -> None:
     """Wait for the save that is under way: a slow disk is no slow step, and has its own limit of silence."""
     if t.saver.busy:
@@ -266,7 +325,7 @@ def _until_saved(t: Training) -> None:
 
 def flush(t: Training) -> None:
     """Write the metrics that have gathered. Raises NotFinite when one of them is no number, before anything is made of it."""
-    t.finite.look(t.metrics.flush())
+    t.finite.look(t.with_room("while reading the metrics", t.metrics.flush))
 
 
 def report(t: Training) -> None:
@@ -298,6 +357,8 @@ def report(t: Training) -> None:
 
 def _phase(t: Training, name: str) -> None:
     t.pulse.enter(name)
+    if t.spill is not None:
+        t.spill.pause()
     t.link.send(wire.PHASE, name=name, done=None, total=None, unit=None)
 
 

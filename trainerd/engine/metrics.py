@@ -87,8 +87,9 @@ class MetricsLog:
         self._catch_up()
         if not self._pending:
             return []
-        pending, self._pending = self._pending, []
+        pending = self._pending
         values = iter(_resolve([n for r in pending for n in (r.loss, r.grad_norm, *r.metrics.values())]))
+        self._pending = []  # not before: a device that has no memory for the transfer is asked again
         lines = []
         for record in pending:
             line: dict[str, Any] = {"step": record.step, "epoch": record.epoch, "loss": next(values), "lr": record.lr}

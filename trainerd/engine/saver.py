@@ -164,6 +164,11 @@ class Saver:
                 self._thread.start()
             self._condition.notify_all()
 
+    def not_copied(self, step: int, why: str, request: str | None) -> None:
+        """There was no memory for the copy that would have been saved. It is tried again as after a disk that was full."""
+        self.failure = f"The checkpoint at step {step} could not be copied: {why}."
+        self._send(wire.UNSAVED, since=self._saved_until, missing_bytes=None, error=self.failure, request=request)
+
     def wait(self, timeout_seconds: float | None = None) -> bool:
         """Wait until nothing is being saved; False when the time was up first."""
         if self._next is None:

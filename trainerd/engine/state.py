@@ -41,7 +41,14 @@ class States:
         return self._frozen
 
     def capture(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """The state now; `facts` (position, best, plan, …) must be plain."""
+        """The state now; `facts` (position, best, plan, …) must be plain. When there is no memory for it nothing is kept of it."""
+        try:
+            return self._captured(facts)
+        except BaseException:
+            self._staging.clear()
+            raise
+
+    def _captured(self, facts: dict[str, Any]) -> dict[str, Any]:
         state = {
             "format": FORMAT,
             **facts,
@@ -54,6 +61,10 @@ class States:
         if self._precision.device.type == "cuda":
             torch.cuda.synchronize(self._precision.device)
         return state
+
+    def let_go(self) -> None:
+        """Give the staging buffers back: the last capture is not valid any more."""
+        self._staging.clear()
 
     def size_bytes(self) -> int:
         """About how large a capture is: known as soon as model and optimizer are built."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainerd.contract.errors import TrainerdError
-from trainerd.engine import guard, optimizers, rng
+from trainerd.engine import cleaning, guard, optimizers, rng
 from trainerd.engine.loader import Loader, Window, move
 from trainerd.engine.metrics import Number
 from trainerd.engine.precision import Precision
@@ -68,30 +68,44 @@ class Stepper:
 
         `leaving` is asked between micro-batches; `shrunk(micro_batch, error)` hears of a smaller micro-batch.
         """
-        self._random_before = rng.take()
-        for kept, buffer in zip(self._statistics_before, self._statistics, strict=True):
-            kept.copy_(buffer)
-        tried_again = False
+        step, tried_again = self._loader.step, False
+        self._remember()
         while True:
-            window = self._loader.window()
             try:
-                taken = self._attempt(window, lr, leaving)
+                taken = self._attempt(self._loader.window(), lr, leaving)
                 if taken is None:
                     self._undo()
                 return taken
             except (MemoryError, RuntimeError) as error:
-                smaller = self._smaller(window)
+                # Not of this window's largest: a short one at an epoch's end would cut all that follow to its size.
+                micro_batch = self._loader.micro_batch
+                smaller = -(-micro_batch // 2) if self._task.splittable and micro_batch > 1 else None
                 if not guard.is_out_of_memory(error) or self._is_half_done() or (smaller is None and tried_again):
                     raise
-                text = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+                text = guard.in_words(error)
             # Out of the except block: its frames held the tensors that are to be freed.
-            largest = max(len(ids) for ids, _ in window.parts)
-            del window
             self._undo()
-            guard.free()
+            cleaning.free()
             tried_again = smaller is None
-            self._loader.seek(self._loader.step - 1, smaller or largest)
-            shrunk(smaller or largest, text)
+            self._loader.seek(step, smaller or micro_batch)
+            shrunk(smaller or micro_batch, text)
+
+    def put_back(self) -> bool:
+        """After an error of take(): make everything what it was before the step. False: the optimizer has begun, and it cannot be."""
+        if self._is_half_done():
+            return False
+        self._undo()
+        return True
+
+    def split(self, micro_batch: int) -> None:
+        """From the next step on, in micro-batches of this size. Between two steps only."""
+        self._loader.seek(self._loader.step, micro_batch)
+
+    def _remember(self) -> None:
+        """What a step that is tried again begins with."""
+        self._random_before = rng.take()
+        for kept, buffer in zip(self._statistics_before, self._statistics, strict=True):
+            kept.copy_(buffer)
 
     def _attempt(self, window: Window, lr: float, leaving: Callable[[], bool]) -> Taken | None:
         counts = self._counts(window)
@@ -144,11 +158,6 @@ class Stepper:
             for name, number in self._task.counts(batch).items():
                 counts[name] = counts.get(name, 0) + number
         return counts
-
-    def _smaller(self, window: Window) -> int | None:
-        """Half the micro-batch, or None when it cannot be halved."""
-        largest = max(len(ids) for ids, _ in window.parts)
-        return -(-largest // 2) if self._task.splittable and largest > 1 else None
 
     def _undo(self) -> None:
         """As if the window had never been looked at."""

@@ -19,7 +19,7 @@ from trainerd.contract import clock, files, wire
 from trainerd.contract.errors import Refused
 from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home, RunPaths
-from trainerd.engine import loop, optimizers, precision, preparing, provenance, receipt, space
+from trainerd.engine import guard, loop, optimizers, precision, preparing, provenance, receipt, space
 from trainerd.engine import plan as plans
 from trainerd.engine.building import build
 from trainerd.engine.checkpoints import CheckpointStore
@@ -109,7 +109,8 @@ class Trainer:
             if plan["device"] != "cpu":
                 arrange_cublas(plan["deterministic"])
             stack.enter_context(_threads(plan["threads"]))
-            training = build(self.task, self.config, plan, self.paths, cache_dir, self._link, store, state, stack, traces=self._traces)
+            with guard.worded("build the model, its optimizer and what the run had saved"):
+                training = build(self.task, self.config, plan, self.paths, cache_dir, self._link, store, state, stack, traces=self._traces)
             self._vouch_for_data(training, cache_dir, state)
             if found is not None:
                 training.saver.schedule.go_on(found[1].spent_bytes, clock.wall() - found[1].at)
@@ -130,9 +131,15 @@ class Trainer:
     def _finish(self, training: Training, result: Result) -> Result:
         """Write the result; on a full disk, wait for room and write it then. Asked to leave meanwhile, leave: all but it is saved."""
         waiting = space.Wait(self.paths.home.root, "Writing the finished model", self._link.send)
+
+        def write() -> None:
+            training.states.let_go()  # as large as the model and its optimizer; everything is saved
+            self._export(training, result)
+
         while True:
             try:
-                self._export(training, result)
+                with guard.worded("write the finished model"):
+                    training.with_room("while writing the finished model", write)
                 return result
             except Exception as error:
                 if not space.is_full(error, self.paths.home.root):

@@ -8,7 +8,7 @@ from typing import Any
 from trainerd.contract import wire
 from trainerd.engine import dumps, entry, preparing, provenance, space, taskfile
 from trainerd.engine.commands import Command, Commands
-from trainerd.engine.loop import Link
+from trainerd.engine.loop import FINISHED, MADE_ROOM, Link
 from trainerd.engine.process import TrainerProcess
 from trainerd.engine.reporter import Reporter
 from trainerd.engine.task import Task
@@ -17,6 +17,8 @@ from trainerd.engine.trainer import Trainer
 
 class PipeLink(Link):
     """The loop's door to the supervisor."""
+
+    starts_again = True
 
     def __init__(self, reporter: Reporter, commands: Commands, faults: dict[str, Any]) -> None:
         self._reporter = reporter
@@ -52,8 +54,9 @@ def work(process: TrainerProcess, run: entry.Run) -> int:
         traces=True,
     )
     process.has_stepped = lambda: trainer.has_stepped
-    if trainer.train().outcome != "finished":
-        return wire.EXIT_LEFT
+    outcome = trainer.train().outcome
+    if outcome != FINISHED:
+        return wire.EXIT_NO_ROOM if outcome == MADE_ROOM else wire.EXIT_LEFT
     process.reporter.send(wire.FINISHED)
     return wire.EXIT_FINISHED
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from trainerd.contract import clock
+
 
 @dataclass(frozen=True)
 class GpuFacts:
@@ -63,6 +65,44 @@ def devices(nvml: Any = None) -> list[GpuFacts]:
         return reader.read()
     finally:
         reader.close()
+
+
+@dataclass(frozen=True)
+class GpuLoad:
+    """Whether the GPU is held back by heat or a fault of its supply, and how much of it other processes use. Unknown is None."""
+
+    throttled: bool | None = None
+    others_percent: float | None = None
+
+
+# Clocks held back by heat or the power supply: NVML's SwThermalSlowdown, HwSlowdown, HwThermalSlowdown, HwPowerBrakeSlowdown. The power
+# cap is not among them: laptops run at it all day.
+_HELD_BACK = 0x20 | 0x08 | 0x40 | 0x80
+_LOAD_MICROSECONDS = 2_000_000
+
+
+def load(index: int, pid: int, nvml: Any = None) -> GpuLoad:
+    """The load of the GPU with torch's number, beside that of the process `pid`."""
+    nvml = nvml if nvml is not None else _load()
+    if nvml is None:
+        return GpuLoad()
+    try:
+        nvml.nvmlInit()
+        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        uuids = [_text(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+        chosen = visible(uuids, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        if index >= len(chosen):
+            return GpuLoad()
+        handle = handles[chosen[index]]
+        reasons = _quietly(nvml, lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
+        since = int(clock.wall() * 1e6) - _LOAD_MICROSECONDS
+        seen = _quietly(nvml, lambda: nvml.nvmlDeviceGetProcessUtilization(handle, since))
+        others = None if seen is None else float(sum(one.smUtil for one in seen if one.pid != pid))
+        return GpuLoad(None if reasons is None else bool(reasons & _HELD_BACK), others)
+    except nvml.NVMLError:
+        return GpuLoad()
+    finally:
+        _quietly(nvml, nvml.nvmlShutdown)
 
 
 def driver_version(nvml: Any = None) -> str | None:

@@ -36,6 +36,8 @@ def follow(supervisor: Supervisor, gone: TrainerProcess, leaving: Leaving | None
         supervisor.end(status.COMPLETED, f"Completed. The model is in models/{run}.")
     elif leaving is not None and leaving.hang is not None and leaving.why == "hang":
         _died(supervisor, gone, Death(_hung(gone, leaving.hang)))
+    elif leaving is None and gone.exit_code == wire.EXIT_NO_ROOM:
+        _made_room(supervisor, gone)
     elif leaving is not None:
         _left(supervisor, gone, leaving, at_stake)
     else:
@@ -53,7 +55,7 @@ def result_stamp(home: Home, run: str) -> tuple[int, int] | None:
 
 def _left(supervisor: Supervisor, gone: TrainerProcess, leaving: Leaving, at_stake: str) -> None:
     words = ""
-    if gone.exit_code != wire.EXIT_LEFT:
+    if gone.exit_code not in (wire.EXIT_LEFT, wire.EXIT_NO_ROOM):
         how = "it did not leave in time and was killed" if leaving.killed_at is not None else _explain(supervisor, gone).words
         words = f" The trainer ended before it could save ({how})."
         if at_stake:
@@ -68,6 +70,15 @@ def _left(supervisor: Supervisor, gone: TrainerProcess, leaving: Leaving, at_sta
         supervisor.start_at = time.monotonic()  # resume came while it was leaving
     else:
         supervisor.rest_paused(words)
+
+
+def _made_room(supervisor: Supervisor, gone: TrainerProcess) -> None:
+    """It left by itself, for others need the memory: it is started again when there is some. No death."""
+    told = gone.last_words.get(wire.NO_ROOM, {})
+    supervisor.journal.note("made room", **{name: told.get(name) for name in ("resource", "reason", "ceiling_bytes", "own_bytes")})
+    supervisor.room.made(told, time.monotonic())
+    supervisor.start_at = time.monotonic() + supervisor.room.look_seconds
+    supervisor.report.state(status.WAITING, f"Waiting for memory: {told.get('reason') or 'the machine is short of it'}.")
 
 
 def how_to_go_on(supervisor: Supervisor) -> str:
@@ -121,7 +132,7 @@ def _waits_for_device(supervisor: Supervisor, gone: TrainerProcess, why: Death) 
 
 def _not_finite(supervisor: Supervisor, gone: TrainerProcess, why: Death) -> Death:
     """The first time at a step the last checkpoint helps, if it was an accident of the hardware; the second time it is the step."""
-    told = gone.not_finite
+    told = gone.last_words.get(wire.NAN)
     if told is None:
         return why
     step = told.get("step")
@@ -136,4 +147,4 @@ def _not_finite(supervisor: Supervisor, gone: TrainerProcess, why: Death) -> Dea
 def _explain(supervisor: Supervisor, gone: TrainerProcess) -> Death:
     before, now = gone.out_of_memory_kills, death.out_of_memory_kills()
     killer = before is not None and now is not None and now > before
-    return death.explain(gone.exit_code or 0, gone.exception, logs.tail(gone.log_path), out_of_memory_killed=killer)
+    return death.explain(gone.exit_code or 0, gone.last_words.get(wire.EXCEPTION), logs.tail(gone.log_path), out_of_memory_killed=killer)

@@ -42,7 +42,7 @@ def _memory(status: Status, message: _Message) -> None:
     vram = status.memory.vram
     vram.allocated_bytes = _value(message.get("vram_allocated_bytes", vram.allocated_bytes))
     vram.reserved_bytes = _value(message.get("vram_reserved_bytes", vram.reserved_bytes))
-    _fill(status.memory, message, ("cleanups", "oom_recoveries", "predicted_bytes"))
+    _fill(status.memory, message, ("cleanups", "cleanup_seconds", "oom_recoveries", "predicted_bytes"))
 
 
 def _part(name: str) -> Callable[[Status, _Message], None]:

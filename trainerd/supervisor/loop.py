@@ -23,6 +23,7 @@ from trainerd.supervisor.hang import Hang
 from trainerd.supervisor.opening import Opening
 from trainerd.supervisor.power import AUTO, Power
 from trainerd.supervisor.restart import DeviceWait, RestartPolicy
+from trainerd.supervisor.room import Room
 from trainerd.supervisor.sensors import Sensors
 from trainerd.supervisor.starter import Starter
 from trainerd.supervisor.trainer import Inbox, TrainerProcess
@@ -38,6 +39,8 @@ class Timing:
     backoff_seconds: float = 1.0
     device_seconds: float = 10.0
     """Until a lost device is looked for again; then twice as long each time."""
+    room_seconds: float = 15.0
+    """So long there must be memory again before a trainer that made room is started."""
     leave_seconds: float = 60.0
     """For a trainer with something to save; ten times the last save's duration is added."""
     leave_now_seconds: float = 2.0
@@ -88,6 +91,7 @@ class Supervisor:
         self.starter = Starter(home, instance, command)
         self.policy = RestartPolicy(self.timing.backoff_seconds)
         self.device = DeviceWait(self.timing.device_seconds)
+        self.room = Room(self.timing.room_seconds)
         self.not_finite_at: set[int] = set()  # steps whose numbers were none
         self.start_at: float | None = time.monotonic()  # when the next trainer is due; None: not at all
         self.before_step: int | None = None  # it shall go back before this step
@@ -165,10 +169,8 @@ class Supervisor:
             self.report.state(status.WAITING, str(message.get("reason") or "Waiting."))
         elif event == wire.CHECKPOINT:
             self._saved(message)
-        elif event == wire.EXCEPTION:
-            sender.exception = message
-        elif event == wire.NAN:
-            sender.not_finite = message
+        elif event in (wire.EXCEPTION, wire.NO_ROOM, wire.NAN):
+            sender.last_words[str(event)] = message
         elif event == wire.FINISHED:
             sender.said_finished = aftermath.result_stamp(self.home, self.journal.record.id) is not None
             if sender.said_finished:  # a process may wedge in a driver on its way out, with all its work done
@@ -297,6 +299,11 @@ class Supervisor:
     def start_if_due(self) -> None:
         """Start the trainer when it is time."""
         if self.trainer is not None or self.result is not None or self.start_at is None or time.monotonic() < self.start_at:
+            return
+        short = self.room.waits(time.monotonic())
+        if short is not None:
+            self.start_at = time.monotonic() + self.room.look_seconds
+            self.report.state(status.WAITING, short)
             return
         self.start_at = None
         self.report.state(status.STARTING, "Starting the trainer.")

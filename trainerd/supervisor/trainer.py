@@ -38,8 +38,8 @@ class TrainerProcess:
     ) -> None:
         self.log_path = log[0]
         self.started_at, self.started_monotonic = clock.wall(), time.monotonic()
-        self.exception: dict[str, Any] | None = None
-        self.not_finite: dict[str, Any] | None = None
+        self.last_words: dict[str, dict[str, Any]] = {}
+        """By event: why it is about to leave or to die."""
         self.said_hello = self.said_finished = self.has_trained = False
         self.latest: dict[str, dict[str, Any]] = {}
         self.result_before: tuple[int, int] | None = None
