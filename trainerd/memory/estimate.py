@@ -18,7 +18,7 @@ from trainerd.memory.timeline import Setup, Table, Timeline
 
 _MIB = 1 << 20
 # Without a receipt: what kernels' scratch and the C allocator's own holes add on a CPU, and a GPU's kernels that were not measured.
-_CPU_SLACK, _GPU_SLACK, _RESERVED_SLACK = 0.12, 0.08, 0.12
+_CPU_SLACK, _GPU_SLACK, _RESERVED_SLACK = 0.08, 0.08, 0.12
 _PROCESS_SLACK_BYTES = 96 * _MIB
 # oneDNN keeps compiled bf16 products on a CPU: each shape forwards and twice backwards, for each of some lengths, up to a number
 # of shapes that the trainer sets; a shape took 0.4 to 1.9 MiB (docs/log.md).
@@ -164,7 +164,8 @@ def _ram(timeline: Timeline, setup: Setup, profile: Profile, trust: Trust) -> tu
     worst = max(held, timeline.resting_bytes + timeline.worst_evaluation_bytes) if setup.device == "cpu" else held
     shapes = min(_SHAPES, timeline.num_products * _SHAPES_PER_PRODUCT) if setup.device == "cpu" and setup.precision != "fp32" else 0
     point = profile.process_bytes + held + shapes * _SHAPE_BYTES
-    upper = profile.process_bytes + _PROCESS_SLACK_BYTES + worst * (1 + _CPU_SLACK) + shapes * _SHAPE_MOST_BYTES
+    coming = max(0, worst - timeline.resting_bytes)  # what rests is known to the byte; scratch and holes come with what comes and goes
+    upper = profile.process_bytes + _PROCESS_SLACK_BYTES + worst + coming * _CPU_SLACK + shapes * _SHAPE_MOST_BYTES
     return _ranged(trust, "ram_bytes", point, upper), {"ram_bytes": float(point)}
 
 
