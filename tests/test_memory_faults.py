@@ -184,6 +184,25 @@ def test_a_checkpoint_that_finds_no_memory_for_its_copy_is_told(tmp_path: Path, 
     assert link.of("checkpoint")
 
 
+def test_metrics_that_found_no_memory_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading them from a full GPU may fail: no line is lost."""
+    from trainerd.engine import metrics
+
+    original, calls = metrics._resolve, []
+
+    def resolve(numbers: Any) -> Any:
+        calls.append(len(numbers))
+        if len(calls) == 1:
+            raise OOM
+        return original(numbers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "_resolve", resolve)
+        run(tmp_path / "tight", asked())
+    run(tmp_path / "ample", asked())
+    assert calls[1] == calls[0] and same(tmp_path / "ample", tmp_path / "tight")
+
+
 def test_somebody_who_asked_for_a_save_hears_that_there_was_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """His request is answered, once; it is not tried in every step from then on."""
 

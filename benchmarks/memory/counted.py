@@ -21,9 +21,8 @@ from trainerd.config.model import RunConfig
 from trainerd.engine.loop import Link, Result
 from trainerd.engine.task import Task
 from trainerd.engine.trainer import Trainer
-from trainerd.memory import forecast, timeline
+from trainerd.memory import estimate, forecast, timeline
 from trainerd.memory import tape as tapes
-from trainerd.memory.estimate import _PROCESS_SLACK_BYTES
 from trainerd.memory.planner import Answer
 from trainerd.memory.profile import Profile
 from trainerd.memory.timeline import Setup, Timeline
@@ -59,6 +58,7 @@ class FamilyTable:
     """The same for the planner."""
 
     assumed = ()
+    offers = ()
 
     def __init__(self, name: str, parts: Family) -> None:
         self.kind, self._parts = name, parts
@@ -91,12 +91,13 @@ class _CountedTape(tapes.Tape):
 
 @contextmanager
 def counted_tapes() -> Iterator[None]:
-    """Estimates follow torch as it is while every tensor is counted."""
-    original, timeline.Tape = timeline.Tape, _CountedTape  # type: ignore[misc]
+    """Estimates follow torch as it is while every tensor is counted, and there is no process beside the tensors."""
+    before, timeline.Tape = timeline.Tape, _CountedTape  # type: ignore[misc]
+    slack, estimate._PROCESS_SLACK_BYTES = estimate._PROCESS_SLACK_BYTES, 0
     try:
         yield
     finally:
-        timeline.Tape = original  # type: ignore[misc]
+        timeline.Tape, estimate._PROCESS_SLACK_BYTES = before, slack  # type: ignore[misc]
 
 
 def configuration(batch: int, **train: Any) -> RunConfig:
@@ -105,10 +106,10 @@ def configuration(batch: int, **train: Any) -> RunConfig:
 
 
 def plan(table: FamilyTable, config: RunConfig, budget_bytes: int) -> Answer:
-    """The planner's answer where tensors may have so many bytes: beside them the bare process takes what it takes at most."""
+    """The planner's answer where tensors may have so many bytes."""
     nothing = Profile(measured=True, process_bytes=0)
     with counted_tapes():
-        return forecast.answer(config, forecast.Place("cpu", budget_bytes + _PROCESS_SLACK_BYTES, "fp32", nothing), table)
+        return forecast.answer(config, forecast.Place("cpu", budget_bytes, "fp32", nothing), table)
 
 
 def train(parts: Family, config: RunConfig, budget_bytes: int) -> tuple[Budget, Result | None]:

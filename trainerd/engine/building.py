@@ -58,8 +58,7 @@ def build(
     mixed = precision.Precision(plan["precision"], device)
     pulse = Pulse(link.send)
     rng.seed(config.seed)
-    logits = plan.get("logits", "chunked")
-    task.bind(TaskContext(device=device, dtype=mixed.dtype, seed=config.seed, cache_dir=cache_dir, data=config.data, logits=logits))
+    task.bind(_context(config, plan, mixed, cache_dir))
     dataset, held_out = _datasets(task)
     batches = Batches(len(dataset), config.train.batch_size, config.seed, lengths=lengths_of(task, dataset), limit=config.data.size)
     model = task.model()
@@ -101,6 +100,11 @@ def build(
     _begin(training, held_out, state)
     loader.seek(training.step, plan["micro_batch"])
     return training
+
+
+def _context(config: RunConfig, plan: plans.Plan, mixed: precision.Precision, cache_dir: Path) -> TaskContext:
+    logits = plan.get("logits", "chunked")
+    return TaskContext(device=mixed.device, dtype=mixed.dtype, seed=config.seed, cache_dir=cache_dir, data=config.data, logits=logits)
 
 
 def _begin(training: Training, held_out: MapDataset | None, state: State | None) -> None:

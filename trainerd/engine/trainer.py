@@ -19,7 +19,7 @@ from trainerd.contract import clock, files, wire
 from trainerd.contract.errors import Refused
 from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home, RunPaths
-from trainerd.engine import guard, loop, optimizers, precision, preparing, provenance, receipt, space
+from trainerd.engine import cleaning, guard, loop, optimizers, precision, preparing, provenance, receipt, space
 from trainerd.engine import plan as plans
 from trainerd.engine.building import build
 from trainerd.engine.checkpoints import CheckpointStore
@@ -119,6 +119,7 @@ class Trainer:
             self._make_room(training, store)
             training.exact.tell()
             stack.enter_context(deterministic(plan["deterministic"], training.lost_by))
+            stack.enter_context(cleaning.settled())
             result = loop.train(training)
             receipt.write(training.foreseen, training.plan, self.config, self.paths, training.step, self._link.send)
             return self._finish(training, result) if result.outcome == loop.FINISHED else result
