@@ -1,13 +1,16 @@
-"""Disks that record, fail or die at any operation, and small states to keep on them. No tests here."""
+"""Disks that record, fail, die or are full at any operation, and small states to keep on them. No tests here."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pytest
 import torch
 
 from trainerd.contract import files
@@ -58,6 +61,21 @@ def pair(step: int) -> set[str]:
 
 def state_file(folder: Path, step: int) -> Path:
     return folder / f"checkpoint_epoch_1_step_{step}.pt"
+
+
+def on_a_small_disk(folder: Path, scenario: Callable[[Path], None], options: str) -> None:
+    """Run a function of a test module in a mount namespace of its own, with `folder` a tmpfs of that size ("4m,nr_inodes=99")."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs tmpfs")
+    folder.mkdir(exist_ok=True)
+    mount = f"mount -t tmpfs -o size={options} small {folder}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs unprivileged mounts (unshare -rm)")
+    program = f"import pathlib; from {scenario.__module__} import {scenario.__name__} as go; go(pathlib.Path({str(folder)!r}))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
+    command = ["unshare", "-rm", "sh", "-c", f'{mount} && exec {sys.executable} -c "$0"', program]
+    done = subprocess.run(command, capture_output=True, env=environment, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
 
 
 class WatchedDisk(files.Disk):

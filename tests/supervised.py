@@ -27,6 +27,7 @@ QUICK = Timing(
     backoff_seconds=0.02,
     device_seconds=0.05,
     room_seconds=0.3,
+    lacking_seconds=0.05,
     leave_seconds=0.5,
     leave_now_seconds=0.3,
     hung_seconds=0.5,

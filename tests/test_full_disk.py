@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from tests.disks import FailingDisk, RecordingDisk, commit, loaded_step, names
+from tests.disks import FailingDisk, RecordingDisk, commit, loaded_step, names, on_a_small_disk
 from tests.toy import LEAVE, Script, Toy, config, lines, run, same, weights
 from tests.trainers import TASK, RunningTrainer, new_run
 from trainerd.contract import files, wire
@@ -75,21 +75,6 @@ class Helps(Script):
             return None
         self._leave = False
         return LEAVE
-
-
-def on_a_small_disk(folder: Path, scenario: str, size: str) -> None:
-    """Run a function of this file in a mount namespace of its own, with `folder` a tmpfs of that size."""
-    if not sys.platform.startswith("linux"):
-        pytest.skip("needs tmpfs")
-    folder.mkdir(exist_ok=True)
-    mount = f"mount -t tmpfs -o size={size} small {folder}"
-    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode != 0:
-        pytest.skip("needs unprivileged mounts (unshare -rm)")
-    program = f"import pathlib; from tests import test_full_disk as t; t.{scenario}(pathlib.Path({str(folder)!r}))"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
-    command = ["unshare", "-rm", "sh", "-c", f'{mount} && exec {sys.executable} -c "$0"', program]
-    done = subprocess.run(command, capture_output=True, env=environment, check=False, timeout=300)
-    assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
 
 
 def full_in_the_middle(folder: Path) -> None:
@@ -165,7 +150,7 @@ def test_on_a_small_file_system(tmp_path: Path, scenario: str, size: str) -> Non
     """Full in the middle: training goes on, says since when it is unsaved and what is missing, and the next save succeeds. Full at
     the end: it waits, may be stopped, and the result is written when there is room; full while preparing: the same. Every number
     and the model are those of a run on a large disk. Read-only: an error, and nothing torn."""
-    on_a_small_disk(tmp_path / "small", scenario, size)
+    on_a_small_disk(tmp_path / "small", globals()[scenario], size)
 
 
 def test_full_once_at_any_operation_of_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,17 @@
-"""What follows the end of a trainer process: it finished, left as it was asked to, or died. Must not start or kill one.
+"""What follows the end of a trainer process: it finished, left as it was asked to, or died; or there was none to begin with.
+
+Must not start or kill one.
 """
 
 from __future__ import annotations
 
+import errno
 import time
 from typing import TYPE_CHECKING
 
 from trainerd.contract import phases, runs, status, wire
 from trainerd.contract.paths import Home
-from trainerd.supervisor import death, logs, opening, report
+from trainerd.supervisor import death, journal, logs, opening, report
 from trainerd.supervisor.death import Death
 from trainerd.supervisor.hang import Hang
 from trainerd.supervisor.restart import MAX_DEATHS
@@ -22,6 +25,9 @@ _WHILE = {
     phases.CHECKPOINTING: "writing a checkpoint",
     phases.EXPORTING: "writing the finished model",
 }
+# Too many processes, no memory, too many open files on the whole machine: none of it is the trainer's.
+_NO_MEMORY = (errno.EAGAIN, errno.ENOMEM, errno.ENFILE)
+_NO_MEMORY_ON_WINDOWS = (8, 14, 1450, 1455)
 
 
 def follow(supervisor: Supervisor, gone: TrainerProcess, leaving: Leaving | None) -> None:
@@ -79,6 +85,36 @@ def _made_room(supervisor: Supervisor, gone: TrainerProcess) -> None:
     supervisor.room.made(told, time.monotonic())
     supervisor.start_at = time.monotonic() + supervisor.room.look_seconds
     supervisor.report.state(status.WAITING, f"Waiting for memory: {told.get('reason') or 'the machine is short of it'}.")
+
+
+def not_started(supervisor: Supervisor, error: Exception) -> None:
+    """No trainer could be started. What the machine will have again is waited for; anything else is tried five times."""
+    lacking = _lacking(error, supervisor.home)
+    if lacking is not None:
+        supervisor.start_at = time.monotonic() + supervisor.timing.lacking_seconds
+        if lacking != supervisor.lacking:
+            supervisor.lacking = lacking
+            supervisor.journal.note("start waits", error=str(error), lacking=lacking)
+        supervisor.report.state(status.WAITING, f"{lacking} The training goes on by itself when there is; `stop` ends it.")
+        return
+    restart = supervisor.policy.died(())
+    supervisor.journal.note("cannot start", error=str(error))
+    if restart is None:
+        supervisor.end(status.FAILED, f"The trainer cannot be started: {error}.")
+        return
+    supervisor.start_at = time.monotonic() + max(restart.delay_seconds, supervisor.timing.backoff_seconds)
+    supervisor.report.state(status.RECOVERING, f"The trainer cannot be started: {error}; trying again.")
+
+
+def _lacking(error: Exception, home: Home) -> str | None:
+    """What the machine has too little of just now, as a sentence; None when it is something else."""
+    if not isinstance(error, OSError):
+        return None
+    if journal.is_full(error):
+        return f"The disk is full: there is no room for the log of a new trainer in {home.logs}."
+    if error.errno in _NO_MEMORY or getattr(error, "winerror", None) in _NO_MEMORY_ON_WINDOWS:
+        return f"The machine has no memory or no process left to start the trainer with ({error.strerror or error})."
+    return None
 
 
 def how_to_go_on(supervisor: Supervisor) -> str:

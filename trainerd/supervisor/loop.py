@@ -41,6 +41,8 @@ class Timing:
     """Until a lost device is looked for again; then twice as long each time."""
     room_seconds: float = 15.0
     """So long there must be memory again before a trainer that made room is started."""
+    lacking_seconds: float = 5.0
+    """Until a start that a full disk or a machine without memory did not allow is tried again."""
     leave_seconds: float = 60.0
     """For a trainer with something to save; ten times the last save's duration is added."""
     leave_now_seconds: float = 2.0
@@ -95,6 +97,7 @@ class Supervisor:
         self.not_finite_at: set[int] = set()  # steps whose numbers were none
         self.start_at: float | None = time.monotonic()  # when the next trainer is due; None: not at all
         self.before_step: int | None = None  # it shall go back before this step
+        self.lacking = ""  # what the machine has too little of to start one
         self.trainer: TrainerProcess | None = None
         self.leaving: Leaving | None = None
         self.saves_asked: set[str] = set()
@@ -306,10 +309,10 @@ class Supervisor:
             self.report.state(status.WAITING, short)
             return
         self.start_at = None
-        self.report.state(status.STARTING, "Starting the trainer.")
-        self.report.write_if_due(self.timing.tick_seconds)
-        before, self.before_step = self.before_step, None
-        record = self.journal.record
+        if not self.lacking:  # a wait goes on until there is a trainer
+            self.report.state(status.STARTING, "Starting the trainer.")
+            self.report.write_if_due(self.timing.tick_seconds)
+        before, record = self.before_step, self.journal.record
         steps = opening.committed_steps(self.home.run(record.id).checkpoints)
         self.policy.started(next((step for step in reversed(steps) if before is None or step < before), None))
         try:
@@ -318,20 +321,13 @@ class Supervisor:
             self.end(status.FAILED, f"The trainer cannot be started: {error}")
             return
         except (OSError, ValueError) as error:
-            self._cannot_start(error)
+            aftermath.not_started(self, error)
             return
+        self.before_step, self.lacking = None, ""
+        self.report.state(status.STARTING, "Starting the trainer.")
         self.vigil.hang.started()
         self.report.trainer_started(self.trainer.pid, self.trainer.started_at, self.trainer.log_path)
         self.journal.note("trainer started", pid=self.trainer.pid, log=self.trainer.log_path.name, before_step=before)
-
-    def _cannot_start(self, error: Exception) -> None:
-        restart = self.policy.died(())
-        self.journal.note("cannot start", error=str(error))
-        if restart is None:
-            self.end(status.FAILED, f"The trainer cannot be started: {error}.")
-            return
-        self.start_at = time.monotonic() + max(restart.delay_seconds, self.timing.backoff_seconds)
-        self.report.state(status.RECOVERING, f"The trainer cannot be started: {error}; trying again.")
 
     def rest_paused(self, words: str = "") -> None:
         """Nothing runs; the supervisor stays, so that resume needs no start."""
