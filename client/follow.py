@@ -6,7 +6,7 @@ import subprocess
 import time
 import uuid
 
-from trainerd.contract import errors, ground, lock, requests, status
+from trainerd.contract import errors, files, ground, lock, requests, status
 from trainerd.contract.errors import AlreadyRunning, ConfigError, Refused, RunFailed, TrainerdError, UsageError
 from trainerd.contract.paths import Home
 from trainerd.contract.status import Reading
@@ -47,7 +47,7 @@ def already_running(home: Home, reading: Reading) -> AlreadyRunning:
 def prepare_home(home: Home) -> list[str]:
     """Create the home; returns warnings about the place. Raises Refused when it cannot hold a training."""
     try:
-        home.root.mkdir(0o700, parents=True, exist_ok=True)
+        files.make_folder(home.root, 0o700)
     except OSError as error:
         raise Refused(f"The home {home.root} cannot be created: {error.strerror or error}.", "Name another folder with --home.") from None
     found = ground.check(home)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainerd.contract import interpreter
+from trainerd.contract import files, interpreter
 from trainerd.contract.paths import Home
 
 _ACCESS_DENIED = 5
@@ -73,7 +73,7 @@ def attached(home: Home, instance: str, request: str) -> subprocess.Popen[bytes]
 
 def _early_log(home: Home, instance: str) -> Path:
     """A file of its own for each start; those of earlier starts that stayed empty go."""
-    home.logs.mkdir(0o700, parents=True, exist_ok=True)
+    files.make_folder(home.logs, 0o700)
     for path in home.logs.glob(_EARLY_LOGS):
         _remove_if_old_and_empty(path)
     for path in sorted(home.logs.glob(_EARLY_LOGS))[:-_KEEP_EARLY_LOGS]:

@@ -108,8 +108,8 @@ class WatchedDisk(files.Disk):
     def unlink(self, path: Path) -> None:
         self.at("unlink", path, lambda: super(WatchedDisk, self).unlink(path))
 
-    def make_folder(self, path: Path) -> None:
-        self.at("make_folder", path, lambda: super(WatchedDisk, self).make_folder(path))
+    def make_folder(self, path: Path, mode: int = 0o777) -> None:
+        self.at("make_folder", path, lambda: super(WatchedDisk, self).make_folder(path, mode))
 
     def sync_folder(self, path: Path) -> None:
         self.at("sync_folder", path, lambda: super(WatchedDisk, self).sync_folder(path))

@@ -1,6 +1,6 @@
 """A model of what a disk may hold after a power cut, made from the operations that were really done. No tests here.
 
-Content that was not synced may be there whole, half, as zeros, or not at all; of the renames and removals since the last
+Content that was not synced may be there whole, half, with a hole, as zeros, or not at all; of the renames and removals since the last
 sync of their folder, any first part may have happened. (A journaling file system does no worse.)
 """
 
@@ -99,8 +99,15 @@ def _apply(names: Names, operations: list[tuple[str, str, int]]) -> Names:
     return names
 
 
+def with_a_hole(content: bytes) -> bytes:
+    """Pages reach the disk in any order: the beginning and the end are there, the middle never was."""
+    part = len(content) // 3
+    return content[:part] + bytes(len(content) - 2 * part) + content[len(content) - part :]
+
+
 def _after(moment: _Moment) -> Iterator[dict[str, bytes]]:
     forgets: list[Callable[[bytes], bytes]] = [lambda b: b, lambda b: b"", lambda b: bytes(len(b)), lambda b: b[: len(b) // 2]]
+    forgets.append(with_a_hole)
     for count in range(len(moment.pending) + 1):
         names = _apply(moment.durable, moment.pending[:count])
         for forget in forgets:

@@ -6,6 +6,7 @@ import json
 
 import click
 
+from trainerd.contract import files
 from trainerd.contract.errors import TrainerdError
 from trainerd.contract.paths import Home
 from trainerd.machine import autostart
@@ -36,7 +37,7 @@ def command(home: Home, what: str, as_json: bool) -> None:
 
 
 def _enable(home: Home) -> None:
-    home.root.mkdir(parents=True, exist_ok=True)
+    files.make_folder(home.root, 0o700)
     wish = registration.read(home)
     wish.wanted, wish.without = registration.WANTED, None
     registration.write(home, wish)

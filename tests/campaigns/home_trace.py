@@ -1,7 +1,8 @@
 """What a disk may hold of a whole home after a power cut, from the operations a training really did. No tests here.
 
-As in tests/power_cut.py, for several folders: content since its last sync may be there whole, half, as zeros, or not at
-all; of the names made, renamed and removed in a folder since that folder's last sync, any first part may have happened.
+As in tests/power_cut.py, for several folders: content since its last sync may be there whole, half, with a hole, as zeros, or
+not at all; of the names made, renamed and removed in a folder since that folder's last sync, any first part may have happened.
+A folder is a name in the one above it: what lies in a folder that is not there is gone.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from tests.disks import WatchedDisk
+from tests.power_cut import with_a_hole
 
 Change = tuple[str, str, int]
 Names = dict[str, int]
+_FOLDER = -1
+"""In place of an inode, for a name that ends in a slash."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,9 @@ class HomeTrace(WatchedDisk):
     def begin(self) -> None:
         """What lies there now has been there for long."""
         for path in self.root.rglob("*"):
-            if path.is_file():
+            if path.is_dir():
+                self._now[f"{self._name(path)}/"] = _FOLDER
+            elif path.is_file():
                 content = path.read_bytes()
                 self._now[self._name(path)] = inode = len(self._contents)
                 self._contents[inode] = (content, content)
@@ -77,6 +83,9 @@ class HomeTrace(WatchedDisk):
             self._contents[inode] = (synced, there + bytes(detail[1]))
         elif kind == "truncate":
             raise AssertionError("an undisturbed training cuts nothing back")
+        elif kind == "make_folder":
+            self._now[f"{name}/"] = _FOLDER
+            self._change(path, ("link", f"{name}/", _FOLDER))
         elif kind == "rename":
             inode = self._now[name] = self._now.pop(self._name(detail))
             self._change(path, (f"rename {self._name(detail)}", name, inode))
@@ -123,6 +132,7 @@ _FORGETS: tuple[Callable[[bytes, bytes], bytes], ...] = (
     lambda synced, there: there,
     lambda synced, there: synced,
     lambda synced, there: synced + bytes(len(there) - len(synced)),
+    lambda synced, there: synced + with_a_hole(there[len(synced) :]),
     lambda synced, there: there[: (len(synced) + len(there)) // 2],
 )
 
@@ -147,14 +157,16 @@ class AfterCut:
     """One possible disk, and what had been promised by then."""
 
     files: dict[str, bytes]
+    folders: tuple[str, ...]
     acknowledged: int
     finished: bool
 
     def lay_out(self, root: Path) -> None:
         shutil.rmtree(root, ignore_errors=True)
+        for name in ("", *self.folders):
+            (root / name).mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             path = root / name
-            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
 
 
@@ -163,11 +175,18 @@ def after_power_cuts(trace: HomeTrace) -> Iterator[AfterCut]:
     seen: set[bytes] = set()
     for moment in trace.moments:
         for names in _names_after(moment):
+            there = sorted(name for name in names if _is_reachable(name, names))
+            folders = tuple(name for name in there if name.endswith("/"))
             for forget in _FORGETS:
-                files = {name: forget(*moment.contents[inode]) for name, inode in sorted(names.items())}
-                digest = hashlib.sha256(repr((moment.acknowledged, moment.finished)).encode())
+                files = {name: forget(*moment.contents[names[name]]) for name in there if not name.endswith("/")}
+                digest = hashlib.sha256(repr((moment.acknowledged, moment.finished, folders)).encode())
                 for name, content in files.items():
                     digest.update(f"{name} {len(content)}:".encode() + hashlib.sha256(content).digest())
                 if digest.digest() not in seen:
                     seen.add(digest.digest())
-                    yield AfterCut(files, moment.acknowledged, moment.finished)
+                    yield AfterCut(files, folders, moment.acknowledged, moment.finished)
+
+
+def _is_reachable(name: str, names: Names) -> bool:
+    """Whether every folder above a name is there."""
+    return all(f"{folder}/" in names for folder in list(PurePosixPath(name).parents)[:-1])

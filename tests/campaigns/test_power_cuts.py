@@ -14,11 +14,13 @@ from unittest import mock
 
 import pytest
 
+from client import follow
 from tests.campaigns import size
 from tests.campaigns.home_trace import AfterCut, HomeTrace, after_power_cuts
+from tests.supervised import RUN, start_arguments
 from trainerd.config.model import RunConfig
-from trainerd.contract import files, wire
-from trainerd.contract.errors import NoGoodCheckpoint
+from trainerd.contract import files, requests, runs, wire
+from trainerd.contract.errors import NoGoodCheckpoint, Unreadable
 from trainerd.contract.paths import Home, RunPaths
 from trainerd.engine import checkpoints, export
 from trainerd.engine.loop import Link
@@ -26,6 +28,7 @@ from trainerd.engine.selftest import oracle, small_run
 from trainerd.engine.selftest.oracle import Broken, Outcome
 from trainerd.engine.selftest.small_task import Small
 from trainerd.engine.trainer import Trainer
+from trainerd.supervisor import opening
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs folders that can be synced")
 Deaf = Callable[[str, Path], bool]
@@ -99,8 +102,10 @@ def look(cut: AfterCut, root: Path, expected: Outcome) -> None:
     found.compare(expected)
 
 
-def cuts(folder: Path, deaf: Deaf = lambda kind, path: False, every: int = 1, enough: int = sys.maxsize) -> tuple[int, list[str]]:
-    """(states looked at, what was wrong in them); ends after `enough` wrong ones."""
+def cuts(
+    folder: Path, deaf: Deaf = lambda kind, path: False, every: int = 1, enough: int = sys.maxsize, counted: str = ""
+) -> tuple[int, list[str]]:
+    """(states looked at, what was wrong in them, if it is said with the word `counted`); ends after `enough` wrong ones."""
     trace, expected = record(folder / "recorded", deaf)
     wrong: list[str] = []
     number = 0
@@ -108,7 +113,8 @@ def cuts(folder: Path, deaf: Deaf = lambda kind, path: False, every: int = 1, en
         try:
             look(cut, folder / "cut", expected)
         except (Broken, NoGoodCheckpoint, ValueError) as error:
-            wrong.append(f"state {number}, acknowledged {cut.acknowledged}: {error}")
+            if counted in str(error):
+                wrong.append(f"state {number}, acknowledged {cut.acknowledged}: {error}")
             if len(wrong) >= enough:
                 break
     shutil.rmtree(folder / "recorded")
@@ -129,6 +135,51 @@ MUTANTS = {
     "the record of the result": of("result.json"),
     "the folder of the model": lambda kind, path: kind == "sync_folder" and path.parent.name == "models",
 }
+
+
+def unknown_runs(folder: Path, deaf: Deaf = lambda kind, path: False) -> tuple[int, list[str]]:
+    """(states looked at, those in which a run that was begun is unknown): a client asks for a run in a new home, the power is cut."""
+    root = folder / "root"
+    root.mkdir()
+    trace, home = HomeTrace(root, deaf), Home(root / "home")
+    trace.begin()
+    with mock.patch.object(files, "disk", trace):
+        follow.prepare_home(home)
+        request = requests.Request("start", "me", start_arguments())
+        requests.send(home, request)
+        opening.open_run(home, opening.read_request(home, "me", request.id).arguments)
+        trace.acknowledged = 1
+        trace.remember()
+    number, wrong = 0, []
+    for number, cut in enumerate(after_power_cuts(trace), 1):
+        cut.lay_out(folder / "cut")
+        try:
+            runs.read(Home(folder / "cut" / "home"), RUN)
+        except (FileNotFoundError, Unreadable) as error:
+            if cut.acknowledged:
+                wrong.append(f"state {number}: {error}")
+    return number, wrong
+
+
+BEGINNING: dict[str, Deaf] = {
+    "the record": lambda kind, path: kind == "sync" and "run.json" in path.name,
+    "the folder of the run": lambda kind, path: kind == "sync_folder" and path.name == RUN,
+    "the folder of runs": lambda kind, path: kind == "sync_folder" and path.name == "runs",
+    "the home": lambda kind, path: kind == "sync_folder" and path.name == "home",
+    "the folder the home is in": lambda kind, path: kind == "sync_folder" and path.name == "root",
+}
+
+
+def test_a_run_that_was_begun_is_known(tmp_path: Path) -> None:
+    """Once a start is acknowledged no power cut takes run.json, or any folder above it."""
+    number, wrong = unknown_runs(tmp_path)
+    assert number > 10 and wrong == []
+
+
+@pytest.mark.parametrize("mutant", BEGINNING)
+def test_the_model_notices_what_a_beginning_leaves_unsynced(tmp_path: Path, mutant: str) -> None:
+    """With any of these left out there is a disk on which the run is gone."""
+    assert unknown_runs(tmp_path, BEGINNING[mutant])[1]
 
 
 def test_some_power_cuts(tmp_path: Path) -> None:
@@ -159,6 +210,10 @@ def test_the_model_notices_a_missing_sync(tmp_path: Path, mutant: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 def test_the_model_notices_a_missing_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the look at size and sha256, and without the state's fsync, a wrong state is loaded or a whole one is lost."""
+    """A disk that forgets what was synced of a state loses checkpoints, but no run comes to other numbers by it; without the look at
+    size and sha256 one does."""
+    assert cuts(tmp_path / "with", MUTANTS["the state"], counted="differs")[1] == []
     monkeypatch.setattr(checkpoints, "_verify", lambda file, manifest: None)
-    assert cuts(tmp_path, MUTANTS["the state"], enough=1)[1]
+    number, wrong = cuts(tmp_path / "without", MUTANTS["the state"], enough=1, counted="differs")
+    size.tell(f"power cuts without the hash: {wrong[0] if wrong else f'nothing found in {number} states'}")
+    assert wrong

@@ -60,8 +60,8 @@ class Disk:
     def unlink(self, path: Path) -> None:
         os.unlink(path)
 
-    def make_folder(self, path: Path) -> None:
-        os.mkdir(path)
+    def make_folder(self, path: Path, mode: int = 0o777) -> None:
+        os.mkdir(path, mode)
 
     def sync_folder(self, path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
@@ -110,8 +110,13 @@ def _once_free(action: Callable[[], None], busy_seconds: float) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable. Windows has no such call and journals them itself."""
-    if not _WINDOWS:
+    if _WINDOWS:
+        return
+    try:
         disk.sync_folder(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no such operation
+            raise
 
 
 def _sync_rename(target: Path) -> None:
@@ -128,16 +133,19 @@ def sync_file(path: Path) -> None:
         disk.sync(file)
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path, mode: int = 0o777) -> None:
     """Make a folder and those above it, so that they survive a power cut. Raises OSError."""
     if path.is_dir():
         return
-    make_folder(path.parent)
+    make_folder(path.parent, mode)
     try:
-        disk.make_folder(path)
+        disk.make_folder(path, mode)
     except FileExistsError:
-        return
-    sync_folder(path.parent)
+        pass  # somebody else made it just now, and may not have come to the sync
+    try:
+        sync_folder(path.parent)
+    except PermissionError:
+        pass  # one may make folders in it but not read it: nothing of ours lies there but this
 
 
 def _temporary(path: Path) -> Path:

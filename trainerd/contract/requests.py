@@ -42,7 +42,7 @@ def send(home: Home, request: Request) -> Path:
     """Write the request file; returns its path, which withdraw() takes. Raises OSError, Refused."""
     if files.is_link(home.control):
         raise Refused(f"{home.control} is a link: requests in it are not read.", "Move it away.")
-    home.control.mkdir(0o700, parents=True, exist_ok=True)
+    files.make_folder(home.control, 0o700)
     path = home.control / f"{request.id}.json"
     files.write_json(path, {"schema": files.SCHEMA, **asdict(request)})
     return path

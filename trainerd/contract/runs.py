@@ -59,7 +59,7 @@ def valid_name(name: str) -> bool:
 def write(home: Home, record: RunRecord) -> None:
     """Replace run.json, durably. Raises OSError."""
     paths = home.run(record.id)
-    paths.folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(paths.folder)
     files.write_json(paths.record, {"schema": files.SCHEMA, **asdict(record)}, durable=True)
 
 

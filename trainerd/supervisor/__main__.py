@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from trainerd.contract import errors, ground, requests, status
+from trainerd.contract import errors, files, ground, requests, status
 from trainerd.contract.errors import AlreadyRunning, TrainerdError
 from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home
@@ -76,7 +76,7 @@ def _settle_in(home: Home, *, detached: bool) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored by whoever called, deaths could not be waited for
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    home.root.mkdir(parents=True, exist_ok=True)
+    files.make_folder(home.root)
     os.chdir(home.root)
     if not detached:
         return

@@ -59,7 +59,7 @@ def open_run(home: Home, arguments: dict[str, Any]) -> Opening:
     paths = home.run(name)
     ground.check(home, name)
     for folder in (home.control, home.logs, paths.folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)  # lasting: what is acknowledged later lies in them
     files.tidy(home.root, STATUS_FILE)
     files.tidy(paths.folder)
     resume = bool(arguments.get("resume"))
@@ -75,7 +75,7 @@ def open_run(home: Home, arguments: dict[str, Any]) -> Opening:
     warnings = _copy_task(paths, record, arguments.get("task_file"))
     record.wanted, record.outcome, record.reason, record.ended_at = runs.WANTED_RUNNING, None, "", None
     runs.write(home, record)
-    files.write_atomic(paths.config, to_yaml(record.config).encode("utf-8"))
+    files.write_atomic(paths.config, to_yaml(record.config).encode("utf-8"), durable=True)
     return Opening(record, resume, [str(change) for change in arguments.get("changes") or []], warnings)
 
 
@@ -139,7 +139,7 @@ def _copy_task(paths: RunPaths, record: RunRecord, task_file: Any) -> list[str]:
         return [f"{source} has changed since the run began; the run keeps its own copy in {paths.task}. --no-resume takes the new one."]
     if content is None or digest is None:
         raise UsageError(f"{source} is not a file of at most {_MAX_TASK_BYTES:,} bytes.", "Name the task as FILE.py:Class.")
-    paths.task.mkdir(parents=True, exist_ok=True)
+    files.make_folder(paths.task)
     files.write_atomic(paths.task / source.name, content, durable=True)
     record.sources[source.name] = digest
     return []
