@@ -207,3 +207,21 @@ def test_no_number_goes_back_once_and_the_second_time_at_that_step_is_the_end(ho
     assert "the second time at the same step: NotFinite: The loss is not a finite number at step 13" in status.read(again).reason
     told = [line for line in journal(again) if line["kind"] == "not finite"]
     assert [(line["step"], line["samples"]) for line in told] == [(13, [3, 17])] * 2
+
+
+def test_a_killed_supervisor_does_not_forget_what_was_no_number(home: Home) -> None:
+    """Killed between the first time and the second: it still is the second. After the person has looked, it is a first one again."""
+    bad, slow = {**FAST, "at": 12, "do": "not-finite"}, {**FAST, "pause": 0.4}
+    with Daemon(home, bad, slow) as daemon:
+        daemon.until(lambda r: r.status is not None and r.status.trainer.restarts == 1 and r.status.progress.step == 11)
+        daemon.process.kill()
+        daemon.process.wait(5)
+    with Daemon(home, bad, resume=True) as daemon:
+        daemon.until_state(status.FAILED)
+        daemon.process.wait(10)
+    assert "the second time at the same step" in status.read(home).reason
+    assert len(starts(home)) == 3
+    with Daemon(home, bad, resume=True) as daemon:
+        daemon.until_state(status.FAILED)
+        daemon.process.wait(10)
+    assert len(starts(home)) == 5, "it was not given another chance after the person had looked"

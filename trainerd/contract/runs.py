@@ -46,6 +46,9 @@ class RunRecord:
     slowest: dict[str, float] = field(default_factory=dict)
     """The longest time without a sign of life of a trainer that went on, by phase: what limits of silence are learned from."""
 
+    not_finite_steps: list[int] = field(default_factory=list)
+    """Steps at which a number was none, once: the second time at one of them is the end. So that a supervisor's death forgets none."""
+
     @property
     def finished(self) -> bool:
         return self.outcome == "completed"
@@ -124,6 +127,8 @@ def _fits(declared: str, value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
     if declared.startswith("float"):
         return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LATEST
+    if declared.startswith("list[int]"):
+        return isinstance(value, list) and all(_fits("int", item) for item in value)
     texts = declared.startswith("dict[str, str]")
     return isinstance(value, dict) and (not texts or all(isinstance(text, str) for text in value.values()))
 

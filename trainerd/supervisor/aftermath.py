@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainerd.contract import phases, runs, status, wire
 from trainerd.contract.paths import Home
@@ -28,6 +28,8 @@ _WHILE = {
 # Too many processes, no memory, too many open files on the whole machine: none of it is the trainer's.
 _NO_MEMORY = (errno.EAGAIN, errno.ENOMEM, errno.ENFILE)
 _NO_MEMORY_ON_WINDOWS = (8, 14, 1450, 1455)
+_MOST_STEPS = 32
+"""Of steps whose numbers were none, kept in the run."""
 
 
 def follow(supervisor: Supervisor, gone: TrainerProcess, leaving: Leaving | None) -> None:
@@ -135,7 +137,8 @@ def _died(supervisor: Supervisor, gone: TrainerProcess, why: Death) -> None:
     supervisor.journal.save_record(slowest=supervisor.vigil.hang.learned())
     if why.device_lost and _waits_for_device(supervisor, gone, why):
         return
-    why = _not_finite(supervisor, gone, why)
+    if gone.not_finite_again:  # the first time the last checkpoint helps, if it was an accident of the hardware
+        why = Death(f"the second time at the same step: {why.words}", permanent=True)
     restart = None if why.permanent else supervisor.policy.died(opening.committed_steps(supervisor.home.run(run).checkpoints))
     deaths = supervisor.policy.deaths
     supervisor.journal.note("death", exit_code=gone.exit_code, why=why.words, log=gone.log_path.name, deaths=deaths)
@@ -166,18 +169,16 @@ def _waits_for_device(supervisor: Supervisor, gone: TrainerProcess, why: Death) 
     return True
 
 
-def _not_finite(supervisor: Supervisor, gone: TrainerProcess, why: Death) -> Death:
-    """The first time at a step the last checkpoint helps, if it was an accident of the hardware; the second time it is the step."""
-    told = gone.last_words.get(wire.NAN)
-    if told is None:
-        return why
-    step = told.get("step")
-    facts = {name: told.get(name) for name in ("step", "epoch", "what", "samples", "num_samples")}
+def not_finite(supervisor: Supervisor, sender: TrainerProcess, message: dict[str, Any]) -> None:
+    """A number is none. Kept in the run at once: this supervisor may be killed before the trainer's end is looked at."""
+    step, record = message.get("step"), supervisor.journal.record
+    facts = {name: message.get(name) for name in ("step", "epoch", "what", "samples", "num_samples")}
     supervisor.journal.note("not finite", **facts)
-    again = step in supervisor.not_finite_at
-    if isinstance(step, int):
-        supervisor.not_finite_at.add(step)
-    return Death(f"the second time at the same step: {why.words}", permanent=True) if again else why
+    if not isinstance(step, int) or step < 0:
+        return
+    sender.not_finite_again = step in record.not_finite_steps
+    if not sender.not_finite_again:
+        supervisor.journal.save_record(not_finite_steps=[*record.not_finite_steps, step][-_MOST_STEPS:])
 
 
 def _explain(supervisor: Supervisor, gone: TrainerProcess) -> Death:

@@ -94,7 +94,6 @@ class Supervisor:
         self.policy = RestartPolicy(self.timing.backoff_seconds)
         self.device = DeviceWait(self.timing.device_seconds)
         self.room = Room(self.timing.room_seconds)
-        self.not_finite_at: set[int] = set()  # steps whose numbers were none
         self.start_at: float | None = time.monotonic()  # when the next trainer is due; None: not at all
         self.before_step: int | None = None  # it shall go back before this step
         self.lacking = ""  # what the machine has too little of to start one
@@ -172,8 +171,10 @@ class Supervisor:
             self.report.state(status.WAITING, str(message.get("reason") or "Waiting."))
         elif event == wire.CHECKPOINT:
             self._saved(message)
-        elif event in (wire.EXCEPTION, wire.NO_ROOM, wire.NAN):
+        elif event in (wire.EXCEPTION, wire.NO_ROOM):
             sender.last_words[str(event)] = message
+        elif event == wire.NAN:
+            aftermath.not_finite(self, sender, message)
         elif event == wire.FINISHED:
             sender.said_finished = aftermath.result_stamp(self.home, self.journal.record.id) is not None
             if sender.said_finished:  # a process may wedge in a driver on its way out, with all its work done

@@ -71,6 +71,8 @@ def open_run(home: Home, arguments: dict[str, Any]) -> Opening:
         raise Refused(f"There is a run {name} already.", "Choose another --name; nothing was changed.")
     else:
         record = RunRecord(name, "", clock.wall(), config={}, identity={})
+    if record.outcome is not None or arguments.get("changes"):
+        record.not_finite_steps = []  # somebody has looked at it, or changed something: it may go better
     _take_over(record, arguments)
     warnings = _copy_task(paths, record, arguments.get("task_file"))
     record.wanted, record.outcome, record.reason, record.ended_at = runs.WANTED_RUNNING, None, "", None

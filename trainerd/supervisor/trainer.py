@@ -40,6 +40,7 @@ class TrainerProcess:
         self.started_at, self.started_monotonic = clock.wall(), time.monotonic()
         self.last_words: dict[str, dict[str, Any]] = {}
         """By event: why it is about to leave or to die."""
+        self.not_finite_again = False
         self.said_hello = self.said_finished = self.has_trained = False
         self.latest: dict[str, dict[str, Any]] = {}
         self.result_before: tuple[int, int] | None = None
