@@ -47,7 +47,7 @@ class Ballast:
 class Fills(Toy):
     """The disk is full from step `full_at` on, and has room again at `free_at`."""
 
-    full_at, free_at = 5, 10**9
+    full_at, free_at = 9, 10**9  # after the save at 8 has begun, so that the one at 4 is there
     ballast: Ballast
 
     def loss(self, model: Any, batch: Any, ctx: Any) -> Any:

@@ -7,7 +7,8 @@ TrainerdError                 4
 ├── Unreadable                4   a file of ours cannot be read, or is of a newer schema
 ├── RunFailed                 4   the run ended in failure
 │   ├── DeviceLost            4   the GPU a run was planned for does not answer
-│   └── NotFinite             4   a loss, gradient or weight is no number any more
+│   ├── NotFinite             4   a loss, gradient or weight is no number any more
+│   └── NotExported           4   all is trained and saved, and the disk does not take the result
 ├── NoGoodCheckpoint          4   checkpoints exist and none can be loaded
 ├── OutputLost                4   the standard output takes nothing
 └── Refused                   5   possible in principle, not now: already running, does not fit, disk too full
@@ -81,6 +82,10 @@ class NotFinite(RunFailed):
     def __init__(self, message: str, hint: str = "", for_good: bool = False) -> None:
         super().__init__(message, hint)
         self.for_good = for_good
+
+
+class NotExported(RunFailed):
+    """All is trained and saved, and the disk does not take the result."""
 
 
 class NoGoodCheckpoint(TrainerdError):

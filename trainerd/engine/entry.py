@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from trainerd.contract import runs, wire
-from trainerd.contract.errors import ConfigError, NoGoodCheckpoint, NotFinite, Refused, TrainerdError, Unreadable, UsageError
+from trainerd.contract.errors import ConfigError, NoGoodCheckpoint, NotExported, NotFinite, Refused, TrainerdError, Unreadable, UsageError
 from trainerd.contract.paths import Home, RunPaths
 from trainerd.contract.runs import RunRecord
 
@@ -136,7 +136,7 @@ def verdict(error: BaseException, *, retry_helps: bool) -> tuple[int, dict[str, 
         code = wire.EXIT_NO_CHECKPOINT
     elif isinstance(error, NotFinite):
         code = wire.EXIT_PERMANENT if error.for_good else _EXIT_CRASHED
-    elif isinstance(error, (UsageError, Unreadable, Refused)) or not (retry_helps or _of_the_moment(error)):
+    elif isinstance(error, (UsageError, Unreadable, Refused, NotExported)) or not (retry_helps or _of_the_moment(error)):
         code = wire.EXIT_PERMANENT
     else:
         code = _EXIT_CRASHED

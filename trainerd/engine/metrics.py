@@ -59,6 +59,7 @@ class MetricsLog:
         self.damaged = sha256 is not None and not self.missing_bytes and self._hash.hexdigest() != sha256
         """Whether what was kept is not what was written: what will be added is hashed together with it as it is."""
         self.last: dict[str, Any] = {}
+        self._abandoned = False
 
     @property
     def bytes(self) -> int:
@@ -72,6 +73,15 @@ class MetricsLog:
         for text in self._waiting:
             whole.update(text)
         return whole.hexdigest()
+
+    @property
+    def waits(self) -> bool:
+        """Whether there are lines that the disk has not taken."""
+        return bool(self._waiting)
+
+    def abandon(self) -> None:
+        """The file has become somebody else's: not a line more."""
+        self._abandoned = True
 
     def add(self, record: StepRecord) -> None:
         """Keep a step's numbers; nothing is read from the device or written yet."""
@@ -112,7 +122,7 @@ class MetricsLog:
     def _catch_up(self) -> None:
         """Write what waits, if the disk takes it. What it is missing is told with the checkpoint that cannot be saved."""
         try:
-            while self._waiting:
+            while self._waiting and not self._abandoned:
                 self._file.append(self._waiting[0])
                 self._hash.update(self._waiting.popleft())
         except OSError:

@@ -120,6 +120,8 @@ class Saver:
         self.last: Manifest | None = None
         self.failure: str | None = None
         """Why the last save failed, in words; None when it did not."""
+        self.error: Exception | None = None
+        """The same as it was raised."""
         self._store = store
         self._send = send
         self._home = home
@@ -214,7 +216,7 @@ class Saver:
         self.last = manifest
         self._saved_until = save.captured_at
         if self.failure is not None:
-            self.failure = None
+            self.failure = self.error = None
             self._send(wire.UNSAVED, since=None, missing_bytes=None, error=None)
         self._send(
             wire.CHECKPOINT,
@@ -236,6 +238,7 @@ class Saver:
         else:
             text = f"{type(error).__name__}: {error}"
             traceback.print_exception(error)
+        self.error = error
         self.failure = f"The checkpoint at step {save.facts['step']} could not be saved: {text}."
         self._send(wire.UNSAVED, since=self._saved_until, missing_bytes=missing_bytes, error=self.failure, request=save.request)
 

@@ -19,12 +19,12 @@ from trainerd.contract import clock, files, wire
 from trainerd.contract.errors import Refused
 from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home, RunPaths
-from trainerd.engine import cleaning, guard, loop, optimizers, precision, preparing, provenance, receipt, space
+from trainerd.engine import cleaning, finishing, guard, loop, optimizers, precision, preparing, provenance, receipt
 from trainerd.engine import plan as plans
 from trainerd.engine.building import build
 from trainerd.engine.checkpoints import CheckpointStore
 from trainerd.engine.determinism import arrange_cublas, deterministic
-from trainerd.engine.export import export, weights_bytes
+from trainerd.engine.export import weights_bytes
 from trainerd.engine.loop import Link, Result, Training
 from trainerd.engine.saver import note_to
 from trainerd.engine.task import Task
@@ -122,35 +122,12 @@ class Trainer:
             stack.enter_context(cleaning.settled())
             result = loop.train(training)
             receipt.write(training.foreseen, training.plan, self.config, self.paths, training.step, self._link.send)
-            return self._finish(training, result) if result.outcome == loop.FINISHED else result
+            return finishing.finish(training, result, self.paths) if result.outcome == loop.FINISHED else result
 
     @property
     def has_stepped(self) -> bool:
         """Whether train() has finished a step of its own: then what fails later may go better from a checkpoint."""
         return self._training is not None and self._training.step > self._began_at
-
-    def _finish(self, training: Training, result: Result) -> Result:
-        """Write the result; on a full disk, wait for room and write it then. Asked to leave meanwhile, leave: all but it is saved."""
-        waiting = space.Wait(self.paths.home.root, "Writing the finished model", self._link.send)
-
-        def write() -> None:
-            training.states.let_go()  # as large as the model and its optimizer; everything is saved
-            self._export(training, result)
-
-        while True:
-            try:
-                with guard.worded("write the finished model"):
-                    training.with_room("while writing the finished model", write)
-                return result
-            except Exception as error:
-                if not space.is_full(error, self.paths.home.root):
-                    raise
-                self._link.send(wire.NOTE, kind="export_waits", attempt=waiting.attempts + 1, error=str(error))
-            if not waiting.until_room(weights_bytes(training.model), training.asked.to_leave):
-                return Result(loop.LEFT, result.step, result.metrics)
-            if training.saver.failure is not None:
-                loop.save(training)
-                training.saver.wait()
 
     def _refuse_links(self) -> None:
         """Nothing is written out of the home through a link that somebody has put into it."""
@@ -215,22 +192,6 @@ class Trainer:
             before = state["about"].get("prepared_sha256", prepared) if state else prepared
             if before != prepared:
                 training.exact.lost(training.step + 1, "the data was prepared anew, and came out differently")
-
-    def _export(self, training: Training, result: Result) -> None:
-        """The result's files. With early stopping, the weights of the best evaluation; without, the last."""
-        self._link.send(wire.PHASE, name="exporting", done=None, total=None, unit=None)
-        step = training.step
-        best_step = int(training.evaluation.best.get("step", step))
-        if self.config.train.early_stopping is not None and best_step != step:
-            state = training.store.read_step(best_step)
-            if state is None:
-                text = f"The checkpoint of the best evaluation (step {best_step}) is not there: the last weights are exported."
-                self._link.send(wire.WARNING, text=text)
-            else:
-                training.states.restore_weights(state)
-                step = best_step
-        facts = {**result.metrics, "exported_step": step, "exact": training.exact.document()}
-        export(self.task, training.model, self.config, self.paths, frozen=training.states.frozen, facts=facts)
 
 
 def _size(path: Path) -> int:
