@@ -11,13 +11,15 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.person import Person
 from tests.supervised import RUN, Daemon, alive, journal, wait_for
-from trainerd.contract import lock, runs, status
-from trainerd.contract.errors import Unreadable
+from tests.toy import Script, Toy, config, lines, run, same
+from trainerd.contract import lock, runs, status, wire
+from trainerd.contract.errors import Refused, Unreadable
 from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home
 from trainerd.engine import locks
@@ -144,13 +146,13 @@ def test_the_lock_names_its_holder(tmp_path: Path) -> None:
 def test_a_trainer_keeps_its_lock_or_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """trainer.lock removed: locked anew; taken by somebody else meanwhile: told, so that two never write into one run."""
     monkeypatch.setattr(locks, "_KEEP_SECONDS", 0.02)
-    path, taken = tmp_path / "trainer.lock", threading.Event()
+    path, taken, told = tmp_path / "trainer.lock", threading.Event(), threading.Event()
     mine = FileLock(path)
     assert mine.acquire()
-    locks.keep(mine, taken.set)
+    release = locks.keep(mine, taken.set, told.set)
     path.unlink()
     wait_for(lambda: lock.is_held(path), 5, "the lock to be made again")
-    assert not taken.is_set()
+    assert told.wait(5) and not taken.is_set()
     for _ in range(50):  # until the other one is quicker
         path.unlink()
         other = FileLock(path)
@@ -158,7 +160,69 @@ def test_a_trainer_keeps_its_lock_or_leaves(tmp_path: Path, monkeypatch: pytest.
             break
     assert taken.wait(5)
     other.release()
-    mine.release()
+    wait_for(lambda: lock.is_held(path), 5, "the lock to be taken again once the other is gone")
+    release()
+    assert not lock.is_held(path)
+
+
+def test_whoever_finds_a_lock_removed_lets_its_holder_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second home comes in the very moment the device's lock file is gone: it waits for the device all the same."""
+    monkeypatch.setattr(locks, "_KEEP_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "_GO_FIRST_SECONDS", 0.5)
+    first, second = (locks.DeviceLock("cpu", tmp_path / name, tmp_path) for name in ("first", "second"))
+    said: list[str] = []
+    assert first.acquire_at_once() is None
+    first.keep(said.append)
+    for _ in range(3):
+        (tmp_path / "devices" / "cpu.lock").unlink()
+        assert "the training in " in str(second.acquire_at_once())
+    assert len(said) == 3 and "was removed while the training runs; it was made again" in said[0], said
+
+
+def test_a_device_somebody_else_has_taken_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the whole folder gone nothing tells a newcomer: then both say so, once, and the first takes the lock again when it is free."""
+    monkeypatch.setattr(locks, "_KEEP_SECONDS", 0.05)
+    first, second = (locks.DeviceLock("cpu", tmp_path / name, tmp_path / "state") for name in ("first", "second"))
+    said: list[str] = []
+    assert first.acquire_at_once() is None
+    shutil.rmtree(tmp_path / "state")
+    assert second.acquire_at_once() is None
+    first.keep(said.append)
+    wait_for(lambda: said, 5, "the first to notice")
+    assert "another training has taken the CPU" in said[0]
+    second.release()
+    wait_for(lambda: len(said) > 1, 5, "the lock to be taken again")
+    assert "it was made again" in said[1] and len(said) == 2
+
+
+@pytest.mark.parametrize("quicker", [False, True], ids=["alone", "another was quicker"])
+def test_a_library_users_home_is_kept_or_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quicker: bool) -> None:
+    """trainer.lock removed under Trainer.train(): made again and said; taken by another training: it ends, and writes no more."""
+    monkeypatch.setattr(locks, "_KEEP_SECONDS", 0.05)
+    home, link = Home(tmp_path), Script()
+    other = FileLock(home.trainer_lock)
+
+    class Loses(Toy):
+        def loss(self, model: Any, batch: Any, ctx: Any) -> Any:
+            if ctx.training and ctx.step == 9 and not link.of(wire.WARNING):
+                home.trainer_lock.unlink()
+                assert not quicker or other.acquire(0.0)
+                wait_for(lambda: link.of(wire.WARNING), 5, "a warning")
+            return super().loss(model, batch, ctx)
+
+    asked = config(checkpoint={"every_steps": 4, "exact": True})
+    if not quicker:
+        assert run(tmp_path, asked, link, Loses()).outcome == "finished"
+        assert "it was made again" in link.of(wire.WARNING)[0]["text"]
+    else:
+        with pytest.raises(Refused, match="Another training has taken"):
+            run(tmp_path, asked, link, Loses())
+        assert len(lines(tmp_path)) <= 10 and not home.run("toy").result.exists()
+        other.release()
+        assert run(tmp_path, asked).outcome == "finished"
+    assert not lock.is_held(home.trainer_lock)
+    run(tmp_path / "whole", asked)
+    assert same(tmp_path / "whole", tmp_path)
 
 
 def test_a_run_removed_while_it_trains_is_made_again(home: Home, tmp_path: Path) -> None:

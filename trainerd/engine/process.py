@@ -21,7 +21,7 @@ from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home
 from trainerd.engine import arenas, dumps, entry
 from trainerd.engine.commands import Command, Commands
-from trainerd.engine.locks import DeviceLock, device_name, hold, keep
+from trainerd.engine.locks import REMOVED, DeviceLock, device_name, hold, keep, let_the_holder_go_first
 from trainerd.engine.reporter import Reporter, say
 
 if TYPE_CHECKING:
@@ -75,15 +75,20 @@ class TrainerProcess:
     def _take_locks(self, run: entry.Run) -> None:
         self.reporter.send(wire.PHASE, name="starting", done=None, total=None, unit=None)
         self._trainer_lock = FileLock(run.home.trainer_lock)
+        if any(run.paths.checkpoints.glob("checkpoint_*")):  # a trainer was here before, and such a file is never deleted
+            let_the_holder_go_first(self._trainer_lock)
         hold(self._trainer_lock, lambda: "Waiting for an earlier trainer of this home to end.", self._tell_waiting)
-        keep(self._trainer_lock, self._home_is_anothers)
+        keep(self._trainer_lock, self._home_is_anothers, lambda: self._warn(f"{REMOVED}; it was made again. Leave it where it is."))
         try:
             self._device_lock = DeviceLock(device_name(), run.home.root)
             self._device_lock.acquire(self._tell_waiting)
+            self._device_lock.keep(self._warn)
         except (OSError, Unreadable) as error:  # no folder of ours to lock in: train, but say what is not prevented
             why = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) else error.message
-            text = f"The device is not locked against other homes: {why}"
-            self.reporter.send(wire.WARNING, text=text)
+            self._warn(f"The device is not locked against other homes: {why}")
+
+    def _warn(self, text: str) -> None:
+        self.reporter.send(wire.WARNING, text=text)
 
     def _home_is_anothers(self) -> None:
         """Our lock's file was removed and another trainer has locked the new one: two must not write into one run."""

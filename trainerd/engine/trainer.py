@@ -17,7 +17,6 @@ import torch
 from trainerd.config.model import RunConfig
 from trainerd.contract import clock, files, wire
 from trainerd.contract.errors import Refused
-from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home, RunPaths
 from trainerd.engine import cleaning, finishing, guard, loop, optimizers, precision, preparing, provenance, receipt
 from trainerd.engine import plan as plans
@@ -25,6 +24,7 @@ from trainerd.engine.building import build
 from trainerd.engine.checkpoints import CheckpointStore
 from trainerd.engine.determinism import arrange_cublas, deterministic
 from trainerd.engine.export import weights_bytes
+from trainerd.engine.locks import HomeLock
 from trainerd.engine.loop import Link, Result, Training
 from trainerd.engine.saver import note_to
 from trainerd.engine.task import Task
@@ -42,6 +42,24 @@ class PrintingLink(Link):
             print(f"epoch {fields['epoch']}/{fields['epochs']}, step {fields['step']}/{fields['total_steps']}: {values}", flush=True)
         elif event == wire.WARNING:
             print(f"warning: {fields['text']}", flush=True)
+
+
+class _Evicted(Link):
+    """A library user's link, while the home is his: once it has become another training's, this one leaves without a trace."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._leave: dict[str, Any] | None = None
+
+    def evict(self) -> None:
+        self._leave = {"do": wire.LEAVE, "why": "lock", "save": False}
+
+    def send(self, event: str, **fields: Any) -> None:
+        self._link.send(event, **fields)
+
+    def command(self) -> dict[str, Any] | None:
+        leave, self._leave = self._leave, None
+        return leave or self._link.command()
 
 
 class Trainer:
@@ -82,6 +100,7 @@ class Trainer:
         self._training: Training | None = None
         self._began_at = 0
         self._holds_lock = holds_lock
+        self._home_lost = False
         self._traces = traces
 
     def train(self) -> Result:
@@ -121,6 +140,9 @@ class Trainer:
             stack.enter_context(deterministic(plan["deterministic"], training.lost_by))
             stack.enter_context(cleaning.settled())
             result = loop.train(training)
+            if self._home_lost:
+                what = f"Another training has taken {self.home.root}; nothing more of this one was saved there."
+                raise Refused(what, "Give each training a home of its own.")
             receipt.write(training.foreseen, training.plan, self.config, self.paths, training.step, self._link.send)
             return finishing.finish(training, result, self.paths) if result.outcome == loop.FINISHED else result
 
@@ -128,6 +150,24 @@ class Trainer:
     def has_stepped(self) -> bool:
         """Whether train() has finished a step of its own: then what fails later may go better from a checkpoint."""
         return self._training is not None and self._training.step > self._began_at
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """The home's lock for a library user. Raises Refused when another training has it."""
+        given = self._link
+        self._link = mine = _Evicted(given)
+
+        def taken() -> None:
+            self._home_lost = True
+            mine.evict()
+            if self._training is not None:
+                self._training.metrics.abandon()
+
+        with HomeLock(self.home, lambda text: mine.send(wire.WARNING, text=text), taken):
+            try:
+                yield
+            finally:
+                self._link = given
 
     def _refuse_links(self) -> None:
         """Nothing is written out of the home through a link that somebody has put into it."""
@@ -140,16 +180,6 @@ class Trainer:
         for text in (precision.slow_here(plan["precision"], plans.device_of(plan)), optimizers.warning(self.config.train)):
             if text:
                 self._link.send(wire.WARNING, text=text)
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        lock = FileLock(self.home.trainer_lock)
-        if not lock.acquire():
-            raise Refused(f"Another training holds {self.home.root}.", "Wait for it, stop it, or give this one a home of its own.")
-        try:
-            yield
-        finally:
-            lock.release()
 
     def _prepare(self, store: CheckpointStore) -> Path:
         """The prepared data, for a library user: of the data that the newest checkpoint was trained on, if there is one."""
