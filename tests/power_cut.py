@@ -101,8 +101,8 @@ def _apply(names: Names, operations: list[tuple[str, str, int]]) -> Names:
 
 def with_a_hole(content: bytes) -> bytes:
     """Pages reach the disk in any order: the beginning and the end are there, the middle never was."""
-    part = len(content) // 3
-    return content[:part] + bytes(len(content) - 2 * part) + content[len(content) - part :]
+    begin, end = 2 * len(content) // 5, 3 * len(content) // 5
+    return content[:begin] + bytes(end - begin) + content[end:]
 
 
 def _after(moment: _Moment) -> Iterator[dict[str, bytes]]:
