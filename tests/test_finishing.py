@@ -25,8 +25,13 @@ SHORT = {"epochs": 1}
 class Once(Script):
     """Asks to leave as soon as the training says that it waits."""
 
+    left = False
+
     def command(self) -> dict[str, Any] | None:
-        return LEAVE if self.of(wire.WAITING) else None
+        if self.left or not self.of(wire.WAITING):
+            return None
+        self.left = True
+        return LEAVE
 
 
 @pytest.fixture(autouse=True)
