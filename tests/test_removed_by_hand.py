@@ -262,6 +262,16 @@ def test_metrics_removed_while_it_trains_lose_no_step(tmp_path: Path) -> None:
     assert path.stat().st_size == log.bytes
 
 
+def test_what_one_trainer_could_not_save_the_next_one_may(home: Home) -> None:
+    """A trainer that could save nothing dies; once its successor has saved, the status does not go on saying "unsaved"."""
+    with Daemon(home, {**LONG, "at": 2, "do": "unsaved"}, LONG) as daemon:
+        reading = daemon.until(lambda r: r.status is not None and r.status.unsaved.since is not None)
+        assert reading.status is not None and reading.status.trainer.pid is not None
+        os.kill(reading.status.trainer.pid, signal.SIGKILL)
+        after = daemon.until(lambda r: r.status is not None and r.status.checkpoint is not None).status
+        assert after is not None and (after.unsaved.since, after.unsaved.missing_bytes) == (None, None)
+
+
 def test_a_save_that_cannot_be_made_is_answered(home: Home) -> None:
     """`save` on a disk that takes nothing is refused with the reason, not left to its time limit."""
     with Daemon(home, {**LONG, "at": 2, "do": "unsaved"}) as daemon:

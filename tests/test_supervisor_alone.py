@@ -10,15 +10,16 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from tests.supervised import QUICK, RUN, Daemon, alive, start_arguments, supervise_here, trainer_command, wait_for
+from tests.supervised import QUICK, RUN, Daemon, alive, start_arguments, starts, supervise_here, trainer_command, wait_for
 from trainerd.contract import files, interpreter, lock, requests, runs, status
 from trainerd.contract.paths import Home
 from trainerd.contract.requests import Request
-from trainerd.supervisor import commands, opening
+from trainerd.supervisor import commands, death, opening
 from trainerd.supervisor import journal as journals
 from trainerd.supervisor.loop import Supervisor
 
@@ -253,6 +254,22 @@ def test_a_surprise_inside_a_tick_does_not_end_the_supervisor(home: Home) -> Non
 
     supervisor._sensors.sample = sample  # type: ignore[method-assign]
     assert supervisor.run() == status.COMPLETED
+    assert "did not expect" in supervisor.report.status.warnings[0]
+
+
+def test_a_surprise_at_a_death_does_not_leave_the_run_alone(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error nobody expected while a dead trainer is looked at: another one is started all the same, and the run completes."""
+    real, left = death.explain, [1]
+
+    def explain(*arguments: Any, **more: Any) -> death.Death:
+        left[0] -= 1
+        if left[0] == 0:
+            raise ZeroDivisionError("an exit code gone mad")
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(death, "explain", explain)
+    supervisor = supervise_here(home, {"at": 7, "do": "exit:1"}, {})
+    assert supervisor.result == status.COMPLETED and len(starts(home)) == 2
     assert "did not expect" in supervisor.report.status.warnings[0]
 
 

@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from trainerd.contract import wire
-from trainerd.contract.status import Checkpoint, Phase, Status
+from trainerd.contract.status import Checkpoint, Phase, Status, Unsaved
 
 _Message = Mapping[str, Any]
 
@@ -36,6 +36,7 @@ def _checkpoint(status: Status, message: _Message) -> None:
         size, at = message.get("bytes"), _value(message.get("at"))
         status.checkpoint = Checkpoint(path, epoch, step, at or 0.0, size if isinstance(size, int) else 0, _value(message.get("seconds")))
         status.progress.step = max(step, status.progress.step or 0)  # progress is told now and then, a checkpoint always
+        status.unsaved = Unsaved()  # also what a trainer before this one could not save
 
 
 def _memory(status: Status, message: _Message) -> None:

@@ -126,10 +126,17 @@ class Supervisor:
                 self.report.warn("The supervisor met an error it did not expect; see its log in training_logs.")
                 self.report.write_if_due(0.0)
                 time.sleep(min(1.0, self.timing.tick_seconds))
+                self._go_on_all_the_same()
             self._rest()
         self.report.write_last()
         self._power.close()
         return self.result
+
+    def _go_on_all_the_same(self) -> None:
+        """A surprise in the middle of a death must not leave a run that is wanted without a trainer that is due."""
+        idle = self.trainer is None and self.start_at is None and self.result is None
+        if idle and self.journal.record.wanted == runs.WANTED_RUNNING:
+            self.start_at = time.monotonic() + self.timing.backoff_seconds
 
     def tick(self) -> None:
         """One look at everything."""
