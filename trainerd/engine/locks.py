@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -33,13 +34,21 @@ def state_folder(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(named) if named else platformdirs.user_state_path("trainerd", appauthor=False)
 
 
-def device_name() -> str:
-    """The device a trainer of this machine uses: the UUID of the first GPU the driver shows, or "cpu"."""
+def device_name(plan: Mapping[str, Any] | None, nvml: Any = None) -> str:
+    """The device a trainer uses: the UUID of the GPU its plan names, of the first one when there is no plan yet, or "cpu".
+
+    A GPU that does not answer keeps the plan's name for it: whoever waits for it must not stand in the CPU's queue. `nvml`
+    stands in for pynvml in tests.
+    """
     # Asked here and not of torch, because the lock comes before torch, which may take the device's memory.
     from trainerd.machine import gpu
 
-    found = gpu.devices()
-    return found[0].uuid if found else "cpu"
+    planned = str((plan or {}).get("device") or "")
+    if planned == "cpu":
+        return planned
+    number = planned.partition(":")[2]
+    found, index = gpu.devices(nvml), int(number) if number.isdecimal() else 0
+    return found[index].uuid if index < len(found) else planned or "cpu"
 
 
 class DeviceLock:

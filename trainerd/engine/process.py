@@ -80,7 +80,7 @@ class TrainerProcess:
         hold(self._trainer_lock, lambda: "Waiting for an earlier trainer of this home to end.", self._tell_waiting)
         keep(self._trainer_lock, self._home_is_anothers, lambda: self._warn(f"{REMOVED}; it was made again. Leave it where it is."))
         try:
-            self._device_lock = DeviceLock(device_name(), run.home.root)
+            self._device_lock = DeviceLock(device_name(run.record.plan), run.home.root)
             self._device_lock.acquire(self._tell_waiting)
             self._device_lock.keep(self._warn)
         except (OSError, Unreadable) as error:  # no folder of ours to lock in: train, but say what is not prevented

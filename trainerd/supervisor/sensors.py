@@ -59,9 +59,11 @@ class Sensors:
         number = device.partition(":")[2]  # "cuda" is "cuda:0"
         index = int(number) if number.isdecimal() else 0
         found = self._gpus.read()
-        if index >= len(found):
+        gpu, vram = status.gpu, status.memory.vram
+        if index >= len(found):  # the driver or the device is gone: what it told before is not true any more
+            gpu.temperature_c = gpu.power_w = gpu.utilization_percent = vram.used_bytes = None
             return
-        facts, gpu, vram = found[index], status.gpu, status.memory.vram
+        facts = found[index]
         gpu.name, gpu.temperature_c = facts.name, facts.temperature_c
         gpu.power_w, gpu.utilization_percent = facts.power_w, facts.utilization_percent
         vram.used_bytes, vram.total_bytes = facts.used_bytes, facts.total_bytes
