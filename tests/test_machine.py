@@ -17,6 +17,7 @@ import pytest
 from tests.supervised import alive, wait_for
 from trainerd.contract import interpreter
 from trainerd.contract.status import Status
+from trainerd.engine import locks
 from trainerd.machine import cpu, filesystem, gpu, memory, power, priority
 from trainerd.machine.process_group import ProcessGroup
 from trainerd.supervisor.sensors import Sensors
@@ -117,9 +118,36 @@ def test_the_driver_is_asked_only_while_the_trainer_uses_the_gpu(monkeypatch: py
         sensors.sample(shown)
     assert (nvml.inits, nvml.open, shown.gpu.name, shown.gpu.temperature_c) == (1, True, "GPU number 1", 61.0)
     assert (shown.memory.vram.used_bytes, shown.memory.vram.limit_bytes, shown.gpu.power_w) == (2 * GB, 2 * GB, 35.5)
+    nvml.refuse = ("count",)  # it falls off the bus: unknown, not what it was; and it is found again when it is back
+    sensors.sample(shown)
+    assert (nvml.open, shown.gpu.temperature_c, shown.gpu.power_w, shown.memory.vram.used_bytes) == (False, None, None, None)
+    nvml.refuse = ()
+    sensors.sample(shown)
+    assert (nvml.open, shown.gpu.temperature_c) == (True, 61.0)
     shown.trainer.pid = None
     sensors.sample(shown)
     assert (nvml.open, shown.gpu.temperature_c) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("plan", "uuids", "expected"),
+    [
+        (None, ("GPU-a", "GPU-b"), "GPU-a"),
+        (None, (), "cpu"),
+        ({"device": "cpu"}, ("GPU-a",), "cpu"),
+        ({"device": "cuda:1"}, ("GPU-a", "GPU-b"), "GPU-b"),
+        ({"device": "cuda"}, ("GPU-a",), "GPU-a"),
+        ({"device": "cuda:0"}, (), "cuda:0"),
+        ({"device": "cuda:1"}, ("GPU-a",), "cuda:1"),
+    ],
+    ids=str,
+)
+def test_the_device_that_is_locked_is_the_one_of_the_plan(
+    monkeypatch: pytest.MonkeyPatch, plan: dict[str, str] | None, uuids: tuple[str, ...], expected: str
+) -> None:
+    """A training on the CPU keeps nobody from the GPU, and one whose GPU is lost waits in nobody else's queue."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert locks.device_name(plan, FakeNvml(*uuids)) == expected
 
 
 def test_ram_is_what_programs_cannot_get_and_a_tree_counts_shared_pages_once() -> None:
@@ -166,6 +194,9 @@ def test_cores_and_features(tmp_path: Path) -> None:
     if sys.platform != "win32":
         assert cpu.features(info) == {"avx2", "amx_bf16", "avx512_bf16"}
     assert cpu.features(tmp_path / "none") == frozenset()
+    info.write_text("processor\t: 0\nmodel name\t: A Processor @ 2.00GHz\nflags\t: avx2\n", "utf-8")
+    if sys.platform != "win32":
+        assert cpu.model(info) == "A Processor @ 2.00GHz" and cpu.model(tmp_path / "none") is None
 
 
 MOUNTS = """\

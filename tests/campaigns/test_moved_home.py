@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.person import SMALL, Person
 from tests.toy import LEAVE, Script
+from trainerd.contract import status
 from trainerd.contract.paths import Home
 from trainerd.engine.checkpoints import CheckpointStore
 from trainerd.engine.selftest import oracle, small_run
@@ -41,7 +43,10 @@ def as_if_written_elsewhere(home: Path, **facts: str) -> None:
     )
 
 
-@pytest.mark.parametrize("facts", [{}, {"processor": "AVX1024"}, {"torch": "9.9.9"}, {"device": "NVIDIA GeForce RTX 3050"}], ids=str)
+ELSEWHERE = [{"processor": "AVX1024"}, {"processor_name": "Another 9000"}, {"torch": "9.9.9"}, {"device": "NVIDIA GeForce RTX 3050"}]
+
+
+@pytest.mark.parametrize("facts", [{}, *ELSEWHERE], ids=str)
 def test_a_copied_home_goes_on(tmp_path: Path, facts: dict[str, Any]) -> None:
     """Another path changes nothing; another processor, torch or device is named as the end of exactness, and training goes on."""
     train(tmp_path / "whole", Script())
@@ -64,3 +69,32 @@ def test_a_copied_home_goes_on(tmp_path: Path, facts: dict[str, Any]) -> None:
     ((name, other),) = facts.items()
     assert not exact["now"] and exact["because"].startswith("resumed with ") and f"{name} {other} -> " in exact["because"]
     assert exact["since_step"] > 1
+
+
+def test_a_copied_home_goes_on_through_the_command(tmp_path: Path) -> None:
+    """Stopped here, copied to a machine whose processor can less, and taken up there with `resume`: the status says what is different,
+    and since which step the last bits are not promised; the original is untouched."""
+    here = Person(tmp_path / "here")
+    there = Person(tmp_path / "ein anderer Ort" / "home")
+    there.environment["ATEN_CPU_CAPABILITY"] = "default"  # as a processor without AVX
+    try:
+        here.starts(*SMALL, "--epochs", "200")
+        here.waits_for_step(12)
+        assert here.types("stop").returncode == 0
+        before = here.waits_for_state(status.STOPPED).status
+        assert before is not None and before.checkpoint is not None and before.exact.now is True
+        shutil.copytree(here.home.root, there.home.root, dirs_exist_ok=True)
+        kept = here.home.run(here.run()).record.read_bytes()
+        done = there.types("resume")
+        assert done.returncode == 0, done.stderr
+        after = there.waits_for_step(before.checkpoint.step + 3).status
+        assert after is not None and after.state == status.RUNNING, there.log()
+        assert after.home == str(there.home.root) and after.run == before.run
+        assert after.exact.now is False and after.exact.since_step == before.checkpoint.step + 1
+        assert "processor " in str(after.exact.because) and "-> DEFAULT" in str(after.exact.because)
+        shown = there.types("status").stdout
+        assert "not to the last bit since step" in shown and "DEFAULT" in shown, shown
+        assert here.home.run(here.run()).record.read_bytes() == kept
+    finally:
+        here.leaves()
+        there.leaves()

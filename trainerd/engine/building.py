@@ -33,6 +33,7 @@ from trainerd.engine.state import States
 from trainerd.engine.step import Stepper
 from trainerd.engine.task import MapDataset, Task, TaskContext
 from trainerd.engine.tensorboard import TensorBoard
+from trainerd.machine import cpu
 
 State = dict[str, Any]
 # The random states at step 0 come from the seed alone, whatever building the model and the data has drawn.
@@ -199,7 +200,8 @@ def _put_back(training: Training, state: State) -> None:
     training.exact.restore(state["exact"])
     training.memory.oom_recoveries = state["oom_recoveries"]
     before = {**state["about"], "config_sha256": training.about["config_sha256"]}
-    changed = [f"{name} {before.get(name)} -> {value}" for name, value in training.about.items() if before.get(name) != value]
+    # What an older trainerd did not write down is not known to be another.
+    changed = [f"{name} {before[name]} -> {value}" for name, value in training.about.items() if before.get(name, value) != value]
     if changed:
         training.exact.lost(training.step + 1, f"resumed with {', '.join(changed)}")
     rng.put_back(rng.from_document(state["rng"]))
@@ -212,6 +214,7 @@ def _about(config: RunConfig, device: torch.device) -> dict[str, Any]:
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "processor": torch.backends.cpu.get_cpu_capability(),
+        "processor_name": cpu.model(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }

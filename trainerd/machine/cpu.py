@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -31,12 +32,24 @@ def features(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
     """Instruction sets that matter for precision, by the kernel's names; empty where the system does not tell (Windows)."""
     if sys.platform == "win32":
         return frozenset()
+    return frozenset((_told(cpuinfo, "flags", "Features") or "").split()) & _INTERESTING
+
+
+def model(cpuinfo: Path = _CPUINFO) -> str | None:
+    """The processor's name, None where the system does not tell: two with the same instructions may still round differently."""
+    if sys.platform == "win32":
+        return os.environ.get("PROCESSOR_IDENTIFIER") or None
+    return _told(cpuinfo, "model name", "Model") or None
+
+
+def _told(cpuinfo: Path, *names: str) -> str | None:
+    """The first value the kernel gives under one of these names."""
     try:
         with open(cpuinfo, encoding="utf-8", errors="replace") as file:
             for line in file:
                 name, _, value = line.partition(":")
-                if name.strip() in ("flags", "Features"):
-                    return frozenset(value.split()) & _INTERESTING
+                if name.strip() in names:
+                    return value.strip()
     except OSError:
         pass
-    return frozenset()
+    return None
