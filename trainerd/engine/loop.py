@@ -319,8 +319,10 @@ def _captured(t: Training) -> dict[str, Any] | None:
 def _until_saved(t: Training) -> None:
     """Wait for the save that is under way: a slow disk is no slow step, and has its own limit of silence."""
     if t.saver.busy:
+        began = time.perf_counter()
         with t.pulse.within(phases.CHECKPOINTING):
             t.saver.wait()
+        t.saver.schedule.waited(time.perf_counter() - began)
 
 
 def flush(t: Training) -> None:

@@ -43,6 +43,8 @@ class SaveSchedule:
         self._bytes_per_second = parse_bytes(config.max_write_per_day) / _DAY_SECONDS
         self._cores = cores or os.cpu_count() or 1
         self._cost_seconds = self._next_cost_seconds = 0.0
+        self._blocked_seconds = self._cpu_seconds = 0.0
+        self._num_saves = 0
         self._spent_bytes = 0.0
         self._next_bytes = 0
         self._retry_at: float | None = None
@@ -84,6 +86,9 @@ class SaveSchedule:
         """A save succeeded; its cost is expected of the next one too."""
         self._next_cost_seconds = blocked_seconds + cpu_seconds / self._cores
         self._cost_seconds += self._next_cost_seconds
+        self._blocked_seconds += blocked_seconds
+        self._cpu_seconds += cpu_seconds
+        self._num_saves += 1
         self._next_bytes = size_bytes
         self._spent_bytes, self._spent_at = self.spent_bytes(now) + size_bytes, now
         self._last_commit = now
@@ -91,15 +96,32 @@ class SaveSchedule:
 
     def failed(self, now: float, blocked_seconds: float) -> None:
         """A save failed; the next attempt waits, longer each time, but never longer than every_minutes."""
-        self._cost_seconds += blocked_seconds
+        self.waited(blocked_seconds)
         longest = self._config.every_minutes * 60
         self._retry_at = now + min(self._retry_pause, longest)
         self._retry_pause = min(self._retry_pause * 2, longest)
+
+    def waited(self, seconds: float) -> None:
+        """The training thread stood still that long for a save that was under way, or for one that failed."""
+        self._cost_seconds += seconds
+        self._blocked_seconds += seconds
 
     @property
     def cost_seconds(self) -> float:
         """What saving has cost this process so far."""
         return self._cost_seconds
+
+    def facts(self, now: float) -> dict[str, float]:
+        """What saving has cost this process, and of what time."""
+        return {
+            "saves": self._num_saves,
+            "blocked_seconds": round(self._blocked_seconds, 6),
+            "cpu_seconds": round(self._cpu_seconds, 6),
+            "cores": self._cores,
+            "cost_seconds": round(self._cost_seconds, 6),
+            "of_seconds": round(now - self._began, 3),
+            "checkpoint_bytes": self._next_bytes,
+        }
 
 
 @dataclass

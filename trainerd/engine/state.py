@@ -66,6 +66,11 @@ class States:
         """Give the staging buffers back: the last capture is not valid any more."""
         self._staging.clear()
 
+    @property
+    def staged_bytes(self) -> int:
+        """What the staging buffers hold on to: the memory that saving beside the training costs."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._staging.values())
+
     def size_bytes(self) -> int:
         """About how large a capture is: known as soon as model and optimizer are built."""
         sizes = [tensor.numel() * tensor.element_size() for tensor in self._learned.values()]

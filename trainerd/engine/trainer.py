@@ -140,6 +140,8 @@ class Trainer:
             stack.enter_context(deterministic(plan["deterministic"], training.lost_by))
             stack.enter_context(cleaning.settled())
             result = loop.train(training)
+            saving = training.saver.schedule.facts(time.monotonic())
+            self._link.send(wire.NOTE, kind="saving", staged_bytes=training.states.staged_bytes, **saving)
             if self._home_lost:
                 what = f"Another training has taken {self.home.root}; nothing more of this one was saved there."
                 raise Refused(what, "Give each training a home of its own.")
