@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,7 @@ def home(tmp_path: Path) -> Home:
 
 
 def test_pause_resume_save_and_stop_work_by_request_files(home: Home) -> None:
-    """No signal is needed: everything a client asks goes through files, and `stop` ends with nothing running."""
+    """No signal is needed: everything a client asks goes through files, and `stop` ends with nothing running, within seconds."""
     with Daemon(home, LONG) as daemon:
         running = daemon.until_step(3)
         assert running.status is not None
@@ -32,11 +33,27 @@ def test_pause_resume_save_and_stop_work_by_request_files(home: Home) -> None:
         daemon.ask("resume")
         again = daemon.until(lambda r: len(starts(home)) == 2 and r.state == status.RUNNING)
         assert daemon.outcome(daemon.ask("save")) == "done"
+        asked = time.monotonic()
         daemon.ask("stop")
         assert daemon.process.wait(20) == 0
+        assert time.monotonic() - asked < 5.0
         assert again.status is not None
         assert not alive(again.status.trainer.pid or 0)
     assert (daemon.reading().state, runs.read(home, RUN).wanted) == (status.STOPPED, "stopped")
+
+
+def test_a_reader_that_holds_the_status_holds_up_nobody(home: Home) -> None:
+    """A scanner keeps training_status.json open so that it cannot be replaced: training and supervisor go on, and so does the status."""
+    with Daemon(home, LONG) as daemon:
+        running = daemon.until_step(3)
+        assert running.status is not None
+        with open(home.status, "rb"):
+            wait_for(lambda: "cannot write" in daemon.errors.read_text("utf-8", "replace"), 20, "the supervisor to be held up")
+            daemon.ask("save")
+            wait_for(lambda: list(home.checkpoints.glob("*/*.json")), 20, "a checkpoint all the same")
+        after = daemon.until(lambda r: r.status is not None and r.status.checkpoint is not None)
+        assert after.state == status.RUNNING and after.status is not None
+        assert (after.status.trainer.pid, after.status.trainer.restarts) == (running.status.trainer.pid, 0)
 
 
 def test_a_trainer_ended_in_the_task_manager_is_restarted(home: Home) -> None:
