@@ -79,11 +79,15 @@ class DeviceLock:
     def keep(self, say: Callable[[str], None]) -> None:
         """Hold on to it to the end of the process; `say` hears when its file was removed, and when somebody was quicker."""
         removed = f"{self._lock.path} was removed while the training runs"
-        keep(
-            self._lock,
-            taken=lambda: say(f"{removed}, and another training has taken {self._device_in_words()}: both are slower now."),
-            made_again=lambda: (say(f"{removed}; it was made again. Leave it where it is."), self._sign()),
-        )
+
+        def taken() -> None:
+            say(f"{removed}, and another training has taken {self._device_in_words()}: both are slower now.")
+
+        def made_again() -> None:
+            self._sign()
+            say(f"{removed}; it was made again. Leave it where it is.")
+
+        keep(self._lock, taken, made_again)
 
     def release(self) -> None:
         self._lock.release()
