@@ -35,7 +35,7 @@ COMMANDS = {
     "suggest": "Ask a trained CADENCE model for completions.",
     "completion": "Print the script that completes commands in your shell.",
 }
-_HIDDEN = ("menu", "foreground", "login")
+_HIDDEN = ("menu", "foreground", "login", "memory")
 _PRESETS = ("quick", "standard", "extended")  # which the launcher takes in the place of a command
 ASKING = "_TRAINERD_COMPLETE"
 """In the environment when a shell asks how a line may go on: the same name however we are called."""
@@ -116,10 +116,19 @@ def _version(context: click.Context, asked: bool) -> None:
     context.exit()
 
 
+def _door(words: Sequence[str]) -> tuple[click.Command, str, Sequence[str]]:
+    """What is called, under which name, with which words: memory_optimizer.py has commands of its own."""
+    if console.by_memory_door() and words[:1] == ["memory"]:
+        memory: click.Command = import_module(".commands.memory", __package__).command
+        return memory, console.memory_program(), words[1:]
+    return group, console.program(), words
+
+
 def run(words: Sequence[str], home: Home) -> int:
     """Run one command line; returns the exit code. Commands return theirs, None meaning 0."""
+    called, name, words = _door(words)
     try:
-        result: Any = group.main(list(words), prog_name=console.program(), complete_var=ASKING, standalone_mode=False, obj=home)
+        result: Any = called.main(list(words), prog_name=name, complete_var=ASKING, standalone_mode=False, obj=home)
         return int(result or 0)
     except click.exceptions.Exit as left:
         return left.exit_code

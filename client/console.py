@@ -11,6 +11,7 @@ from typing import TextIO
 
 from trainerd.contract.errors import OutputLost
 
+MEMORY_DOOR = "memory_optimizer.py"
 _WINDOWS = sys.platform == "win32"
 
 
@@ -115,6 +116,16 @@ def program() -> str:
     return _name() + _home_typed()
 
 
+def memory_program() -> str:
+    """How the commands about memory are called here, for hints."""
+    return f"python {MEMORY_DOOR}{_home_typed()}" if by_memory_door() else f"{program()} memory"
+
+
+def by_memory_door() -> bool:
+    """Whether this program was opened through memory_optimizer.py."""
+    return Path(sys.argv[0]).name == MEMORY_DOOR
+
+
 def _home_typed() -> str:
     """` --home DIR` when it was typed: a hint must lead to the same home."""
     for place, word in enumerate(sys.argv):
@@ -128,7 +139,7 @@ def _home_typed() -> str:
 
 def _name() -> str:
     name = Path(sys.argv[0] or "trainerd").name
-    if name == "optimized_train.py":
+    if name in ("optimized_train.py", MEMORY_DOOR):
         name = "run_optimized_training.py"
     if name in ("__main__.py", "-c", "-m"):
         return "trainerd"
@@ -165,6 +176,22 @@ def can_show(text: str) -> bool:
         return True
     except (UnicodeEncodeError, LookupError):
         return False
+
+
+def spelled(text: str) -> str:
+    """The text in characters the standard output can carry."""
+    for fine, plain in (("×", "x"), ("°", ""), ("█", "#"), ("░", "."), ("—", "-")):
+        text = text if can_show(fine) else text.replace(fine, plain)
+    return text
+
+
+def styled(text: str, colour: str) -> str:
+    """Coloured where a person looks at it and has not asked for none (NO_COLOR)."""
+    if not is_terminal(sys.stdout) or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    from click import style
+
+    return style(text, fg=colour)
 
 
 def has_braille() -> bool:

@@ -1,31 +1,33 @@
-"""The planner's answer as lines for a person. Must not compute: it shows what the answer holds."""
+"""The planner's answer as lines for a person, at most 80 wide. Must not compute: it shows what the answer holds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from textwrap import wrap
 
 from trainerd.memory.estimate import Estimate, Range
 from trainerd.memory.planner import FITS, TIGHT, Answer, Proposal
 
-from .outlook import Outlook
+from .outlook import Outlook, Unknown
 from .words import NOT_KNOWN, bar, count, duration, share, size
 
 _COLOURS = {FITS: "green", TIGHT: "yellow"}
-_SAID = {FITS: "fits", TIGHT: "tight: likely to fit, and the step is repeated in smaller pieces when it does not"}
-_WIDTH = 24
-_INDENT = 22
+_SAID = {FITS: "fits", TIGHT: "tight"}
+_MEANT = {TIGHT: "It is likely to fit, and the step is repeated in smaller pieces when it does not; "}
+_BAR, _INDENT, _WIDE = 24, 22, 80
+_NAMES = {"casts": "low copies of weights", "staging": "checkpoint's copy", "cuda context and workspace": "CUDA overhead"}
+_LEAST_SHOWN_BYTES = 50_000
 Style = Callable[[str, str], str]
 
 
 def lines(outlook: Outlook, fancy: bool, style: Style) -> list[str]:
     """The whole answer; `style(text, colour)` colours where the terminal can."""
     answer, found = outlook.answer, outlook.answer.estimate
-    shown = [_heading(found, outlook), "", *_numbers(found), ""]
-    shown += [_verdict(answer, outlook, fancy, style)]
+    shown = [*_heading(found, outlook, style), "", *_numbers(found), "", *_verdict(answer, outlook, fancy, style), ""]
     if answer.used:
-        shown.append(_row("Chosen to fit", ", ".join(answer.used)))
-    shown += [_row("At its highest", _parts(found.breakdown)), _row("By phase", _parts(found.phases))]
-    shown.append(_row("How far to trust it", found.trust))
+        shown += _listed("Chosen to fit", [", ".join(answer.used)])
+    shown += [*_parts("At its highest", found.breakdown), *_parts("By phase", found.phases), ""]
+    shown += _listed("How far to trust it", [found.trust])
     shown += _listed("Assumed", found.assumed)
     shown += _listed("Not in the estimate", found.not_modelled)
     if answer.verdict not in _SAID:
@@ -33,27 +35,47 @@ def lines(outlook: Outlook, fancy: bool, style: Style) -> list[str]:
     return shown
 
 
+def short(outlook: Outlook, fancy: bool, style: Style) -> list[str]:
+    """What is trained, what it needs, and whether that fits."""
+    answer = outlook.answer
+    shown = [*_heading(answer.estimate, outlook, style), *_verdict(answer, outlook, fancy, style)]
+    return [*shown, "", *remedies(answer)] if answer.verdict not in _SAID else shown
+
+
+def unknown(found: Unknown, style: Style) -> list[str]:
+    """What will be done about a model that nothing is known of yet."""
+    shown = [line for note in found.notes for line in _noted(note, style)]
+    return [*shown, *_wrapped(found.reason, _WIDE), *(line for will in found.will for line in _point(will))]
+
+
 def remedies(answer: Answer) -> list[str]:
     """What would make it fit; each has been estimated with the change made."""
     if not answer.proposals:
         needed = answer.estimate.needed
-        return [f"Nothing the engine can change makes it fit: at best it needs {size(needed.point)}. A smaller model would."]
-    return ["It would fit with:", *(f"  {_proposed(proposal)}" for proposal in answer.proposals)]
+        return _wrapped(f"Nothing the engine can change makes it fit: at best it needs {size(needed.point)}. A smaller model would.", _WIDE)
+    return ["It would fit with:", *(line for proposal in answer.proposals for line in _proposed(proposal))]
 
 
-def _proposed(proposal: Proposal) -> str:
+def _proposed(proposal: Proposal) -> list[str]:
+    """What to type stays on one line, to be copied."""
     words = " ".join(f"--set {setting}" for setting in proposal.settings)
-    return f"{words}   ({size(proposal.estimate.needed.upper)} at most; {'; '.join(proposal.price)})"
+    why = f"{size(proposal.estimate.needed.upper)} at most; {'; '.join(proposal.price)}"
+    return [f"  {words}", *_wrapped(why, _WIDE, initial_indent="      ", subsequent_indent="      ")]
 
 
-def _heading(found: Estimate, outlook: Outlook) -> str:
+def _heading(found: Estimate, outlook: Outlook, style: Style) -> list[str]:
     setup = found.setup
-    pieces = f"{setup.accumulation} × {setup.micro_batch}" if setup.accumulation > 1 else "at once"
+    pieces = f"{count(setup.accumulation)} × {count(setup.micro_batch)}" if setup.accumulation > 1 else "at once"
     learned = "" if found.num_trainable == found.num_parameters else f", {count(found.num_trainable)} of them learned"
-    return (
+    said = (
         f"{found.kind}: {count(found.num_parameters)} parameters{learned}, on {outlook.where}; "
-        f"batch {setup.effective_batch} {pieces}, {setup.precision}, {setup.optimizer}"
+        f"batch {count(setup.effective_batch)} {pieces}, {setup.precision}, {setup.optimizer}"
     )
+    return [*_wrapped(said, _WIDE), *(line for note in outlook.notes for line in _noted(note, style))]
+
+
+def _noted(note: str, style: Style) -> list[str]:
+    return [style(line, "yellow") for line in _wrapped(note, _WIDE)]
 
 
 def _numbers(found: Estimate) -> list[str]:
@@ -61,10 +83,11 @@ def _numbers(found: Estimate) -> list[str]:
     if found.driver is not None and found.reserved is not None and found.allocated is not None:
         rows += [_range("GPU, driver", found.driver), _range("  reserved by torch", found.reserved)]
         rows.append(_range("  allocated", found.allocated))
-    rows += [_range("RAM", found.ram), _range("Disk", found.disk)]
+    rows += [_range("RAM", found.ram), _range("  of it pinned", found.pinned), _range("Disk", found.disk)]
     seconds = found.seconds_per_step
-    likely, most = (duration_of(seconds.point), duration_of(seconds.upper)) if seconds else (NOT_KNOWN, NOT_KNOWN)
-    return [*rows, f"{'Time per step':<{_INDENT}}{likely:>10}{most:>12}"]
+    if seconds is None:
+        return [*rows, f"{'Time per step':<{_INDENT}}{NOT_KNOWN:>10}{NOT_KNOWN:>12}   known after: plan --measure"]
+    return [*rows, f"{'Time per step':<{_INDENT}}{duration_of(seconds.point):>10}{duration_of(seconds.upper):>12}"]
 
 
 def duration_of(seconds: float) -> str:
@@ -76,22 +99,43 @@ def _range(name: str, value: Range) -> str:
     return f"{name:<{_INDENT}}{size(value.point):>10}{size(value.upper):>12}"
 
 
-def _verdict(answer: Answer, outlook: Outlook, fancy: bool, style: Style) -> str:
+def _verdict(answer: Answer, outlook: Outlook, fancy: bool, style: Style) -> list[str]:
+    """The bar is what is needed at most, of what is left."""
     needed = answer.estimate.needed
-    drawn = bar(share(needed.upper, answer.budget_bytes) if answer.budget_bytes > 0 else 1.0, _WIDTH, fancy)
+    drawn = bar(share(needed.upper, answer.budget_bytes) if answer.budget_bytes > 0 else 1.0, _BAR, fancy)
     colour = _COLOURS.get(answer.verdict, "red")
     said = _SAID.get(answer.verdict, "does not fit")
-    return f"{style(drawn, colour)} {style(said, colour)}; {outlook.budget}"
+    return [f"{style(drawn, colour)} {style(said, colour)}", *_wrapped(_MEANT.get(answer.verdict, "") + outlook.budget, _WIDE)]
 
 
-def _parts(sizes: Mapping[str, int]) -> str:
-    ordered = sorted(sizes.items(), key=lambda part: -part[1])
-    return ", ".join(f"{name} {size(value)}" for name, value in ordered if value >= 50_000)
+def _parts(name: str, sizes: Mapping[str, int]) -> list[str]:
+    """The largest first, each with its bytes."""
+    ordered = sorted(((part, value) for part, value in sizes.items() if value >= _LEAST_SHOWN_BYTES), key=lambda part: -part[1])
+    return [
+        f"{name if not number else '':<{_INDENT}}{size(value):>10}  {_NAMES.get(part, part)}"
+        for number, (part, value) in enumerate(ordered)
+    ]
 
 
-def _row(name: str, text: str) -> str:
-    return f"{name:<{_INDENT}}{text}"
+def _listed(name: str, texts: Iterable[str]) -> list[str]:
+    found: list[str] = []
+    for text in texts:
+        first = f"{name if not found else '':<{_INDENT}}"
+        found += _wrapped(text, _WIDE, initial_indent=first, subsequent_indent=" " * (_INDENT + 2))
+    return found
 
 
-def _listed(name: str, texts: tuple[str, ...]) -> list[str]:
-    return [_row(name if not number else "", text) for number, text in enumerate(texts)]
+def _wrapped(text: str, width: int, initial_indent: str = "", subsequent_indent: str = "") -> list[str]:
+    """Broken between words; a path or a setting stays whole, to be copied."""
+    return wrap(
+        text,
+        width,
+        initial_indent=initial_indent,
+        subsequent_indent=subsequent_indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _point(text: str) -> list[str]:
+    return _wrapped(text, _WIDE, initial_indent="- ", subsequent_indent="  ")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trainerd.config import catalogue
@@ -17,7 +17,7 @@ from trainerd.contract import runs
 from trainerd.contract.errors import Unreadable, UsageError
 from trainerd.contract.paths import Home
 from trainerd.contract.sizes import parse_bytes
-from trainerd.machine import cpu, gpu
+from trainerd.machine import adapters, cpu, gpu
 from trainerd.machine.memory import ram
 from trainerd.memory import forecast, profile, receipts, traced
 from trainerd.memory.limits import resolve_limit
@@ -25,7 +25,7 @@ from trainerd.memory.planner import Answer
 from trainerd.memory.profile import Profile
 from trainerd.memory.timeline import Table
 
-from . import packages
+from . import diagnosis, packages
 
 _BF16_ON_CPU = {"amx_bf16", "avx512_bf16"}
 _NOT_PART_OF_THE_MODEL = ("seed", "batch_size", "optimizer")
@@ -39,23 +39,53 @@ class Outlook:
     place: forecast.Place
     where: str
     budget: str
+    notes: tuple[str, ...] = ()
+    """What a person should know of this machine first: a GPU that will not be used."""
 
 
 @dataclass(frozen=True)
 class Unknown:
-    """Why nothing can be foretold."""
+    """Why nothing can be foretold, and what the training will do about it."""
 
     reason: str
+    will: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def look(home: Home, asked: Resolved, budget: str | None = None, device: str | None = None) -> Outlook | Unknown:
     """What training `asked` would need here, or within `budget` ("3.5GB") on a "gpu" or "cpu". Raises UsageError."""
     found = table_of(home, asked)
-    if isinstance(found, Unknown):
-        return found
-    table, splittable = found
     place, where, words = _place(home, asked.config, budget, device)
-    return Outlook(forecast.answer(asked.config, place, table, splittable), place, where, words)
+    notes = () if budget is not None or device is not None else unused_gpu()
+    if isinstance(found, Unknown):
+        return replace(found, will=_what_it_will_do(asked.config, place, where, words), notes=notes)
+    table, splittable = found
+    return Outlook(forecast.answer(asked.config, place, table, splittable), place, where, words, notes)
+
+
+def unused_gpu() -> tuple[str, ...]:
+    """That there is a GPU which a training would not use, and the remedy; nothing where all is well, or there is none."""
+    gpus, nvidia, torch = gpu.devices(), adapters.nvidia_present(), packages.torch_facts()
+    found = diagnosis.driver(gpus, gpu.driver_version(), nvidia)
+    if torch is not None:
+        found.insert(0, diagnosis.torch(torch, gpus, nvidia))
+    return tuple(f"{one.text} Training runs on the CPU. {one.remedy}" for one in found if one.level == "problem")
+
+
+def _what_it_will_do(config: RunConfig, place: forecast.Place, where: str, budget: str) -> tuple[str, ...]:
+    """How the engine meets a model that nothing is known of (trainerd/engine/fitting.py)."""
+    train = config.train
+    precision = place.precision if train.precision == "auto" else train.precision
+    said = [f"It trains on {where}, in {precision}, with {train.optimizer}; {budget}."]
+    if train.micro_batch == "auto":
+        said.append(
+            f"At its start one micro-batch is traced on the CPU (seconds), and the batch of {train.batch_size:,} is cut into as few pieces "
+            "as then fit. A model above 1 GB, or one that cannot be traced, is tried with the whole batch."
+        )
+    else:
+        said.append(f"Its micro-batch is {train.micro_batch:,} samples, as you set it, of a batch of {train.batch_size:,}.")
+    said.append("Running out of memory loses no step: the same samples are tried again in smaller pieces.")
+    return (*said, "From then on `plan` knows it.")
 
 
 def table_of(home: Home, asked: Resolved) -> tuple[Table, bool] | Unknown:
@@ -73,7 +103,8 @@ def table_of(home: Home, asked: Resolved) -> tuple[Table, bool] | Unknown:
             continue
         if _model_of(record.identity) == wanted and (known := _trace_of(home, name)) is not None:
             return known
-    return Unknown(f"{asked.config.task} has not been trained in this home yet: its model is looked at when the training starts.")
+    name = f"{asked.task_file.name}:{asked.config.task.rpartition(':')[2]}"
+    return Unknown(f"{name} has not been trained in this home yet: what its model needs is not known.")
 
 
 def _model_of(known: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TOP = ("start_training.sh", "start_training.bat", "run_optimized_training.py", "optimized_train.py", "run_tests.py")
+TOP = ("start_training.sh", "start_training.bat", "run_optimized_training.py", "optimized_train.py", "memory_optimizer.py", "run_tests.py")
 FOLDERS = ("launcher", "client", "trainerd")
 WIDTH = 132
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -36,22 +35,16 @@ def command(home: Home, /, budget: str | None, device: str | None, measure: bool
     found = outlook.look(home, asked, budget, device)
     if isinstance(found, outlook.Unknown):
         if as_json:
-            console.say(json.dumps({"schema": 1, "verdict": None, "reason": found.reason}, indent=1))
+            document = {"schema": 1, "verdict": None, "reason": found.reason, "will": list(found.will), "notes": list(found.notes)}
+            console.say(json.dumps(document, indent=1))
         else:
-            console.say(found.reason)
-            console.say("It is trained as asked then, and running out of memory loses no step.")
+            console.say(console.spelled("\n".join(forecast_view.unknown(found, console.styled))))
         return EXIT_DONE
     if as_json:
         console.say(json.dumps(_document(found), indent=1))
     else:
-        fancy = console.can_show("█░×")
-        text = "\n".join(forecast_view.lines(found, fancy, _style))
-        console.say(text if fancy else text.replace("×", "x"))
+        console.say(console.spelled("\n".join(forecast_view.lines(found, console.can_show("█░"), console.styled))))
     return EXIT_REFUSED if found.answer.verdict == TOO_LARGE else EXIT_DONE
-
-
-def _style(text: str, colour: str) -> str:
-    return click.style(text, fg=colour) if console.is_terminal(sys.stdout) else text
 
 
 def _document(found: outlook.Outlook) -> dict[str, Any]:
@@ -69,6 +62,7 @@ def _document(found: outlook.Outlook) -> dict[str, Any]:
             {"settings": list(p.settings), "price": list(p.price), "needed": _whole(asdict(p.estimate.needed))} for p in answer.proposals
         ],
         "profile": asdict(found.place.profile),
+        "notes": list(found.notes),
     }
 
 

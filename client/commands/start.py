@@ -69,13 +69,14 @@ def begin(home: Home, choice: choose.Choice, warnings: list[str], wait: bool, as
 def must_fit(home: Home, asked: Resolved) -> list[str]:
     """What to warn of. Raises Refused, with the smallest changes that would help, when it is not going to fit."""
     found = outlook.look(home, asked)
+    notes = list(found.notes)
     if isinstance(found, outlook.Unknown) or found.answer.verdict == planner.FITS:
-        return []
+        return notes
     needed = found.answer.estimate.needed
     what = "GPU memory" if found.place.device == "cuda" else "RAM"
     said = f"This training needs {size(needed.point)} of {what}, at most {size(needed.upper)}; {found.budget}."
     if found.answer.verdict == planner.TIGHT:
-        return [f"{said} It may have to repeat steps in smaller pieces."]
+        return [*notes, f"{said} It may have to repeat steps in smaller pieces."]
     raise Refused(f"It does not fit. {said}", "\n".join([*forecast_view.remedies(found.answer), _room(found)]))
 
 

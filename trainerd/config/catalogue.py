@@ -23,6 +23,22 @@ _PRESETS = Path(__file__).with_name("presets")
 
 
 @dataclass(frozen=True)
+class Stated:
+    """What a preset says it stays below with the default task: GPU memory as the driver sees it, and the trainer's RAM."""
+
+    vram_bytes: int
+    ram_bytes: int
+
+
+STATED = {
+    "quick": Stated(2_000_000_000, 4_000_000_000),
+    "standard": Stated(3_000_000_000, 6_000_000_000),
+    "extended": Stated(3_500_000_000, 8_000_000_000),
+}
+"""Held by tests: of the estimate on both devices, and of real trainings."""
+
+
+@dataclass(frozen=True)
 class TaskEntry:
     """A built-in task. `task` needs torch; `settings` (a pydantic model), `data` (the row reader) and `blocks` (the memory table)
     never do."""

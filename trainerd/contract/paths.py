@@ -57,6 +57,11 @@ class Home:
         return self.root / "control" / ".ballast"
 
     @property
+    def optimal_config(self) -> Path:
+        """A configuration for this machine and a task, as --config takes it. Written by the client."""
+        return self.root / "optimal_config.json"
+
+    @property
     def autostart(self) -> Path:
         """What the person wants at log-in. Written by the client."""
         return self.root / "autostart.json"

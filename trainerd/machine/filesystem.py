@@ -21,12 +21,24 @@ _DRIVE_REMOTE = 4
 
 def free_bytes(path: Path) -> int | None:
     """Bytes free for this user where `path` is, or where it will be once its parents exist. None: unknown."""
+    found = _usage(path)
+    return found[1] if found else None
+
+
+def total_bytes(path: Path) -> int | None:
+    """How large the file system there is. None: unknown."""
+    found = _usage(path)
+    return found[0] if found else None
+
+
+def _usage(path: Path) -> tuple[int, int] | None:
     for place in (path, *path.absolute().parents):
         if place.exists():
             try:
-                return shutil.disk_usage(place).free
+                usage = shutil.disk_usage(place)
             except OSError:
                 return None
+            return usage.total, usage.free
     return None
 
 
@@ -34,8 +46,8 @@ def network_filesystem(path: Path, mounts: Path = _MOUNTS) -> str | None:
     """The kind of network file system `path` lies on ("nfs4"), or None when it is local or unknown."""
     if sys.platform == "win32":
         return _network_drive(path)
-    kind = _kind_of_mount(os.path.realpath(path), mounts)
-    return kind if kind is not None and (kind in _NETWORK or kind.startswith(_NETWORK_FUSE)) else None
+    found = mount(path, mounts)
+    return found[0] if found is not None and (found[0] in _NETWORK or found[0].startswith(_NETWORK_FUSE)) else None
 
 
 def synced_folder(path: Path) -> str | None:
@@ -54,9 +66,10 @@ def synced_folder(path: Path) -> str | None:
     return None
 
 
-def _kind_of_mount(path: str, mounts: Path) -> str | None:
-    """The type of the mount that holds `path`: the longest mount point that is a prefix, the last one when mounted over."""
-    best, kind = -1, None
+def mount(place: Path, mounts: Path = _MOUNTS) -> tuple[str, str] | None:
+    """Kind and source ("ext4", "/dev/sda2") of what is mounted where `place` lies: the longest mount point that is a prefix, the
+    last one when mounted over. None where the system does not tell."""
+    path, best, found = os.path.realpath(place), -1, None
     try:
         lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -69,8 +82,8 @@ def _kind_of_mount(path: str, mounts: Path) -> str | None:
         point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), parts[4])
         inside = path == point or path.startswith(point.rstrip("/") + "/")
         if inside and len(point) >= best:
-            best, kind = len(point), right.split()[0]
-    return kind
+            best, found = len(point), (right.split()[0], right.split()[1] if " " in right.strip() else "")
+    return found
 
 
 def _network_drive(path: Path) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from trainerd.contract import clock
@@ -115,6 +116,37 @@ def driver_version(nvml: Any = None) -> str | None:
         return _text(nvml.nvmlSystemGetDriverVersion())
     except nvml.NVMLError:
         return None
+    finally:
+        _quietly(nvml, nvml.nvmlShutdown)
+
+
+@dataclass(frozen=True)
+class GpuProcess:
+    """A process that holds memory of a GPU; Windows does not tell how much."""
+
+    pid: int
+    gpu: int
+    used_bytes: int | None
+
+
+def processes(nvml: Any = None) -> list[GpuProcess]:
+    """Who holds memory of the GPUs this process may use, computing or drawing; [] without a driver that answers."""
+    nvml = nvml if nvml is not None else _load()
+    if nvml is None:
+        return []
+    try:
+        nvml.nvmlInit()
+        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        chosen = visible([_text(nvml.nvmlDeviceGetUUID(handle)) for handle in handles], os.environ.get("CUDA_VISIBLE_DEVICES"))
+        found: dict[tuple[int, int], int | None] = {}
+        for index, place in enumerate(chosen):
+            for ask in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
+                for one in _quietly(nvml, partial(ask, handles[place])) or ():
+                    used, before = one.usedGpuMemory, found.get((int(one.pid), index))
+                    found[int(one.pid), index] = before if used is None else max(int(used), before or 0)
+        return [GpuProcess(pid, index, used) for (pid, index), used in found.items()]
+    except nvml.NVMLError:
+        return []
     finally:
         _quietly(nvml, nvml.nvmlShutdown)
 

@@ -22,6 +22,15 @@ def ram() -> RamFacts:
     return RamFacts(int(memory.total - memory.available), int(memory.total))
 
 
+def swap() -> RamFacts:
+    """What lies in swap, and how large it is; both 0 where there is none."""
+    try:
+        memory = psutil.swap_memory()
+    except (OSError, RuntimeError):
+        return RamFacts(0, 0)  # a container without /proc/vmstat, Windows with its counters switched off
+    return RamFacts(int(memory.used), int(memory.total))
+
+
 def process_tree_bytes(pid: int) -> int | None:
     """RAM of a process and all it started, shared pages counted once (PSS; private bytes on Windows). None: it is gone.
 
