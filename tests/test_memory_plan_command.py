@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.person import SMALL, Person
+from client import forecast_view, outlook, packages
+from client.commands import start
+from tests.person import DOOR, SMALL, Person
 from tests.trainers import TASK
+from trainerd.config.load import resolve
+from trainerd.machine import gpu
 from trainerd.memory.receipts import FILE
 
 
@@ -36,6 +42,62 @@ def test_plan_says_what_a_training_needs(person: Person) -> None:
     for words in ("cadence gru", "likely", "at most", "RAM", "fits", "optimizer", "Assumed", "Not in the estimate", "measured here yet"):
         assert words in done.stdout, words
     assert not person.home.runs.exists()
+
+
+@pytest.mark.parametrize("words", [(), ("--budget", "3.5GB"), ("--budget", "1GB", "--set", "settings.model=gru-mn")])
+def test_the_whole_answer_fits_80_columns_and_is_plain_in_a_pipe(person: Person, words: tuple[str, ...]) -> None:
+    """Likely and at most for every number, a bar, the parts in bytes; no colours, no line wider than a terminal."""
+    shown = person.types("plan", *words).stdout
+    assert "\x1b" not in shown and max(map(len, shown.splitlines())) <= 80, shown
+    numbers = ["RAM", "  of it pinned", "Disk"] + (["GPU, driver", "  reserved by torch", "  allocated"] if words else [])
+    for name in numbers:
+        row = next(line for line in shown.splitlines() if line.startswith(name))
+        assert len(re.findall(r"[\d.]+ [kMG]?B", row)) == 2, row
+    assert "Time per step" in shown and "n/a" in shown
+    parts = ["optimizer", "weights", "gradients", "activations", "logits"]
+    for part in [*parts, *(["CUDA overhead"] if words else ["checkpoint's copy", "python and torch"])]:
+        assert re.search(rf"[\d.]+ [kMG]?B  {part}", shown), part
+
+
+def test_gradients_and_logits_are_in_the_answer_for_programs(person: Person) -> None:
+    """--json holds every part of the breakdown as bytes, whatever is too small to be shown."""
+    found = planned(person, "--budget", "3.5GB")["estimate"]
+    assert {"weights", "optimizer", "gradients", "activations", "logits", "cuda context and workspace"} <= set(found["breakdown"])
+    for name in ("allocated", "reserved", "driver", "ram", "pinned", "disk"):
+        assert 0 <= found[name]["point"] <= found[name]["upper"] and isinstance(found[name]["upper"], int), name
+    assert found["allocated"]["point"] < found["reserved"]["point"] < found["driver"]["point"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal of its own needs pexpect's pty")
+@pytest.mark.parametrize(("budget", "colour", "code"), [("3.5GB", "32", 0), ("620MB", "33", 0), ("300MB", "31", 5)])
+def test_the_bar_is_green_amber_or_red(person: Person, budget: str, colour: str, code: int) -> None:
+    """By whether the upper bound, only the likely value, or neither fits; NO_COLOR takes the colour away and nothing else."""
+    import pexpect
+
+    words = [str(DOOR), "--home", str(person.home.root), "plan", "--budget", budget, "--set", "train.micro_batch=32"]
+    for extra in ({}, {"NO_COLOR": "1"}):
+        environment = {**person.environment, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **extra}
+        if not extra:
+            environment.pop("NO_COLOR", None)
+        child = pexpect.spawn(sys.executable, words, dimensions=(40, 80), env=environment, timeout=60)
+        shown = child.read().decode()
+        child.close()
+        assert child.exitstatus == code and "[█" in shown
+        assert (f"\x1b[{colour}m[█" in shown) is (not extra) and ("\x1b" not in shown) is bool(extra)
+
+
+def test_a_gpu_that_torch_cannot_use_is_named_in_the_plan_itself(person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU, that this torch is for the CPU, that training runs there, and what to type; before anything else is said."""
+    one = gpu.GpuFacts(0, "GPU-a", "NVIDIA GeForce RTX 3050", 4 * 10**9, 3 * 10**8, 50.0, None, 3.0)
+    monkeypatch.setattr(gpu, "devices", lambda: [one])
+    monkeypatch.setattr(packages, "torch_facts", lambda: packages.TorchFacts("2.13.0+cpu", None))
+    found = outlook.look(person.home, resolve("cadence"))
+    assert isinstance(found, outlook.Outlook) and found.place.device == "cpu"
+    shown = " ".join("\n".join(forecast_view.lines(found, True, lambda text, colour: text)).split())
+    assert "RTX 3050" in shown and "Training runs on the CPU." in shown and "start_training reinstall" in shown
+    assert start.must_fit(person.home, resolve("cadence")) == list(found.notes)
+    monkeypatch.setattr(packages, "torch_facts", lambda: packages.TorchFacts("2.13.0+cu130", "13.0"))
+    assert outlook.unused_gpu() == ()
 
 
 def test_plan_for_another_machine(person: Person) -> None:
@@ -86,6 +148,11 @@ def test_a_model_of_ones_own_is_traced_once_and_then_planned(person: Person, tmp
     words = ("--task", f"{tmp_path / 'tiny.py'}:Tiny", "--set", "train.precision=fp32", "--set", "train.max_steps=6")
     before = person.types("plan", *words)
     assert before.returncode == 0 and "has not been trained in this home yet" in before.stdout
+    said = " ".join(before.stdout.split())
+    for part in ("It trains on this machine's CPU, in fp32, with adamw", "traced on the CPU", "loses no step", "`plan` knows it"):
+        assert part in said, said
+    foretold = json.loads(person.types("plan", "--json", *words).stdout)
+    assert foretold["verdict"] is None and len(foretold["will"]) == 4
     person.starts(*words, "--wait")
     receipt = json.loads((person.home.run(person.run()).folder / FILE).read_text("utf-8"))
     assert receipt["trace"] and receipt["predicted"]["ram_bytes"] > 0

@@ -30,9 +30,15 @@ def measured() -> tuple[profile.Profile, str, str | None]:
     from trainerd.engine import trainer  # noqa: F401 - what a trainer has loaded before its model
     from trainerd.engine.fitting import device_facts
 
-    _take_a_step(torch)
+    _take_a_step(torch, torch.device("cpu"))
     process_bytes = int(psutil.Process().memory_info().rss) + _LATER_BYTES
+    passing = torch.ones(_COPY_BYTES, dtype=torch.uint8)
+    through = 2 * _COPY_BYTES / _fastest(lambda: passing.add_(1), torch.device("cpu"))  # read and written
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    workspace = 0
+    if device.type == "cuda":
+        workspace = _workspace_of(torch, device)
+        _take_a_step(torch, device)  # the context grows with every kernel that is loaded for the first time
     name, driver = device_facts(device)
     side = _SIDE_GPU if device.type == "cuda" else _SIDE_CPU
     speeds = {}
@@ -41,25 +47,47 @@ def measured() -> tuple[profile.Profile, str, str | None]:
             one = torch.randn(side, side, device=device).to(dtype)
             speeds[precision] = 2e-9 * side**3 / _fastest(lambda one=one: one @ one, device)  # type: ignore[misc]
     if device.type == "cpu":
-        found = profile.Profile(name, "", str(torch.__version__), True, process_bytes, gigaflops=speeds)
+        found = profile.Profile(name, "", str(torch.__version__), True, process_bytes, gigaflops=speeds, ram_bytes_per_second=through)
         return found, name, driver
     host = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=True)
     there = torch.empty_like(host, device=device)
     to = _COPY_BYTES / _fastest(lambda: there.copy_(host), device)
     back = _COPY_BYTES / _fastest(lambda: host.copy_(there), device)
     free, total = torch.cuda.mem_get_info(device)
-    context = total - free - torch.cuda.memory_reserved(device) - _others(device.index or 0, total - free)
+    others = _others(device.index or 0, total - free)
+    context = total - free - torch.cuda.memory_reserved(device) - others
     found = profile.Profile(
-        name, driver or "", str(torch.__version__), True, process_bytes, context, context, _workspace(name), speeds, to, back
+        device=name,
+        driver=driver or "",
+        torch=str(torch.__version__),
+        measured=True,
+        process_bytes=process_bytes,
+        context_bytes=context,
+        context_most_bytes=context,
+        workspace_bytes=workspace or _workspace(name),
+        gigaflops=speeds,
+        ram_bytes_per_second=through,
+        to_device_bytes_per_second=to,
+        from_device_bytes_per_second=back,
+        others_bytes=others,
     )
     return found, name, driver
 
 
-def _take_a_step(torch: Any) -> None:
+def _workspace_of(torch: Any, device: Any) -> int:
+    """What cuBLAS takes with the first product of a process and keeps, by the allocator's own count; 0 when it took none there."""
+    one = torch.ones(256, 256, device=device)
+    before = torch.cuda.memory_allocated(device)
+    kept = one @ one
+    made = int(kept.numel() * kept.element_size())
+    return max(0, int(torch.cuda.memory_allocated(device)) - before - made)
+
+
+def _take_a_step(torch: Any, device: Any) -> None:
     """A step of a tiny model: kernels and libraries that are loaded when first used belong to the bare trainer."""
-    layer, tiny = torch.nn.GRU(16, 16, batch_first=True), torch.randn(4, 8, 16)
+    layer, tiny = torch.nn.GRU(16, 16, batch_first=True).to(device), torch.randn(4, 8, 16, device=device)
     optimizer = torch.optim.AdamW(layer.parameters())
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         layer(tiny)[0].float().sum().backward()
     optimizer.step()
 

@@ -167,7 +167,7 @@ class Allocator:
         """Memory from the driver; at the limit, after giving back what is cached."""
         if self.collect_at and self.limit is not None:
             self._collect(int(self.collect_at * self.limit))
-        whole = _segment(size)
+        whole = segment_bytes(size)
         if not self._allows(whole):
             self.retries += 1
             self.empty_cache()
@@ -278,7 +278,7 @@ def replay(sizes: Sequence[int], events: Sequence[int], allocator: Allocator) ->
     return Peaks(allocator.peak_allocated, allocator.peak_reserved, allocator.retries)
 
 
-def _segment(size: int) -> int:
+def segment_bytes(size: int) -> int:
     """What is asked of the driver for a request of this size."""
     if size <= _SMALL:
         return _SMALL_SEGMENT

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trainerd.memory import receipts
-from trainerd.memory.allocator import Allocator, replay
+from trainerd.memory.playing import Played, played
 from trainerd.memory.profile import Profile
 from trainerd.memory.receipts import Trust
 from trainerd.memory.timeline import Setup, Table, Timeline
@@ -25,7 +25,7 @@ _PROCESS_SLACK_BYTES = 96 * _MIB
 _SHAPES, _SHAPES_PER_PRODUCT, _SHAPE_BYTES, _SHAPE_MOST_BYTES = 256, 24, 1 * _MIB, 2 * _MIB
 _MANIFEST_BYTES = 1 * _MIB
 _EFFICIENCY, _SLOWEST = 0.4, 0.1  # of the measured speed of large products
-_BYTES_PER_SECOND = 8e9  # an optimizer goes through its states at memory speed
+_BYTES_PER_SECOND = 8e9  # an optimizer goes through its states at memory speed; this where it was not measured
 
 _NOT_MODELLED = {
     "cpu": (
@@ -90,8 +90,9 @@ class Estimate:
 def estimate(table: Table, setup: Setup, profile: Profile | None = None, trust: Trust = receipts.NOTHING) -> Estimate:
     """What a training with this setup needs on a machine with this profile."""
     profile = profile or Profile()
-    timeline = table.timeline(setup)
-    device = _on_gpu(timeline, profile, trust) if setup.device == "cuda" else _Device(None, None, None, {})
+    found = played(table, setup, profile.workspace_bytes)
+    timeline = found.timeline
+    device = _on_gpu(found, profile, trust) if setup.device == "cuda" else _Device(None, None, None, {})
     ram, ram_raw = _ram(timeline, setup, profile, trust)
     seconds, seconds_raw = _seconds(timeline, setup, profile, trust)
     checkpoint = timeline.weight_bytes + timeline.state_bytes + _MANIFEST_BYTES
@@ -134,11 +135,9 @@ class _Device:
     raw: Mapping[str, float]
 
 
-def _on_gpu(timeline: Timeline, profile: Profile, trust: Trust) -> _Device:
+def _on_gpu(found: Played, profile: Profile, trust: Trust) -> _Device:
     """The three numbers of a GPU: counters of the replayed allocator, and the context on top."""
-    sizes = [*timeline.sizes, profile.workspace_bytes]
-    events = _with_workspace(timeline, len(timeline.sizes))
-    peaks = replay(sizes, events, Allocator())
+    timeline, peaks = found.timeline, found.peaks
     beyond = max(0, timeline.resting_bytes + timeline.worst_evaluation_bytes + profile.workspace_bytes - peaks.allocated)
     raw = {
         "allocated_bytes": float(peaks.allocated),
@@ -150,12 +149,6 @@ def _on_gpu(timeline: Timeline, profile: Profile, trust: Trust) -> _Device:
     most = profile.context_bytes if profile.measured else profile.context_most_bytes
     driver = _ranged(trust, "driver_bytes", peaks.reserved + profile.context_bytes, reserved.upper + most)
     return _Device(allocated, reserved, driver, raw)
-
-
-def _with_workspace(timeline: Timeline, number: int) -> list[int]:
-    """cuBLAS takes its workspace with the first product, from the same allocator, and keeps it."""
-    at = next((at for at, phase in timeline.marks if phase == "training"), len(timeline.events))
-    return [*timeline.events[:at], number, *timeline.events[at:]]
 
 
 def _ram(timeline: Timeline, setup: Setup, profile: Profile, trust: Trust) -> tuple[Range, dict[str, float]]:
@@ -175,7 +168,7 @@ def _seconds(timeline: Timeline, setup: Setup, profile: Profile, trust: Trust) -
     if not speed:
         return None, {}
     best = timeline.flops / (speed * 1e9)
-    passing = timeline.state_bytes * 3 / _BYTES_PER_SECOND
+    passing = timeline.state_bytes * 3 / ((profile.ram_bytes_per_second if setup.device == "cpu" else None) or _BYTES_PER_SECOND)
     point = best / _EFFICIENCY + passing
     return _ranged(trust, "seconds_per_step", point, best / _SLOWEST + passing), {"seconds_per_step": point}
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trainerd.config.model import RunConfig
 from trainerd.memory import receipts
 from trainerd.memory.estimate import Estimate, estimate
 from trainerd.memory.planner import Answer, Question, choose
 from trainerd.memory.profile import Profile
 from trainerd.memory.timeline import Setup, Table
+
+if TYPE_CHECKING:  # pydantic costs more than an estimate may take to import; whoever has a RunConfig has it already
+    from trainerd.config.model import RunConfig
 
 
 @dataclass(frozen=True)

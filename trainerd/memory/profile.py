@@ -34,8 +34,13 @@ class Profile:
     """cuBLAS's, per stream: this on most cards, 32 MiB on Hopper. It lies inside what is allocated."""
     gigaflops: dict[str, float] = field(default_factory=dict)
     """Matrix products per second by precision, in 1e9 operations."""
+    ram_bytes_per_second: float | None = None
+    """How fast the CPU goes through its own memory."""
     to_device_bytes_per_second: float | None = None
+    """From pinned RAM."""
     from_device_bytes_per_second: float | None = None
+    others_bytes: int | None = None
+    """What the desktop and other programs held of the GPU when this was measured; what they hold now is read anew for each plan."""
 
 
 def file_of(folder: Path, device: str, driver: str | None, torch: str | None) -> Path:

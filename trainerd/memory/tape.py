@@ -31,13 +31,14 @@ class Storage:
     def __init__(self, tape: Tape, size: int) -> None:
         self.tape = tape
         self.size = size
-        self.number = len(tape.sizes)
-        tape.sizes.append(size)
+        sizes, events = tape.sizes, tape.events
+        self.number = number = len(sizes)
+        sizes.append(size)
         tape.kinds.append(tape.kind)
-        tape.events.append(self.number)
-        tape.live += size
-        if tape.live > tape.peak:
-            tape.peak, tape.peak_event = tape.live, len(tape.events)
+        events.append(number)
+        tape.live = live = tape.live + size
+        if live > tape.peak:
+            tape.peak, tape.peak_event = live, len(events)
 
     def __del__(self) -> None:
         self.tape.live -= self.size
@@ -49,11 +50,11 @@ class Tensor:
 
     __slots__ = ("contiguous", "dtype", "grad", "leaf", "node", "output", "shape", "storage", "tape")
 
-    def __init__(self, tape: Tape, shape: Shape, dtype: str, storage: Storage | None = None) -> None:
+    def __init__(self, tape: Tape, shape: Shape, dtype: str, storage: Storage) -> None:
         self.tape = tape
         self.shape = shape
         self.dtype = dtype
-        self.storage = storage or Storage(tape, prod(shape) * BYTES[dtype])
+        self.storage = storage
         self.node: Node | None = None
         self.output = 0
         self.leaf = False
@@ -126,7 +127,8 @@ class Tape:
         self._order = count()
 
     def new(self, shape: Shape, dtype: str) -> Tensor:
-        return Tensor(self, shape, dtype)
+        """A tensor over a storage of its own."""
+        return Tensor(self, shape, dtype, Storage(self, prod(shape) * BYTES[dtype]))
 
     def parameter(self, *shape: int, dtype: str = "fp32", trainable: bool = True, kind: str = WEIGHTS) -> Tensor:
         """A weight; it lives as long as the tape."""
@@ -190,12 +192,26 @@ class Tape:
         self, made: Sequence[Tensor], given: Sequence[Tensor | None], backward: Backward, saved: tuple[Any, ...] = (), *about: Any
     ) -> None:
         """Remember how `made` came from `given`, if a gradient can flow back. `saved` lives until the node has run."""
-        if not self.grad_enabled or not any(t is not None and t.node is not None for t in given):
+        if not self.grad_enabled:
             return
-        edges = [None if t is None or t.node is None else (t.node, t.output) for t in given]
+        edges: list[tuple[Node, int] | None] = []
+        shapes: list[tuple[Shape, str] | None] = []
+        flows = False
+        for t in given:
+            if t is None:
+                edges.append(None)
+                shapes.append(None)
+                continue
+            shapes.append((t.shape, t.dtype))
+            if t.node is None:
+                edges.append(None)
+            else:
+                edges.append((t.node, t.output))
+                flows = True
+        if not flows:
+            return
         node = Node(backward, next(self._order), edges)
-        node.saved, node.about, node.num_outputs = saved, about, len(made)
-        node.shapes = [(t.shape, t.dtype) if t is not None else None for t in given]
+        node.saved, node.about, node.num_outputs, node.shapes = saved, about, len(made), shapes
         for place, tensor in enumerate(made):
             tensor.node, tensor.output = node, place
 
@@ -211,10 +227,11 @@ class Tape:
         waiting = _dependencies([node for node, _, _ in roots])
         buffers: dict[int, list[Tensor | None]] = {}
         ready: list[tuple[int, int, Node]] = []
+        turn = count()  # of leaves, the one that was complete first
         for node, output, grad in roots:
             buffers.setdefault(id(node), [None] * node.num_outputs)[output] = grad
             if not waiting.get(id(node)):
-                heappush(ready, (-node.order if node.order >= 0 else -sys.maxsize, id(node), node))
+                heappush(ready, (-node.order if node.order >= 0 else -sys.maxsize, next(turn), node))
         roots.clear()
         grad = None  # type: ignore[assignment]
         while ready:
@@ -235,21 +252,18 @@ class Tape:
                 del grad_out
                 waiting[id(target)] -= 1
                 if not waiting[id(target)]:
-                    heappush(ready, (-target.order if target.order >= 0 else -sys.maxsize, id(target), target))
+                    heappush(ready, (-target.order if target.order >= 0 else -sys.maxsize, next(turn), target))
 
     def repeat(self, began: int) -> None:
         """The events since `began` once more, but for what was made in them and is still there."""
         played = self.events[began:]
         ended = {~event for event in played if event < 0}
-        again: dict[int, int] = {}
-        for event in played:
-            if event in ended:
-                again[event] = len(self.sizes)
-                self.sizes.append(self.sizes[event])
-                self.kinds.append(self.kinds[event])
-                self.events.append(again[event])
-            elif event < 0 and ~event in again:
-                self.events.append(~again[~event])
+        born = [event for event in played if event in ended]
+        again = dict(zip(born, range(len(self.sizes), len(self.sizes) + len(born)), strict=True))
+        again |= {~event: ~number for event, number in again.items()}
+        self.sizes += [self.sizes[event] for event in born]
+        self.kinds += [self.kinds[event] for event in born]
+        self.events += [again[event] for event in played if event in again]
 
     def close(self) -> None:
         """Let go of the parameters: each holds its node, and that the parameter."""
@@ -258,15 +272,12 @@ class Tape:
 
     def breakdown(self) -> dict[str, int]:
         """Bytes by kind at the peak."""
-        alive: dict[int, None] = {}
-        for event in self.events[: self.peak_event]:
-            if event >= 0:
-                alive[event] = None
-            else:
-                alive.pop(~event, None)
+        before = self.events[: self.peak_event]
+        ended = {~event for event in before if event < 0}
         found: dict[str, int] = {}
-        for number in alive:
-            found[self.kinds[number]] = found.get(self.kinds[number], 0) + self.sizes[number]
+        for number in before:
+            if number >= 0 and number not in ended:
+                found[self.kinds[number]] = found.get(self.kinds[number], 0) + self.sizes[number]
         return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Protocol
 
 from trainerd.memory.optimizers import Optimizer
@@ -200,11 +201,8 @@ def peaks(timeline: Timeline) -> dict[str, int]:
     """The highest point of every phase."""
     found: dict[str, int] = {}
     borders = [at for at, _ in timeline.marks] + [len(timeline.events)]
-    live = 0
+    sizes = timeline.sizes
+    live = list(accumulate([sizes[event] if event >= 0 else -sizes[~event] for event in timeline.events], initial=0))
     for (at, phase), end in zip(timeline.marks, borders[1:], strict=True):
-        highest = live
-        for event in timeline.events[at:end]:
-            live += timeline.sizes[event] if event >= 0 else -timeline.sizes[~event]
-            highest = max(highest, live)
-        found[phase] = max(found.get(phase, 0), highest)
+        found[phase] = max(found.get(phase, 0), max(live[at : end + 1]))
     return found

@@ -6,14 +6,18 @@ tests/test_memory_cadence.py holds it against the real models, to the byte.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
 
-from trainerd.config.model import DataConfig
 from trainerd.memory import kernels, losses, ops
 from trainerd.memory.layers import Embedding, Linear, SampleDropout
 from trainerd.memory.recurrent import Gru
 from trainerd.memory.tape import LOGITS, Tape, Tensor
 from trainerd.memory.timeline import Setup, Timeline, of_model
-from trainerd.tasks.cadence.settings import CadenceSettings
+
+if TYPE_CHECKING:  # values come from outside: the table itself needs no pydantic
+    from trainerd.config.model import DataConfig
+    from trainerd.tasks.cadence.settings import CadenceSettings
 
 _SPECIAL_WORDS = 2  # unknown and rare
 _EXPECTED_CATEGORIES, _EXPECTED_PIECES = 64, 3
@@ -208,6 +212,11 @@ class CadenceTable:
     @property
     def kind(self) -> str:
         return f"cadence {self.settings.model}"
+
+    @cached_property
+    def key(self) -> str:
+        """All that the timeline depends on."""
+        return f"cadence {self.settings.model_dump_json()} {self.sizes} {self.places}"
 
     def timeline(self, setup: Setup) -> Timeline:
         return of_model(lambda tape: _Training(self, tape, setup), setup)

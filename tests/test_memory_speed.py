@@ -1,0 +1,114 @@
+"""An estimate costs next to nothing: what it imports, that it is remembered, and that the fast replay says what the plain one says."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from tests.person import ROOT
+from trainerd.memory import native, playing
+from trainerd.memory.allocator import Allocator, replay
+from trainerd.memory.estimate import estimate
+from trainerd.memory.profile import Profile
+from trainerd.memory.timeline import Setup, Timeline
+from trainerd.tasks.cadence.blocks import CadenceTable, Sizes, table
+from trainerd.tasks.cadence.settings import CadenceSettings
+
+MB = 1 << 20
+TINY_MN = {"model": "gru-mn", "vocabulary": 500, "max_words": 6, "gru_mn": {"embedding": 32, "hidden": [64, 48], "attention": [32, 24]}}
+
+
+def test_an_estimate_imports_no_pydantic() -> None:
+    """Everything the estimate and the planner are made of, and a task's table: standard library and ourselves."""
+    code = (
+        "import sys, pkgutil, importlib, trainerd.memory as m\n"
+        "for found in pkgutil.iter_modules(m.__path__): importlib.import_module('trainerd.memory.' + found.name)\n"
+        "import trainerd.tasks.cadence.blocks\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = {name for name in done.stdout.split() if not name.startswith("_") and name != "sitecustomize"}
+    assert loaded == {"trainerd"}, loaded
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_fast_replay_counts_what_the_plain_one_counts(seed: int) -> None:
+    """Random traces with sizes at every border of the rules: both counters equal, whatever is left alive."""
+    draw = random.Random(seed)
+    sizes: list[int] = []
+    events: list[int] = []
+    alive: list[int] = []
+    borders = [0, 1, 511, 512, 513, MB - 1, MB, MB + 1, 2 * MB, 10 * MB - 1, 10 * MB, 20 * MB, 19 * MB + 513]
+    for _ in range(draw.randrange(2, 500)):
+        if alive and draw.random() < 0.47:
+            events.append(~alive.pop(draw.randrange(len(alive)) if draw.random() < 0.5 else -1))
+        else:
+            events.append(len(sizes))
+            alive.append(len(sizes))
+            sizes.append(draw.choice([draw.choice(borders), draw.randrange(MB), draw.randrange(40 * MB)]))
+    assert native.peaks(sizes, events) == replay(sizes, events, Allocator())
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("settings", [{}, TINY_MN], ids=["gru", "gru-mn"])
+def test_the_fast_replay_of_a_training_is_that_of_the_plain_one(settings: dict[str, object], accumulation: int) -> None:
+    """CADENCE's two models: the events of real tables, two steps long."""
+    timeline = table(CadenceSettings.model_validate(settings)).timeline(Setup("cuda", "bf16", 5, 5 * accumulation))
+    assert native.peaks(timeline.sizes, timeline.events) == replay(timeline.sizes, timeline.events, Allocator())
+    # What a timeline says of itself, counted one event after another.
+    live = highest = 0
+    for event in timeline.events:
+        live += timeline.sizes[event] if event >= 0 else -timeline.sizes[~event]
+        highest = max(highest, live)
+    assert timeline.peak == highest == max(timeline.peaks.values()) == sum(timeline.breakdown.values())
+    assert timeline.resting_bytes == live
+
+
+class Counted(CadenceTable):
+    """Counts how often it is played."""
+
+    plays = 0
+
+    def timeline(self, setup: Setup) -> Timeline:
+        type(self).plays += 1
+        return super().timeline(setup)
+
+
+def test_the_same_question_is_answered_from_memory() -> None:
+    """By what the table depends on, not by which object asks; another setup, model or workspace is another question."""
+    playing.forget()
+    Counted.plays = 0
+    settings, sizes = CadenceSettings(), Sizes(700, 600, 3)
+    setup = Setup("cuda", "bf16", 4, 8)
+    first = estimate(Counted(settings, sizes, 9), setup)
+    assert estimate(Counted(settings.model_copy(deep=True), sizes, 9), setup) == first and Counted.plays == 1
+    estimate(Counted(settings, sizes, 10), setup)
+    estimate(Counted(settings, sizes, 9), replace(setup, micro_batch=8))
+    estimate(Counted(CadenceSettings.model_validate({"gru": {"hidden": 32}}), sizes, 9), setup)
+    assert Counted.plays == 4
+    larger = estimate(Counted(settings, sizes, 9), setup, Profile(workspace_bytes=32 * MB))
+    assert Counted.plays == 5 and larger.raw["allocated_bytes"] - first.raw["allocated_bytes"] == 32 * MB - Profile().workspace_bytes
+
+
+def test_only_so_much_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest question goes first; one that was asked again is young."""
+    playing.forget()
+    monkeypatch.setattr(playing, "_REMEMBERED", 3)
+    model = Counted(CadenceSettings(), Sizes(50, 40, 2), 4)
+    for samples in (1, 2, 3, 1, 4):
+        estimate(model, Setup("cpu", "fp32", samples, samples))
+    Counted.plays = 0
+    estimate(model, Setup("cpu", "fp32", 1, 1))
+    assert Counted.plays == 0
+    estimate(model, Setup("cpu", "fp32", 2, 2))
+    assert Counted.plays == 1
+
+
+def test_a_long_model_is_played_within_a_budget_of_work() -> None:
+    """Without a clock, which other programs disturb: so many storages and events, and no more, for the paper's model."""
+    timeline = table(CadenceSettings(model="gru-mn")).timeline(Setup("cuda", "bf16", 32, 32))
+    assert len(timeline.events) < 25_000 and len(timeline.sizes) < 13_000
