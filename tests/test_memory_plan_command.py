@@ -104,10 +104,10 @@ def test_plan_for_another_machine(person: Person) -> None:
     """--budget asks about a GPU that is not here: the same command says whether 4 GB would do, and chooses the micro-batch for it."""
     fits = planned(person, "--budget", "3.5GB")
     assert fits["verdict"] == "fits" and fits["device"] == "cuda" and fits["budget_bytes"] == 3_500_000_000
-    large = planned(person, "--budget", "2GB", "--set", "train.batch_size=4096")
+    large = planned(person, "--budget", "2GB", "--set", "train.batch_size=16384")
     assert large["verdict"] == "fits" and large["techniques"] == ["smaller micro-batch"]
     setup = large["estimate"]["setup"]
-    assert setup["effective_batch"] == 4096 and setup["micro_batch"] < 4096
+    assert setup["effective_batch"] == 16384 and setup["micro_batch"] < 16384
     assert large["estimate"]["driver"]["upper"] <= 2_000_000_000
     never = planned(person, "--budget", "900MB", "--set", "settings.model=gru-mn", code=5)
     assert never["verdict"] == "too large"
