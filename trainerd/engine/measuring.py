@@ -77,7 +77,7 @@ def measured() -> tuple[profile.Profile, str, str | None]:
 def _workspace_of(torch: Any, device: Any) -> int:
     """What cuBLAS takes with the first product of a process and keeps, by the allocator's own count; 0 when it took none there."""
     one = torch.ones(256, 256, device=device)
-    before = torch.cuda.memory_allocated(device)
+    before = int(torch.cuda.memory_allocated(device))
     kept = one @ one
     made = int(kept.numel() * kept.element_size())
     return max(0, int(torch.cuda.memory_allocated(device)) - before - made)
