@@ -144,7 +144,8 @@ def _place(home: Home, config: RunConfig, budget: str | None, device: str | None
         place = forecast.Place(kind, _bytes(budget), _precision(kind), known, (), name)
         return place, "a GPU" if kind == "cuda" else "a CPU", f"a budget of {budget}"
     left, words = _left(config, kind, gpus)
-    return forecast.Place(kind, left, _precision(kind), known, receipts.read(home), name), _named(kind, gpus), words
+    place = forecast.Place(kind, left, _precision(kind), known, receipts.read(home), name, _left(config, "cpu", gpus)[0])
+    return place, _named(kind, gpus), words
 
 
 def _left(config: RunConfig, kind: str, gpus: list[gpu.GpuFacts]) -> tuple[int, str]:

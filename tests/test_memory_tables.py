@@ -14,11 +14,15 @@ from torch.nn import functional
 from benchmarks.memory.__main__ import counted, estimated
 from benchmarks.memory.families import family
 from tests.memory_oracle import TensorCount, allocator_changes, peak
+from tests.toy import Toy
+from trainerd.config.model import TrainConfig
+from trainerd.engine import optimizers
 from trainerd.memory import kernels, layers, losses, ops
 from trainerd.memory.optimizers import Optimizer
 from trainerd.memory.recurrent import Gru
 from trainerd.memory.tape import Tape
 from trainerd.memory.tape import Tensor as Shadow
+from trainerd.memory.timeline import Setup, of_model
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -244,6 +248,61 @@ def test_an_optimizer_keeps_what_its_table_says(name: str) -> None:
     table = Optimizer(tape, name)
     table.allocate()
     assert tape.live - before == count.live - count.known
+
+
+def test_an_optimizer_on_the_host_keeps_what_its_table_says() -> None:
+    """Beside its states, a copy of the weights and the sums of the gradients, which stay; where the device is a GPU, all of it on the
+    host, two landings for the largest gradient more, and nothing on the device."""
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 16))
+    with TensorCount(model.parameters()) as count:
+        optimizer, offload = optimizers.build_on_host(model, Toy(), TrainConfig(), torch.device("cpu"))
+        for _ in range(2):
+            model(torch.ones(2, 32)).sum().backward()
+    assert optimizer.state
+    held = {}
+    for device in ("cpu", "cuda"):
+        tape = Tape(device)
+        for p in model.parameters():
+            tape.parameter(*p.shape)
+        before = tape.live
+        table = Optimizer(tape, "adamw", on_host=True)
+        table.allocate()
+        table.give_gradients()
+        held[device] = tape.live - before, table.host_bytes, table.moving_bytes
+    assert held["cpu"][0] == pytest.approx(count.live - count.known, abs=64 * 16)  # each part begins at a border of 64 bytes
+    weights_bytes = sum(p.numel() * 4 for p in model.parameters())
+    assert held["cuda"] == (0, 2 * weights_bytes + 4 * 4, 2 * weights_bytes + 2 * 64 * 32 * 4)
+    offload.close()
+
+
+def test_gradients_that_leave_are_not_on_the_device_together() -> None:
+    """Of eight layers' gradients, added up over two micro-batches, the peak on a GPU has one; without offload all of them."""
+
+    def peak_of(offload: str) -> int:
+        def build(tape: Tape) -> Any:
+            return _Deep(tape)
+
+        return of_model(build, Setup("cuda", "fp32", 1, 2, offload=offload)).peak
+
+    layer = 256 * 256 * 4
+    states = 8 * (2 * layer + 4)
+    assert 7 * layer + states <= peak_of("none") - peak_of("optimizer") <= 9 * layer + states
+
+
+class _Deep:
+    def __init__(self, tape: Tape) -> None:
+        self.layers = [layers.Linear(tape, 256, 256, bias=False) for _ in range(8)]
+
+    def micro_batch(self, tape: Tape, samples: int) -> Shadow:
+        return tape.input(samples, 256, dtype="fp32")
+
+    def loss(self, batch: Shadow) -> Shadow:
+        for layer in self.layers:
+            batch = layer(batch)
+        return ops.total(batch)
+
+    def evaluate(self, tape: Tape, samples: int, *, worst: bool) -> None:
+        return
 
 
 def test_an_eight_bit_optimizer_keeps_and_unpacks_what_its_table_says() -> None:

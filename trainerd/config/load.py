@@ -137,6 +137,9 @@ def _validate(layers: _Layers, entry: catalogue.TaskEntry | None) -> RunConfig |
     micro, batch = config.train.micro_batch, config.train.batch_size
     if isinstance(micro, int) and micro > batch:
         layers.problems.append(f"train.micro_batch = {micro}: is larger than train.batch_size, which is {batch}.")
+    if config.memory.offload == "optimizer" and "8bit" in config.train.optimizer:
+        said = f"memory.offload = optimizer: the small state of train.optimizer = {config.train.optimizer} stays on the device; choose one"
+        layers.problems.append(f"{said} of the two.")
     return config
 
 

@@ -27,6 +27,7 @@ from trainerd.engine.guard import MemoryWatch
 from trainerd.engine.loader import Loader, lengths_of
 from trainerd.engine.loop import Asked, Link, Training
 from trainerd.engine.metrics import MetricsLog
+from trainerd.engine.offload import Offload
 from trainerd.engine.pulse import Pulse
 from trainerd.engine.saver import Saver, SaveSchedule
 from trainerd.engine.state import States
@@ -66,7 +67,7 @@ def build(
     foreseen = fitting.foresee(task, model, dataset, config, plan, paths.home, mixed, link.send, traces=traces)
     model = model.to(device).train()
     pulse.enter(phases.STARTING)
-    optimizer = optimizers.build(model, task, config.train)
+    optimizer, offload = _optimizer(model, task, config, plan, mixed, link, stack)
     plan["optimizer"] = optimizers.kernel(optimizer)
     model = mixed.prepare(model)
     dropout.attach(model, task.ctx)
@@ -81,7 +82,7 @@ def build(
         link=link,
         pulse=pulse,
         asked=Asked(link, pulse),
-        stepper=Stepper(task, model, optimizer, mixed, loader, config.train.max_grad_norm, config.faults.leaves_out),
+        stepper=Stepper(task, model, optimizer, mixed, loader, config.train.max_grad_norm, config.faults.leaves_out, offload),
         evaluation=_evaluation(task, model, mixed, held_out, config, plan),
         states=States(model, optimizer, mixed),
         saver=Saver(store, SaveSchedule(config.checkpoint), link.send, paths.home.root),
@@ -131,6 +132,27 @@ def _spill_watch(device: torch.device, link: Link) -> spill.SpillWatch | None:
     if device.type != "cuda":
         return None
     return spill.SpillWatch(lambda: spill.look(device.index or 0), link.send, spill.python_program())
+
+
+def _optimizer(
+    model: torch.nn.Module,
+    task: Task,
+    config: RunConfig,
+    plan: plans.Plan,
+    mixed: precision.Precision,
+    link: Link,
+    stack: ExitStack,
+) -> tuple[torch.optim.Optimizer, Offload | None]:
+    """The optimizer, where the plan wants it; on the host, with what moves gradients there and weights back."""
+    if plan["offload"] != plans.OPTIMIZER_ON_HOST:
+        return optimizers.build(model, task, config.train), None
+    optimizer, offload = optimizers.build_on_host(model, task, config.train, mixed.device)
+    stack.callback(offload.close)
+    mixed.scale_on_host()
+    if mixed.device.type == "cuda" and not offload.is_pinned:
+        text = "The system pins no memory for the optimizer on the CPU: copying waits, and a step takes longer."
+        link.send(wire.WARNING, text=text)
+    return optimizer, offload
 
 
 def _evaluation(
@@ -199,6 +221,9 @@ def _put_back(training: Training, state: State) -> None:
     training.saved = (training.step, training.evaluation.last_step)
     training.exact.restore(state["exact"])
     training.memory.oom_recoveries = state["oom_recoveries"]
+    moved = plans.optimizer_place(state["plan"]), plans.optimizer_place(training.plan)
+    if moved[0] != moved[1]:
+        training.exact.lost(training.step + 1, f"resumed with the optimizer on {moved[1]}, no longer on {moved[0]}")
     before = {**state["about"], "config_sha256": training.about["config_sha256"]}
     # What an older trainerd did not write down is not known to be another.
     changed = [f"{name} {before[name]} -> {value}" for name, value in training.about.items() if before.get(name, value) != value]

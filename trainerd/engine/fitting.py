@@ -54,6 +54,7 @@ class Forecast:
             effective_batch=plan["effective_batch"],
             optimizer=config.train.optimizer,
             logits=plan.get("logits", "chunked"),
+            offload=plan["offload"],
         )
         return estimate(self.table, setup, self.place.profile)
 
@@ -91,12 +92,13 @@ def foresee(
 
 
 def _fit(found: Forecast, config: RunConfig, plan: plans.Plan, send: Send) -> None:
-    """Choose the micro-batch that was left open, and say when even that is tight. The effective batch stays."""
+    """Choose the micro-batch, and where the optimizer is, if they were left open; say when even that is tight. The batch stays."""
     if not plan.pop("open", False) or found.table is None:
         return
     answer = forecast.answer(config, found.place, found.table, found.splittable)
-    if answer.setup.micro_batch != plan["micro_batch"]:
+    if (answer.setup.micro_batch, answer.setup.offload) != (plan["micro_batch"], plan["offload"]):
         plans.set_micro_batch(plan, answer.setup.micro_batch)
+        plan["offload"] = answer.setup.offload
         send(wire.PLAN, **plans.shown(plan))
     if answer.verdict != planner.FITS:
         send(wire.WARNING, text=_tight(answer))
@@ -120,10 +122,14 @@ def _place(config: RunConfig, plan: plans.Plan, home: Home) -> forecast.Place:
         ours = torch.cuda.memory_reserved(device) + measured.context_bytes
         budget = resolve_limit(config.memory.vram_limit, total) - max(0, total - free - ours)
     else:
-        ram = machine_memory.ram()
-        ours = int(psutil.Process(os.getpid()).memory_info().rss)
-        budget = resolve_limit(config.memory.ram_limit, ram.total_bytes) - max(0, ram.used_bytes - ours)
-    return forecast.Place(device.type, budget, plan["precision"], measured, receipts.read(home), name)
+        budget = _ram_left(config)
+    return forecast.Place(device.type, budget, plan["precision"], measured, receipts.read(home), name, _ram_left(config))
+
+
+def _ram_left(config: RunConfig) -> int:
+    ram = machine_memory.ram()
+    ours = int(psutil.Process(os.getpid()).memory_info().rss)
+    return resolve_limit(config.memory.ram_limit, ram.total_bytes) - max(0, ram.used_bytes - ours)
 
 
 def device_facts(device: torch.device) -> tuple[str, str | None]:

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from trainerd.config.model import TrainConfig
-from trainerd.contract.errors import TrainerdError
+from trainerd.contract.errors import ConfigError, TrainerdError
+from trainerd.engine.lanes import lane_of
+from trainerd.engine.offload import Offload
 from trainerd.engine.task import Task
 
 _MOMENTUM = 0.9
@@ -20,10 +22,31 @@ _EIGHT_BIT = ("adamw8bit", "paged_adamw8bit")
 
 def build(model: nn.Module, task: Task, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer over the trainable parameters, its state already allocated: so that memory is known before step 1."""
+    return _of_groups(_groups(model, task, config), config)
+
+
+def build_on_host(model: nn.Module, task: Task, config: TrainConfig, device: torch.device) -> tuple[torch.optim.Optimizer, Offload]:
+    """The same on the CPU, for weights on `device`; and what carries gradients there and weights back."""
+    if config.optimizer in _EIGHT_BIT:
+        message = f"memory.offload = optimizer: the small state of train.optimizer = {config.optimizer} stays on the device"
+        raise ConfigError([f"{message}; choose one of the two."])
+    groups = _groups(model, task, config)
+    weights = [p for group in groups for p in group["params"]]
+    offload = Offload(weights, lane_of(device, max(p.numel() * p.element_size() for p in weights)))
+    optimizer = _of_groups([{**group, "params": [offload.master(p) for p in group["params"]]} for group in groups], config)
+    offload.attach(optimizer)
+    return optimizer, offload
+
+
+def _groups(model: nn.Module, task: Task, config: TrainConfig) -> list[dict[str, Any]]:
     groups = task.parameter_groups(model) or _own_groups(model, config.weight_decay)
     groups = [{"lr_scale": 1.0, **group, "params": list(group["params"])} for group in groups]
     if not any(group["params"] for group in groups):
         raise TrainerdError("The model has no trainable parameter.", "Leave requires_grad on for what is to be learned.")
+    return groups
+
+
+def _of_groups(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
     if config.optimizer in _EIGHT_BIT:
         from trainerd.engine import eightbit
 

@@ -16,6 +16,7 @@ from trainerd.engine import precision
 from trainerd.engine.task import Task
 from trainerd.machine import cpu
 
+NO_OFFLOAD, OPTIMIZER_ON_HOST = "none", "optimizer"
 _SHOWN = (
     "device",
     "precision",
@@ -44,7 +45,7 @@ def resolve(config: RunConfig, task: Task) -> Plan:
         "optimizer": train.optimizer,
         "logits": "full" if config.memory.logits == "full" else "chunked",
         "activation_checkpointing": "off",
-        "offload": "off",
+        "offload": NO_OFFLOAD if config.memory.offload == "auto" else config.memory.offload,
         "effective_batch": train.batch_size,
     }
     micro_batch = train.batch_size if train.micro_batch == "auto" else min(train.micro_batch, train.batch_size)
@@ -52,9 +53,22 @@ def resolve(config: RunConfig, task: Task) -> Plan:
         message = f"train.micro_batch is {micro_batch} and train.batch_size {train.batch_size}, but this task's batch cannot be split."
         raise ConfigError([message], "Leave train.micro_batch out, or make the batch smaller.")
     set_micro_batch(plan, micro_batch)
-    if train.micro_batch == "auto" and task.splittable:
+    if (train.micro_batch == "auto" and task.splittable) or (device.type == "cuda" and config.memory.offload == "auto"):
         plan["open"] = True  # fitting.py takes it out, when the model is known
     return plan
+
+
+def follow(plan: Plan, config: RunConfig) -> None:
+    """What of a recorded plan a person may change while a run goes on: where the optimizer is. Left to "auto", it stays."""
+    if config.memory.offload != "auto":
+        plan["offload"] = config.memory.offload
+    elif plan.get("offload") in (None, "off"):  # as earlier versions wrote it
+        plan["offload"] = NO_OFFLOAD
+
+
+def optimizer_place(plan: Plan) -> str:
+    """The device that computes the optimizer's step: another one rounds differently."""
+    return "cpu" if plan.get("offload") == OPTIMIZER_ON_HOST else str(plan["device"])
 
 
 def set_micro_batch(plan: Plan, micro_batch: int) -> None:

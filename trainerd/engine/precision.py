@@ -60,6 +60,7 @@ class Precision:
         )
         self.device: torch.device = self._accelerator.device
         self._own_fp16 = name == "fp16" and device.type == "cpu"
+        self._scales_on_host = False
         self.scaler: torch.amp.GradScaler | None = torch.amp.GradScaler("cpu") if self._own_fp16 else self._accelerator.scaler
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -70,6 +71,12 @@ class Precision:
         """
         prepared: nn.Module = self._accelerator.prepare(model)
         return prepared
+
+    def scale_on_host(self) -> None:
+        """Whatever the device, the scaler meets the gradients on the CPU."""
+        self._scales_on_host = True
+        if self.scaler is not None:
+            self.scaler = self._fresh_scaler()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """A context for everything that computes."""
@@ -98,9 +105,16 @@ class Precision:
     def forget_step(self) -> None:
         """A step was broken off between unscale() and update(): the scaler must not remember it."""
         if self.scaler is not None:
-            fresh = torch.amp.GradScaler(self.device.type)
+            fresh = self._fresh_scaler()
             fresh.load_state_dict(self.scaler.state_dict())
             self.scaler = fresh
+
+    def _fresh_scaler(self) -> torch.amp.GradScaler:
+        if not self._scales_on_host:
+            return torch.amp.GradScaler(self.device.type)
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(torch.zeros(()))  # its scale lies where the first loss did: later ones are on the device, the gradients are not
+        return scaler
 
     def state(self) -> dict[str, Any] | None:
         return None if self.scaler is None else self.scaler.state_dict()

@@ -16,6 +16,7 @@ from trainerd.contract.errors import TrainerdError
 from trainerd.engine import cleaning, guard, optimizers, rng
 from trainerd.engine.loader import Loader, Window, move
 from trainerd.engine.metrics import Number
+from trainerd.engine.offload import Offload
 from trainerd.engine.precision import Precision
 from trainerd.engine.task import Losses, Task
 
@@ -47,8 +48,9 @@ class Stepper:
         loader: Loader,
         max_grad_norm: float | None,
         leaves_out: bool = False,
+        offload: Offload | None = None,
     ) -> None:
-        """`leaves_out`: a step whose loss or gradient is no finite number changes nothing."""
+        """`leaves_out`: a step whose loss or gradient is no finite number changes nothing. `offload`: the optimizer is on the host."""
         self._task = task
         self._model = model
         self._optimizer = optimizer
@@ -56,6 +58,7 @@ class Stepper:
         self._loader = loader
         self._max_grad_norm = max_grad_norm
         self._leaves_out = leaves_out
+        self._offload = offload
         self._trainable = [p for group in optimizer.param_groups for p in group["params"]]
         self._statistics = [b for b in model.buffers() if b.numel() * b.element_size() <= _STATISTICS_BYTES]
         self._statistics_before = [b.clone() for b in self._statistics]
@@ -133,16 +136,18 @@ class Stepper:
 
     def _update(self, lr: float, loss: Tensor) -> Tensor:
         """Unscale, clip, step; returns the gradient's norm before clipping."""
+        if self._offload is not None:
+            self._offload.arrive()
         self._precision.unscale(self._optimizer)
         gradients = [p.grad for p in self._trainable if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if self._leaves_out and self._precision.scaler is None and not bool(torch.isfinite(norm) & torch.isfinite(loss)):
+        if self._leaves_out and self._precision.scaler is None and not _are_finite(norm, loss):
             self._forget_statistics()
             self._optimizer.zero_grad(set_to_none=True)
             return norm
         limit = self._max_grad_norm
         # On a CPU it costs nothing to look first; multiplying by 1 would cost a pass over all gradients.
-        if limit is not None and (self._moves or not float(norm) <= limit):
+        if limit is not None and (norm.device.type != "cpu" or not float(norm) <= limit):
             torch.nn.utils.clip_grads_with_norm_(self._trainable, limit, norm)
         optimizers.set_lr(self._optimizer, lr)
         self._versions = self._version()
@@ -161,6 +166,8 @@ class Stepper:
 
     def _undo(self) -> None:
         """As if the window had never been looked at."""
+        if self._offload is not None:
+            self._offload.forget()
         self._optimizer.zero_grad(set_to_none=True)
         self._precision.forget_step()
         self._versions = None
@@ -183,6 +190,10 @@ class Stepper:
     def _is_half_done(self) -> bool:
         """Whether the optimizer failed after it had changed something: then only a checkpoint helps, and the error is raised."""
         return self._versions is not None and self._version() != self._versions
+
+
+def _are_finite(norm: Tensor, loss: Tensor) -> bool:
+    return bool(torch.isfinite(norm.to(loss.device)) & torch.isfinite(loss))
 
 
 def weighted(losses: Losses, counts: Mapping[str, int]) -> Tensor:

@@ -124,6 +124,7 @@ class Trainer:
                 text = "No step of this run was ever saved, although some were trained: it begins again at its beginning."
                 self._link.send(wire.WARNING, text=text)
             plan = dict(state["plan"] if state else self._plan or plans.resolve(self.config, self.task))
+            plans.follow(plan, self.config)
             self._tell_plan(plan)
             if plan["device"] != "cpu":
                 arrange_cublas(plan["deterministic"])

@@ -32,6 +32,8 @@ class Place:
     receipts: Iterable[Mapping[str, Any]] = ()
     name: str = ""
     """What receipts call the device."""
+    ram_bytes: int | None = None
+    """What of the RAM is left for us when the device is a GPU; None: not known."""
 
 
 def question(config: RunConfig, place: Place, splittable: bool = True) -> Question:
@@ -45,10 +47,12 @@ def question(config: RunConfig, place: Place, splittable: bool = True) -> Questi
         effective_batch=whole,
         optimizer=train.optimizer,
         logits="full" if config.memory.logits == "full" else "chunked",
+        offload="none" if config.memory.offload == "auto" else config.memory.offload,
     )
-    values: dict[str, object] = {"memory.logits": config.memory.logits}
+    values: dict[str, object] = {"memory.logits": config.memory.logits, "memory.offload": config.memory.offload}
     values |= {"train.micro_batch": train.micro_batch, "train.precision": train.precision, "train.optimizer": train.optimizer}
-    return Question(setup, place.budget_bytes, frozenset(key for key, value in values.items() if value != "auto"), splittable)
+    fixed = frozenset(key for key, value in values.items() if value != "auto")
+    return Question(setup, place.budget_bytes, fixed, splittable, place.ram_bytes)
 
 
 def answer(config: RunConfig, place: Place, table: Table, splittable: bool = True) -> Answer:

@@ -13,18 +13,25 @@ from trainerd.memory.tape import GRADIENTS, OPTIMIZER, Tape, Tensor
 
 _EIGHT_BIT_LEAST, _EIGHT_BIT_BLOCK, _EIGHT_BIT_TABLES = 4096, 256, 2 * 256 * 4
 _PAGED_LEAST = 100_000
+_MASTERS, _LANDINGS = 2, 2  # an optimizer on the host: its weights and its gradients; and where those of a GPU land
 _EIGHT_BIT_COPIES, _SMALL_COPIES = 5, 3  # in fp32, of one parameter, while a CPU computes its step
 NAMES = ("adamw", "adam", "sgd", "adafactor", "adamw8bit", "paged_adamw8bit")
 
 
 class Optimizer:
-    """The states of one optimizer on a tape; `host_bytes` is what lies in pageable or managed host memory instead."""
+    """The states of one optimizer on a tape; `host_bytes` is what lies in pageable or managed host memory instead.
+
+    `on_host`: the optimizer is on the CPU (trainerd/engine/offload.py). `moving_bytes` are then its own copy of the weights, the
+    sums of the gradients, and where they land: pinned memory, when the device is a GPU.
+    """
 
     def __init__(self, tape: Tape, name: str, kernel: str = "fused", *, on_host: bool = False) -> None:
         if name not in NAMES:
             raise ValueError(f"no memory table for the optimizer {name!r}; there is {', '.join(NAMES)}")
         self.tape, self.name, self.kernel, self.on_host = tape, name, kernel, on_host
-        self.host_bytes = 0
+        self.host_bytes = self.moving_bytes = 0
+        self._elsewhere = on_host and tape.device != "cpu"
+        tape.gradients_leave = on_host
         self._states: list[Tensor] = []
 
     @property
@@ -37,6 +44,7 @@ class Optimizer:
         if not eight_bit:
             self.give_gradients()
         with tape.counting_as(OPTIMIZER):
+            self._allocate_masters()
             for p in self.trainable:
                 for number, dtype in state_of(self.name, p.shape):
                     self._hold(number, dtype)
@@ -46,15 +54,27 @@ class Optimizer:
         self.work()
         self.zero_grad()
 
+    def _allocate_masters(self) -> None:
+        if not self.on_host:
+            return
+        sizes = [p.storage.size for p in self.trainable]
+        self.moving_bytes = _MASTERS * sum(sizes)
+        if self._elsewhere:
+            self.moving_bytes += _LANDINGS * max(sizes, default=0)
+        else:
+            self._states.append(self.tape.new((self.moving_bytes,), "uint8"))
+
     def give_gradients(self) -> None:
         """As if a micro-batch had gone before."""
+        if self.on_host:
+            return
         with self.tape.counting_as(GRADIENTS):
             for p in self.trainable:
                 p.grad = self.tape.new(p.shape, p.dtype)
 
     def _hold(self, number: int, dtype: str) -> None:
         paged = self.name == "paged_adamw8bit" and dtype == "uint8" and number >= _PAGED_LEAST
-        if self.on_host or paged:
+        if self._elsewhere or paged:
             self.host_bytes += number * (1 if dtype == "uint8" else 4)
         else:
             self._states.append(self.tape.new((number,), dtype))
@@ -62,6 +82,8 @@ class Optimizer:
     def work(self) -> None:
         """What the step itself allocates and frees."""
         tape, trainable = self.tape, self.trainable
+        if self._elsewhere:
+            return
         with tape.counting_as(OPTIMIZER):
             if self.name == "adafactor":
                 for p in trainable:
@@ -81,6 +103,8 @@ class Optimizer:
 
     def clip(self) -> None:
         """The norm of each gradient, and of all together."""
+        if self._elsewhere:
+            return
         norms = [self.tape.new((), "fp32") for _ in self.trainable]
         together = self.tape.new((len(norms),), "fp32")
         del norms, together

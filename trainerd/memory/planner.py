@@ -29,6 +29,8 @@ class Question:
     budget_bytes: int
     fixed: Collection[str] = ()
     splittable: bool = True
+    ram_bytes: int | None = None
+    """What a training on a GPU may take of the RAM besides; None: not known."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,10 @@ class Answer:
         return self.estimate.setup
 
 
-def judge(needed: Estimate, budget_bytes: int) -> str:
-    """Whether the budget holds the upper bound, only the point, or neither."""
+def judge(needed: Estimate, budget_bytes: int, ram_bytes: int | None = None) -> str:
+    """Whether the budget holds the upper bound, only the point, or neither. What is moved to the RAM must fit there for certain."""
+    if needed.setup.offload != "none" and ram_bytes is not None and needed.ram.upper > ram_bytes:
+        return TOO_LARGE
     if needed.needed.upper <= budget_bytes:
         return FITS
     return TIGHT if needed.needed.point <= budget_bytes else TOO_LARGE
@@ -73,7 +77,7 @@ def choose(question: Question, table: Table, estimating: Estimating) -> Answer:
         return seen[setup]
 
     first = ask(question.setup)
-    if judge(first, question.budget_bytes) == FITS:
+    if judge(first, question.budget_bytes, question.ram_bytes) == FITS:
         return Answer(first, FITS, question.budget_bytes)
     ways = list(_automatic(question, table))
     for wanted in (FITS, TIGHT):
@@ -81,7 +85,7 @@ def choose(question: Question, table: Table, estimating: Estimating) -> Answer:
             found = _largest(setup, question, ask, wanted)
             if found is not None:
                 taken = used if found.setup.micro_batch == question.setup.micro_batch else (*used, "smaller micro-batch")
-                return Answer(found, judge(found, question.budget_bytes), question.budget_bytes, taken, ())
+                return Answer(found, judge(found, question.budget_bytes, question.ram_bytes), question.budget_bytes, taken, ())
     smallest = ask(ways[-1][0].with_micro_batch(1)) if _may_split(question) else ask(ways[-1][0])
     return Answer(smallest, TOO_LARGE, question.budget_bytes, (), _proposals(question, table, ask))
 
@@ -107,7 +111,8 @@ def _largest(setup: Setup, question: Question, ask: Estimating, wanted: str) -> 
     """The largest even micro-batch whose estimate is as wanted: the batch in as few pieces as possible. None: not one."""
 
     def good(pieces: int, samples: int | None = None) -> bool:
-        verdict = judge(ask(setup.with_micro_batch(samples or _samples(setup, pieces))), question.budget_bytes)
+        needed = ask(setup.with_micro_batch(samples or _samples(setup, pieces)))
+        verdict = judge(needed, question.budget_bytes, question.ram_bytes)
         return verdict == FITS or (wanted == TIGHT and verdict == TIGHT)
 
     batch = setup.effective_batch
@@ -171,6 +176,6 @@ def _tried(question: Question, table: Table, chosen: tuple[Technique, ...], ask:
             return None
         setup = found.setup
     found = ask(setup)
-    if judge(found, question.budget_bytes) != FITS:
+    if judge(found, question.budget_bytes, question.ram_bytes) != FITS:
         return None
     return Proposal(tuple(settings), tuple(technique.price for technique in chosen), found)

@@ -111,6 +111,8 @@ class Tape:
         self.casting = False
         self.adds_in_place = True
         """torch adds gradients in place where it may; never while a dispatch mode is counting."""
+        self.gradients_leave = False
+        """A gradient leaves the device as soon as it is complete: the optimizer is on the host."""
         self.casts: dict[int, Tensor] = {}
         self.grad_enabled = True
         self.kind = WEIGHTS
@@ -321,7 +323,7 @@ def _accumulate(node: Node, grads: list[Tensor | None]) -> Sequence[Tensor | Non
     """A leaf takes its gradient: the tensor itself the first time, added in place later."""
     variable, grad = node.variable, grads[0]
     grads[0] = None
-    if variable is None or grad is None:
+    if variable is None or grad is None or (variable.leaf and grad.tape.gradients_leave):
         return ()
     if variable.grad is None:
         if sys.getrefcount(grad) > 2:

@@ -52,6 +52,12 @@ def _optimizer(name: str) -> Callable[[Setup, Table], Setup | None]:
     return applied
 
 
+def _optimizer_on_host(setup: Setup, table: Table) -> Setup | None:
+    if setup.device == "cpu" or setup.offload != "none" or "8bit" in setup.optimizer:
+        return None
+    return replace(setup, offload="optimizer")
+
+
 TECHNIQUES = (
     Technique(
         "smaller micro-batch",
@@ -70,6 +76,15 @@ TECHNIQUES = (
         lambda setup: f"memory.logits={setup.logits}",
         True,
         "the loss over all words in pieces: no slower",
+    ),
+    Technique(
+        "optimizer on the CPU",
+        EXACT,
+        "memory.offload",
+        _optimizer_on_host,
+        lambda setup: f"memory.offload={setup.offload}",
+        True,
+        "its state, its own copy of the weights and the gradients lie in RAM, 16 bytes per weight; each step waits for the bus and the CPU",
     ),
     Technique(
         "bf16 autocast",

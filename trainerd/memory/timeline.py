@@ -31,6 +31,8 @@ class Setup:
     optimizer: str = "adamw"
     logits: str = "chunked"
     """chunked or full: the loss over many words, of a table that offers it."""
+    offload: str = "none"
+    """none, or optimizer: its state, its own copy of the weights and the gradients lie on the host."""
 
     @property
     def accumulation(self) -> int:
@@ -75,6 +77,8 @@ class Timeline:
     state_bytes: int
     host_bytes: int = 0
     """Optimizer state that lives in RAM, and the staging copy of a checkpoint when the device is a GPU."""
+    pinned_bytes: int = 0
+    """The part of it that a GPU copies from and to by itself."""
     resting_bytes: int = 0
     """Between steps: weights, optimizer, and what stays."""
     worst_evaluation_bytes: int = 0
@@ -121,10 +125,11 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup) -> Timelin
     copies = [tape.new(b.shape, b.dtype) for b in tape.buffers if b.storage.size <= _STATISTICS_BYTES]
     tape.mark(OPTIMIZER)
     before = tape.live
-    optimizer = Optimizer(tape, setup.optimizer)
+    optimizer = Optimizer(tape, setup.optimizer, on_host=setup.offload == "optimizer")
     optimizer.allocate()
-    state_bytes = tape.live - before + optimizer.host_bytes
-    host_bytes, staging = optimizer.host_bytes, sum(saved) + state_bytes
+    pinned = optimizer.moving_bytes if setup.device != "cpu" else 0
+    state_bytes = tape.live - before + optimizer.host_bytes - (optimizer.moving_bytes - pinned)
+    host_bytes, staging = optimizer.host_bytes + pinned, sum(saved) + state_bytes
     kept: list[Tensor] = []
     if setup.device == "cpu":
         tape.mark(SAVING)
@@ -151,6 +156,7 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup) -> Timelin
         weight_bytes=sum(saved),
         state_bytes=state_bytes,
         host_bytes=host_bytes,
+        pinned_bytes=pinned,
         resting_bytes=tape.live,
         worst_evaluation_bytes=worst,
         num_products=len(tape.products),
