@@ -345,10 +345,10 @@ def test_a_loss_in_pieces_never_holds_all_logits(precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["gpt", "llama-lora", "convnet", "gru", "gru-mn", "cnn3d"])
+@pytest.mark.parametrize("name", ["gpt full", "gpt selective", "llama-lora full", "convnet full", "gru none", "gru-mn none", "cnn3d full"])
 def test_a_training_step_peaks_where_the_table_says(name: str, precision: str) -> None:
     """Whole models with optimizer and accumulation: tensors within a thousandth of the count; never more than that too low."""
-    parts = family(name, again=not name.startswith("gru"))
+    parts = family(*name.split())
     guess = estimated(parts, 2, precision, 2, in_place=False)
     truth, _ = counted(parts, 2, precision, 2)
     assert guess == pytest.approx(truth, rel=1e-3)

@@ -31,7 +31,7 @@ class Cell:
     family: str
     micro_batch: int
     precision: str
-    checkpointing: bool
+    checkpointing: str
     accumulation: int
     counted: int
     estimated: int
@@ -103,9 +103,9 @@ def estimated(parts: Family, samples: int, precision: str, accumulation: int, *,
 
 
 def cells(names: list[str], batches: list[int]) -> Iterator[Cell]:
-    """The grid. CADENCE's models have no blocks to checkpoint."""
+    """The grid. CADENCE's laptop form has no blocks to checkpoint."""
     for name in names:
-        for again in (False, True) if not name.startswith("gru") else (False,):
+        for again in ("none", "selective", "full") if name != "gru" else ("none",):
             for samples in batches:
                 for precision in ("fp32", "bf16"):
                     for accumulation in (1, 4):

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from trainerd.engine import dropout
+from trainerd.engine import checkpointing, dropout
 from trainerd.engine.task import TaskContext
 from trainerd.memory import kernels, layers, losses, ops
 from trainerd.memory import tape as tapes
 from trainerd.memory.checkpointing import checkpointed
+from trainerd.memory.timeline import Setup
 from trainerd.tasks.cadence import blocks, model
 from trainerd.tasks.cadence.settings import CadenceSettings
 
@@ -34,6 +34,19 @@ class Family:
     model: Callable[[], nn.Module]
     table: Callable[[tapes.Tape], Callable[..., tapes.Tensor]]
     batch: Callable[[int], list[Tensor]]
+
+
+def _wrapped(made: nn.Module, again: str) -> nn.Module:
+    """The model with its repeated layers as the engine would wrap them."""
+    inner = made.inner if isinstance(made, _Cadence) else made
+    layers = next((getattr(inner, name) for name in ("blocks", "stages", "layers") if hasattr(inner, name)), [])
+    checkpointing.wrap(made, list(layers), again)
+    return made
+
+
+def _computed(block: Callable[[tapes.Tensor], tapes.Tensor], x: tapes.Tensor, again: str) -> tapes.Tensor:
+    """The same for a table's."""
+    return block(x) if again == "none" else checkpointed(block, x, keeps=again == "selective")
 
 
 # A transformer as GPT-2's, and one as Llama's with LoRA
@@ -56,9 +69,8 @@ class _GptBlock(nn.Module):
 
 
 class _Gpt(nn.Module):
-    def __init__(self, words: int, width: int, heads: int, depth: int, places: int, again: bool) -> None:
+    def __init__(self, words: int, width: int, heads: int, depth: int, places: int) -> None:
         super().__init__()
-        self.again = again
         self.words, self.places = nn.Embedding(words, width), nn.Embedding(places, width)
         self.blocks = nn.ModuleList(_GptBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -66,7 +78,7 @@ class _Gpt(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         x = self.words(inputs) + self.places.weight[: inputs.shape[1]]
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.again else block(x)
+            x = block(x)
         logits = functional.linear(self.norm(x), self.words.weight)
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
@@ -82,7 +94,7 @@ class _GptBlockTable:
 
 
 class _GptTable:
-    def __init__(self, tape: tapes.Tape, words: int, width: int, heads: int, depth: int, places: int, again: bool) -> None:
+    def __init__(self, tape: tapes.Tape, words: int, width: int, heads: int, depth: int, places: int, again: str) -> None:
         self.again = again
         self.words, self.places = layers.Embedding(tape, words, width), layers.Embedding(tape, places, width)
         self.blocks = [_GptBlockTable(tape, width, heads) for _ in range(depth)]
@@ -92,7 +104,7 @@ class _GptTable:
         samples, places = inputs.shape
         x = ops.add(self.words(inputs), ops.part(self.places.weight, places, self.places.weight.shape[1], contiguous=True))
         for block in self.blocks:
-            x = checkpointed(block, x) if self.again else block(x)
+            x = _computed(block, x, self.again)
         with inputs.tape.counting_as(tapes.LOGITS):
             logits = kernels.linear(self.norm(x), self.words.weight)
         return losses.cross_entropy(ops.reshape(logits, samples * places, logits.shape[-1]), targets)
@@ -143,9 +155,8 @@ def _turned(x: Tensor) -> Tensor:
 
 
 class _Llama(nn.Module):
-    def __init__(self, words: int, width: int, heads: int, key_heads: int, depth: int, inner: int, rank: int, again: bool) -> None:
+    def __init__(self, words: int, width: int, heads: int, key_heads: int, depth: int, inner: int, rank: int) -> None:
         super().__init__()
-        self.again = again
         self.words = nn.Embedding(words, width).requires_grad_(False)
         self.blocks = nn.ModuleList(_LlamaBlock(width, heads, key_heads, inner, rank) for _ in range(depth))
         self.norm = nn.RMSNorm(width).requires_grad_(False)
@@ -154,7 +165,7 @@ class _Llama(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         x = self.words(inputs)
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.again else block(x)
+            x = block(x)
         logits = self.head(self.norm(x))
         return functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
@@ -173,7 +184,7 @@ class _LlamaBlockTable:
 
 class _LlamaTable:
     def __init__(
-        self, tape: tapes.Tape, words: int, width: int, heads: int, key_heads: int, depth: int, inner: int, rank: int, again: bool
+        self, tape: tapes.Tape, words: int, width: int, heads: int, key_heads: int, depth: int, inner: int, rank: int, again: str
     ) -> None:
         self.again = again
         self.words = layers.Embedding(tape, words, width, trainable=False)
@@ -185,7 +196,7 @@ class _LlamaTable:
         samples, places = inputs.shape
         x = self.words(inputs)
         for block in self.blocks:
-            x = checkpointed(block, x) if self.again else block(x)
+            x = _computed(block, x, self.again)
         with inputs.tape.counting_as(tapes.LOGITS):
             logits = self.head(self.norm(x))
         return losses.cross_entropy(ops.reshape(logits, samples * places, logits.shape[-1]), targets)
@@ -210,9 +221,8 @@ class _Stage(nn.Module):
 
 
 class _ConvNet(nn.Module):
-    def __init__(self, channels: int, depth: int, classes: int, dims: int, again: bool) -> None:
+    def __init__(self, channels: int, depth: int, classes: int, dims: int) -> None:
         super().__init__()
-        self.again = again
         conv = nn.Conv2d if dims == 2 else nn.Conv3d
         self.first = conv(3, channels, 3, padding=1)
         self.stages = nn.ModuleList(_Stage(channels, dims) for _ in range(depth))
@@ -221,7 +231,7 @@ class _ConvNet(nn.Module):
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         x = self.first(images)
         for stage in self.stages:
-            x = checkpoint(stage, x, use_reentrant=False) if self.again else stage(x)
+            x = stage(x)
         return functional.cross_entropy(self.head(x.flatten(2).mean(-1)), targets)
 
 
@@ -238,7 +248,7 @@ class _StageTable:
 
 
 class _ConvNetTable:
-    def __init__(self, tape: tapes.Tape, channels: int, depth: int, classes: int, dims: int, again: bool) -> None:
+    def __init__(self, tape: tapes.Tape, channels: int, depth: int, classes: int, dims: int, again: str) -> None:
         self.again, self.channels = again, channels
         self.first = layers.Convolution(tape, 3, channels, (3,) * dims)
         self.stages = [_StageTable(tape, channels, dims) for _ in range(depth)]
@@ -247,7 +257,7 @@ class _ConvNetTable:
     def __call__(self, images: tapes.Tensor, targets: tapes.Tensor) -> tapes.Tensor:
         x = self.first(images)
         for stage in self.stages:
-            x = checkpointed(stage, x) if self.again else stage(x)
+            x = _computed(stage, x, self.again)
         samples = x.shape[0]
         pooled = ops.reshape(ops.mean(ops.reshape(x, samples, self.channels, -1)), samples, self.channels)
         return losses.cross_entropy(self.head(pooled), targets)
@@ -272,7 +282,7 @@ class _Cadence(nn.Module):
         return loss
 
 
-def _cadence(settings: CadenceSettings, sizes: blocks.Sizes, places: int) -> Family:
+def _cadence(settings: CadenceSettings, sizes: blocks.Sizes, places: int, again: str = "none") -> Family:
     def batch(samples: int) -> list[Tensor]:
         real = torch.arange(samples * places)[: max(1, samples * places * 4 // 5)]
         inputs, targets = torch.randint(0, sizes.num_outputs, (samples, places)), torch.randint(0, sizes.num_outputs, (len(real),))
@@ -280,34 +290,34 @@ def _cadence(settings: CadenceSettings, sizes: blocks.Sizes, places: int) -> Fam
 
     def table(tape: tapes.Tape) -> Callable[..., tapes.Tensor]:
         made = blocks.build(tape, settings, sizes)
-        return lambda *given: made.loss(blocks.Batch(*given))
+        return lambda *given: made.loss(blocks.Batch(*given), Setup(checkpointing=again))
 
-    return Family(lambda: _Cadence(settings, sizes), table, batch)
+    return Family(lambda: _wrapped(_Cadence(settings, sizes), again), table, batch)
 
 
-def family(name: str, again: bool = False) -> Family:
-    """A family by name, small enough for a CPU; `again`: its blocks are checkpointed."""
+def family(name: str, again: str = "none") -> Family:
+    """A family by name, small enough for a CPU; `again`: what its blocks compute again, as train.activation_checkpointing."""
 
     def tokens(samples: int) -> list[Tensor]:
         return [torch.randint(0, 2000, (samples, 64)), torch.randint(0, 2000, (samples, 64))]
 
     if name == "gpt":
-        sizes = (2000, 96, 4, 6, 64, again)
-        return Family(lambda: _Gpt(*sizes), lambda tape: _GptTable(tape, *sizes), tokens)
+        sizes = (2000, 96, 4, 6, 64)
+        return Family(lambda: _wrapped(_Gpt(*sizes), again), lambda tape: _GptTable(tape, *sizes, again), tokens)
     if name == "llama-lora":
-        shape = (2000, 128, 8, 2, 4, 344, 8, again)
-        return Family(lambda: _Llama(*shape), lambda tape: _LlamaTable(tape, *shape), tokens)
+        shape = (2000, 128, 8, 2, 4, 344, 8)
+        return Family(lambda: _wrapped(_Llama(*shape), again), lambda tape: _LlamaTable(tape, *shape, again), tokens)
     if name in ("convnet", "cnn3d"):
         dims, side = (2, 32) if name == "convnet" else (3, 16)
-        plan = (16, 3, 10, dims, again)
+        plan = (16, 3, 10, dims)
 
         def images(samples: int) -> list[Tensor]:
             return [torch.randn(samples, 3, *(side,) * dims), torch.randint(0, 10, (samples,))]
 
-        return Family(lambda: _ConvNet(*plan), lambda tape: _ConvNetTable(tape, *plan), images)
+        return Family(lambda: _wrapped(_ConvNet(*plan), again), lambda tape: _ConvNetTable(tape, *plan, again), images)
     if name == "gru":
         return _cadence(CadenceSettings(), blocks.Sizes(10_010, 10_006, 4), 16)
     if name == "gru-mn":
         own: Any = {"embedding": 64, "hidden": [200, 150, 100], "attention": [100, 75, 50], "context": 50}
-        return _cadence(CadenceSettings(model="gru-mn", gru_mn=own), blocks.Sizes(3010, 3006, 4), 12)
+        return _cadence(CadenceSettings(model="gru-mn", gru_mn=own), blocks.Sizes(3010, 3006, 4), 12, again)
     raise ValueError(f"no family {name!r}")

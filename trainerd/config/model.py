@@ -80,6 +80,9 @@ class TrainConfig(Section):
     """Steps over which the learning rate rises to lr."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Clip the gradient's global norm to this; null: do not clip."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    """Blocks of the model are computed again on the way back, to the same bits. full: they keep their inputs only; selective: also what
+    is dear to compute; auto: none, unless the plan needs it. The task must name its blocks."""
     deterministic: StrictBool | Auto = "auto"
     """auto: on, and operations without a deterministic kernel are named; true: they are errors; false: off."""
     threads: Annotated[int, Field(ge=1)] | Auto = "auto"

@@ -16,7 +16,7 @@ from trainerd.config.model import RunConfig
 from trainerd.contract import phases, wire
 from trainerd.contract.errors import UsageError
 from trainerd.contract.paths import RunPaths
-from trainerd.engine import dropout, fitting, optimizers, precision, rng, space, spill
+from trainerd.engine import checkpointing, dropout, fitting, optimizers, precision, rng, space, spill
 from trainerd.engine import plan as plans
 from trainerd.engine.batches import Batches
 from trainerd.engine.checkpoints import CheckpointStore
@@ -65,7 +65,7 @@ def build(
     batches = Batches(len(dataset), config.train.batch_size, config.seed, lengths=lengths_of(task, dataset), limit=config.data.size)
     model = task.model()
     foreseen = fitting.foresee(task, model, dataset, config, plan, paths.home, mixed, link.send, traces=traces)
-    model = model.to(device).train()
+    model = _placed(task, model, device, plan)
     pulse.enter(phases.STARTING)
     optimizer, offload = _optimizer(model, task, config, plan, mixed, link, stack)
     plan["optimizer"] = optimizers.kernel(optimizer)
@@ -107,6 +107,12 @@ def build(
 def _context(config: RunConfig, plan: plans.Plan, mixed: precision.Precision, cache_dir: Path) -> TaskContext:
     logits = plan.get("logits", "chunked")
     return TaskContext(device=mixed.device, dtype=mixed.dtype, seed=config.seed, cache_dir=cache_dir, data=config.data, logits=logits)
+
+
+def _placed(task: Task, model: torch.nn.Module, device: torch.device, plan: plans.Plan) -> torch.nn.Module:
+    """The model on its device, learning, its blocks computed again if the plan says so (older plans said "off")."""
+    checkpointing.wrap(model, task.blocks(model), plan["activation_checkpointing"].replace("off", checkpointing.NONE))
+    return model.to(device).train()
 
 
 def _begin(training: Training, held_out: MapDataset | None, state: State | None) -> None:

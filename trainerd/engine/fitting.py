@@ -55,6 +55,7 @@ class Forecast:
             optimizer=config.train.optimizer,
             logits=plan.get("logits", "chunked"),
             offload=plan["offload"],
+            checkpointing=plan["activation_checkpointing"].replace("off", "none"),
         )
         return estimate(self.table, setup, self.place.profile)
 
@@ -92,13 +93,15 @@ def foresee(
 
 
 def _fit(found: Forecast, config: RunConfig, plan: plans.Plan, send: Send) -> None:
-    """Choose the micro-batch, and where the optimizer is, if they were left open; say when even that is tight. The batch stays."""
+    """Choose what was left open of micro-batch, checkpointing and where the optimizer is; say when even that is tight. The batch stays."""
     if not plan.pop("open", False) or found.table is None:
         return
     answer = forecast.answer(config, found.place, found.table, found.splittable)
-    if (answer.setup.micro_batch, answer.setup.offload) != (plan["micro_batch"], plan["offload"]):
-        plans.set_micro_batch(plan, answer.setup.micro_batch)
-        plan["offload"] = answer.setup.offload
+    setup = answer.setup
+    chosen = {"activation_checkpointing": setup.checkpointing, "offload": setup.offload}
+    if setup.micro_batch != plan["micro_batch"] or any(plan[name] != value for name, value in chosen.items()):
+        plans.set_micro_batch(plan, setup.micro_batch)
+        plan.update(chosen)
         send(wire.PLAN, **plans.shown(plan))
     if answer.verdict != planner.FITS:
         send(wire.WARNING, text=_tight(answer))

@@ -12,7 +12,7 @@ import torch
 
 from trainerd.config.model import RunConfig
 from trainerd.contract.errors import ConfigError, DeviceLost
-from trainerd.engine import precision
+from trainerd.engine import checkpointing, precision
 from trainerd.engine.task import Task
 from trainerd.machine import cpu
 
@@ -44,7 +44,7 @@ def resolve(config: RunConfig, task: Task) -> Plan:
         "deterministic": train.deterministic,
         "optimizer": train.optimizer,
         "logits": "full" if config.memory.logits == "full" else "chunked",
-        "activation_checkpointing": "off",
+        "activation_checkpointing": _checkpointing(train.activation_checkpointing, task),
         "offload": NO_OFFLOAD if config.memory.offload == "auto" else config.memory.offload,
         "effective_batch": train.batch_size,
     }
@@ -53,7 +53,9 @@ def resolve(config: RunConfig, task: Task) -> Plan:
         message = f"train.micro_batch is {micro_batch} and train.batch_size {train.batch_size}, but this task's batch cannot be split."
         raise ConfigError([message], "Leave train.micro_batch out, or make the batch smaller.")
     set_micro_batch(plan, micro_batch)
-    if (train.micro_batch == "auto" and task.splittable) or (device.type == "cuda" and config.memory.offload == "auto"):
+    offload_open = device.type == "cuda" and config.memory.offload == "auto"
+    blocks_open = train.activation_checkpointing == "auto" and _has_blocks(task)
+    if (train.micro_batch == "auto" and task.splittable) or offload_open or blocks_open:
         plan["open"] = True  # fitting.py takes it out, when the model is known
     return plan
 
@@ -69,6 +71,17 @@ def follow(plan: Plan, config: RunConfig) -> None:
 def optimizer_place(plan: Plan) -> str:
     """The device that computes the optimizer's step: another one rounds differently."""
     return "cpu" if plan.get("offload") == OPTIMIZER_ON_HOST else str(plan["device"])
+
+
+def _has_blocks(task: Task) -> bool:
+    """Whether the task says anything about blocks; for which model it names some is known when that is built."""
+    return type(task).blocks is not Task.blocks
+
+
+def _checkpointing(wanted: str, task: Task) -> str:
+    if wanted in (checkpointing.SELECTIVE, checkpointing.FULL) and not _has_blocks(task):
+        raise checkpointing.unnamed(wanted)
+    return checkpointing.NONE if wanted == "auto" else wanted
 
 
 def set_micro_batch(plan: Plan, micro_batch: int) -> None:

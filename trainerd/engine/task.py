@@ -147,6 +147,11 @@ class Task:
         """The model's memory table, when the task brings one (its blocks.py); None: the engine traces the model once."""
         return None
 
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The model's repeated layers, whose activations may be computed again on the way back when memory is short (see
+        train.activation_checkpointing); none inside another. What a block draws at random must come from torch or from SampleDropout."""
+        return ()
+
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
         """Optimizer groups (each {"params": [...], optional lr_scale, weight_decay}); None: the engine's own."""
         return None

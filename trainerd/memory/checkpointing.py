@@ -1,28 +1,58 @@
-"""Activation checkpointing: a block keeps only its inputs and is computed again on the way back. Must not know any block.
+"""Activation checkpointing: a block keeps its inputs, or also what is dear to compute, and is run again on the way back.
 
-torch's non-reentrant form: the second forward begins when the way back reaches the block, and stops as soon as it has made
-what the way back needs.
+Must not know any block. torch's non-reentrant form: the second forward begins when the way back reaches the block, and stops as
+soon as it has made what the way back needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
-from trainerd.memory.tape import Node, Tensor
+from trainerd.memory.tape import Node, Shape, Tape, Tensor
 
 
-def checkpointed(block: Callable[..., Tensor], *given: Tensor) -> Tensor:
-    """block(*given), without what it would save. Gradients of its parameters are made when the way back comes by."""
+class _Keeping:
+    """Results of products, in order: made the first time, given back the second."""
+
+    def __init__(self) -> None:
+        self._kept: deque[Tensor] = deque()
+        self._again = False
+
+    def result(self, tape: Tape, shape: Shape, dtype: str, flops: float) -> Tensor:
+        """What a product makes, at this price the first time."""
+        if self._again:
+            return self._kept.popleft()
+        tape.flops += flops
+        made = tape.new(shape, dtype)
+        self._kept.append(made.detach())
+        return made
+
+    @contextmanager
+    def on(self, tape: Tape, *, again: bool) -> Iterator[None]:
+        """While a block is run, the first or the second time."""
+        self._again, before, tape.keeping = again, tape.keeping, self
+        try:
+            yield
+        finally:
+            tape.keeping = before
+
+
+def checkpointed(block: Callable[..., Tensor], *given: Tensor, keeps: bool = False) -> Tensor:
+    """block(*given), without what it would save; with `keeps`, but for the results of its products. Gradients of its parameters are
+    made when the way back comes by."""
     tape = given[0].tape
     if not tape.grad_enabled:
         return block(*given)
     first = len(tape.parameters)
-    with tape.no_grad():
+    keeping = _Keeping() if keeps else None
+    with tape.no_grad(), keeping.on(tape, again=False) if keeping else nullcontext():
         made = block(*given)
     assert len(tape.parameters) == first, "a checkpointed block must not make parameters"
     # The parameters the block will lead back to are not known before it is run again: a leaf of this tape stands for them.
     anchor = next((p for p in tape.parameters if p.requires_grad), None)
-    tape.record([made], [*given, None if anchor is None else anchor], _again, tuple(t.detach() for t in given), block, tape.casting)
+    tape.record([made], [*given, anchor], _again, tuple(t.detach() for t in given), block, tape.casting, keeping)
     return made
 
 
@@ -30,12 +60,12 @@ def _again(node: Node, grads: list[Tensor | None]) -> Sequence[Tensor | None]:
     g, grads[0] = grads[0], None
     if g is None:
         return [None] * len(node.edges)
-    block, casting = node.about
+    block, casting, keeping = node.about
     tape = g.tape
     inputs = [_leaf(t, node.needs(place)) for place, t in enumerate(node.saved)]
     before, tape.grad_enabled = tape.grad_enabled, True
     try:
-        with tape.autocast(casting):
+        with tape.autocast(casting), keeping.on(tape, again=True) if keeping else nullcontext():
             made = block(*inputs)
     finally:
         tape.grad_enabled = before

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from trainerd.contract.errors import ConfigError
 from trainerd.memory import receipts
 from trainerd.memory.estimate import Estimate, estimate
 from trainerd.memory.planner import Answer, Question, choose
@@ -48,15 +49,21 @@ def question(config: RunConfig, place: Place, splittable: bool = True) -> Questi
         optimizer=train.optimizer,
         logits="full" if config.memory.logits == "full" else "chunked",
         offload="none" if config.memory.offload == "auto" else config.memory.offload,
+        checkpointing="none" if train.activation_checkpointing == "auto" else train.activation_checkpointing,
     )
     values: dict[str, object] = {"memory.logits": config.memory.logits, "memory.offload": config.memory.offload}
+    values["train.activation_checkpointing"] = train.activation_checkpointing
     values |= {"train.micro_batch": train.micro_batch, "train.precision": train.precision, "train.optimizer": train.optimizer}
     fixed = frozenset(key for key, value in values.items() if value != "auto")
     return Question(setup, place.budget_bytes, fixed, splittable, place.ram_bytes)
 
 
 def answer(config: RunConfig, place: Place, table: Table, splittable: bool = True) -> Answer:
-    """The plan for this place, and what it needs."""
+    """The plan for this place, and what it needs. Raises ConfigError for what the model cannot do."""
+    wanted = config.train.activation_checkpointing
+    if wanted not in ("auto", "none", *table.offers):
+        message = f"train.activation_checkpointing is {wanted}, but this task (with these settings) names no blocks to compute again."
+        raise ConfigError([message], "Leave it at auto, or give the task blocks(model): a list of its layers.")
     trust = receipts.trust(place.receipts, table.kind, place.name, place.profile.torch or None)
 
     def ask(setup: Setup) -> Estimate:

@@ -19,15 +19,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     bias = low(bias, weight=True) if bias is not None else None
     weight, x = low(weight, weight=True), low(x)  # C++ evaluates arguments from the last: the way back begins with x
     tape, rows = x.tape, prod(x.shape[:-1])
-    tape.flops += 2.0 * rows * weight.numel
+    flops = 2.0 * rows * weight.numel
     tape.products.add((rows, *weight.shape))
     shape = (*x.shape[:-1], weight.shape[0])
     if x.contiguous or len(x.shape) == 2:
-        made = tape.new(shape, x.dtype)
+        made = tape.product(shape, x.dtype, flops)
         _record_linear(made, x, weight, bias)
         return made
     flat = reshape(x, rows, x.shape[-1])
-    made = tape.new(shape, x.dtype)
+    made = tape.product(shape, x.dtype, flops)
     _record_linear(made, flat, weight, None)
     return made if bias is None else add(made, bias)
 
@@ -59,8 +59,7 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
     if len(x.shape) > 3:
         x, y = contiguous(x), y if y.contiguous or len(y.shape) < 4 else clone(y)
     tape = x.tape
-    made = tape.new((*x.shape[:-1], y.shape[-1]), x.dtype)
-    tape.flops += 2.0 * x.numel * y.shape[-1]
+    made = tape.product((*x.shape[:-1], y.shape[-1]), x.dtype, 2.0 * x.numel * y.shape[-1])
     tape.products.add((*x.shape, y.shape[-1]))
     saved = (x.detach() if y.requires_grad else None, y.detach() if x.requires_grad else None)
     tape.record([made], [x, y], _matmul_back, saved)
@@ -82,9 +81,8 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, size: Shape) -> 
     """conv2d and conv3d; `weight` is (out, in, …), `size` the spatial shape of the result."""
     bias = low(bias, weight=True) if bias is not None else None
     weight, x = low(weight, weight=True), low(x)  # C++ evaluates arguments from the last: the way back begins with x
-    made = x.tape.new((x.shape[0], weight.shape[0], *size), x.dtype)
     work = 2.0 * x.shape[0] * prod(size) * weight.numel
-    x.tape.flops += work
+    made = x.tape.product((x.shape[0], weight.shape[0], *size), x.dtype, work)
     x.tape.record([made], [x, weight, bias], _convolution_back, (x.detach(), weight.detach()), work)
     return made
 
@@ -149,11 +147,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scaled dot product attention without its table: (samples, heads, places, width), flash or memory-efficient."""
     v, k, q = low(v), low(k), low(q)
     tape = q.tape
-    made = tape.new(q.shape, q.dtype)
-    made.contiguous = False  # laid out as (samples, places, heads, width)
-    logsumexp = tape.new(q.shape[:-1], "fp32")
     work = 4.0 * q.numel * k.shape[-2]
-    tape.flops += work
+    made = tape.product(q.shape, q.dtype, work)
+    made.contiguous = False  # laid out as (samples, places, heads, width)
+    logsumexp = tape.product(q.shape[:-1], "fp32", 0.0)
     saved = (q.detach(), k.detach(), v.detach(), made.detach(), logsumexp)
     tape.record([made], [q, k, v], _attention_back, saved, work)
     return made

@@ -122,6 +122,8 @@ class Tape:
         self.marks: list[tuple[int, str]] = []
         self.live = self.peak = self.peak_event = 0
         self.flops = 0.0
+        self.keeping: Any = None
+        """While a selective checkpoint's block is run: what keeps its products (checkpointing.py)."""
         self.products: set[tuple[int, ...]] = set()
         """The different shapes that were multiplied, forwards."""
         self.parameters: list[Tensor] = []
@@ -131,6 +133,14 @@ class Tape:
     def new(self, shape: Shape, dtype: str) -> Tensor:
         """A tensor over a storage of its own."""
         return Tensor(self, shape, dtype, Storage(self, prod(shape) * BYTES[dtype]))
+
+    def product(self, shape: Shape, dtype: str, flops: float) -> Tensor:
+        """The result of so much work: a checkpoint may keep it."""
+        if self.keeping is not None:
+            kept: Tensor = self.keeping.result(self, shape, dtype, flops)
+            return kept
+        self.flops += flops
+        return self.new(shape, dtype)
 
     def parameter(self, *shape: int, dtype: str = "fp32", trainable: bool = True, kind: str = WEIGHTS) -> Tensor:
         """A weight; it lives as long as the tape."""

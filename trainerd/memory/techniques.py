@@ -43,6 +43,13 @@ def _chunked(setup: Setup, table: Table) -> Setup | None:
     return replace(setup, logits="chunked") if setup.logits == "full" and "chunked" in table.offers else None
 
 
+def _again(mode: str) -> Callable[[Setup, Table], Setup | None]:
+    def applied(setup: Setup, table: Table) -> Setup | None:
+        return replace(setup, checkpointing=mode) if setup.checkpointing == "none" and mode in table.offers else None
+
+    return applied
+
+
 def _optimizer(name: str) -> Callable[[Setup, Table], Setup | None]:
     def applied(setup: Setup, table: Table) -> Setup | None:
         if name == "paged_adamw8bit" and setup.device == "cpu":
@@ -76,6 +83,24 @@ TECHNIQUES = (
         lambda setup: f"memory.logits={setup.logits}",
         True,
         "the loss over all words in pieces: no slower",
+    ),
+    Technique(
+        "selective checkpointing",
+        EXACT,
+        "train.activation_checkpointing",
+        _again("selective"),
+        lambda setup: "train.activation_checkpointing=selective",
+        True,
+        "blocks keep what is dear to compute; the rest is computed again",
+    ),
+    Technique(
+        "full checkpointing",
+        EXACT,
+        "train.activation_checkpointing",
+        _again("full"),
+        lambda setup: "train.activation_checkpointing=full",
+        True,
+        "blocks keep their inputs only: about a third slower",
     ),
     Technique(
         "optimizer on the CPU",

@@ -33,6 +33,8 @@ class Setup:
     """chunked or full: the loss over many words, of a table that offers it."""
     offload: str = "none"
     """none, or optimizer: its state, its own copy of the weights and the gradients lie on the host."""
+    checkpointing: str = "none"
+    """none, selective or full: what the model's blocks compute again on the way back."""
 
     @property
     def accumulation(self) -> int:

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from trainerd.memory import kernels, losses, ops
+from trainerd.memory.checkpointing import checkpointed
 from trainerd.memory.layers import Embedding, Linear, SampleDropout
 from trainerd.memory.recurrent import Gru
 from trainerd.memory.tape import LOGITS, Tape, Tensor
@@ -55,15 +56,15 @@ class _QueryModel:
         self.words = Embedding(tape, sizes.num_tokens, embedding)
         self.weight, self.bias = tape.parameter(sizes.num_outputs, features), tape.parameter(sizes.num_outputs)
 
-    def run(self, given: Batch) -> Tensor:
+    def run(self, given: Batch, checkpointing: str) -> Tensor:
         raise NotImplementedError
 
     def features(self, hidden: Tensor, categories: Tensor) -> Tensor:
         return hidden
 
-    def loss(self, given: Batch, logits: str = "chunked") -> Tensor:
-        """The sum of the cross-entropy over the batch's tokens; `logits` as the setup says."""
-        hidden = self.run(given)
+    def loss(self, given: Batch, setup: Setup) -> Tensor:
+        """The sum of the cross-entropy over the batch's tokens."""
+        hidden = self.run(given, setup.checkpointing)
         tokens = given.places.shape[0]
         flat = ops.reshape(hidden, -1, hidden.shape[-1])
         del hidden
@@ -71,7 +72,7 @@ class _QueryModel:
         del flat
         seen = self.features(rows, _categories(given, tokens))
         del rows
-        if logits == "chunked":
+        if setup.logits == "chunked":
             return losses.linear_cross_entropy(seen, self.weight, self.bias, given.targets)
         with seen.tape.counting_as(LOGITS):
             scores = kernels.linear(seen, self.weight, self.bias)
@@ -98,7 +99,7 @@ class GruModel(_QueryModel):
         self.gru = Gru(tape, own.word_embedding + own.category_embedding, own.hidden)
         self.drop_input, self.drop_output = SampleDropout(own.dropout), SampleDropout(own.dropout)
 
-    def run(self, given: Batch) -> Tensor:
+    def run(self, given: Batch, checkpointing: str) -> Tensor:
         samples, places = given.inputs.shape
         words = self.words(given.inputs)
         rows = self.categories(given.categories)
@@ -179,14 +180,14 @@ class GruMnModel(_QueryModel):
         self.context = Linear(tape, widths[-1], own.context)
         self.context_category = Embedding(tape, sizes.num_categories, own.context)
 
-    def run(self, given: Batch) -> Tensor:
+    def run(self, given: Batch, checkpointing: str) -> Tensor:
         samples = given.inputs.shape[0]
         hidden = self.words(given.inputs)
         for layer, category, drop in zip(self.layers, self.categories, self.drops, strict=True):
             rows = category(given.categories)
             entering = ops.relu(ops.add(hidden, ops.reshape(rows, samples, 1, rows.shape[-1])))
             del rows
-            hidden = layer(entering)
+            hidden = layer(entering) if checkpointing == "none" else checkpointed(layer, entering, keeps=checkpointing == "selective")
             del entering
             hidden = drop(hidden)
         return hidden
@@ -223,7 +224,7 @@ class CadenceTable:
 
     @property
     def offers(self) -> tuple[str, ...]:
-        return ("chunked",)
+        return ("chunked", "selective", "full") if self.settings.model == "gru-mn" else ("chunked",)
 
 
 class _Training:
@@ -237,7 +238,7 @@ class _Training:
         return batch(tape, samples, self.table.places, samples * self.table.places)
 
     def loss(self, given: Batch) -> Tensor:
-        return self.model.loss(given, self.setup.logits)
+        return self.model.loss(given, self.setup)
 
     def evaluate(self, tape: Tape, samples: int, *, worst: bool) -> None:
         """Completions of prefixes: scores of the next word for all beams at once, and their log-probabilities."""

@@ -14,7 +14,7 @@ from trainerd.engine.task import PrepareContext, Task, TaskContext
 from trainerd.memory.timeline import Table
 from trainerd.tasks.cadence import blocks, dataset, measures, prepare
 from trainerd.tasks.cadence.dataset import TokenRows
-from trainerd.tasks.cadence.model import Batch, QueryModel, build
+from trainerd.tasks.cadence.model import Batch, GruMnModel, QueryModel, build
 from trainerd.tasks.cadence.settings import CadenceSettings
 from trainerd.tasks.cadence.vocabulary import Vocabulary
 
@@ -56,6 +56,10 @@ class CadenceTask(Task):
         sizes = blocks.Sizes(self.vocabulary.num_tokens, self.vocabulary.num_outputs, self.vocabulary.num_marks)
         rows = self.dataset("train")
         return blocks.CadenceTable(self.settings, sizes, int(rows.lengths.max()) if rows is not None else 1)
+
+    def blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """The memory network's layers; the laptop form is a single kernel, and not worth it."""
+        return list(model.layers) if isinstance(model, GruMnModel) else []
 
     def dataset(self, split: str) -> TokenRows | None:
         rows = TokenRows(self.ctx.cache_dir, split, self.vocabulary.begin(0))
