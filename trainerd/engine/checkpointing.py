@@ -151,7 +151,7 @@ def _alias(value: Any) -> Any:
     """The same bytes without history, and with the same count of changes (as torch's own selective checkpoint does it)."""
     if not isinstance(value, Tensor):
         return value
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):  # type: ignore[attr-defined]
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return value.detach()
 
 
