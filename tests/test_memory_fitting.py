@@ -13,13 +13,14 @@ from torch import nn
 from tests.memory_oracle import TensorCount
 from tests.toy import Script, Toy, ToyModel, config
 from trainerd.contract.paths import Home
-from trainerd.engine import fitting, receipt, rng
+from trainerd.engine import checkpointing, fitting, receipt, rng
 from trainerd.engine import plan as plans
 from trainerd.engine.precision import Precision
 from trainerd.engine.task import TaskContext
 from trainerd.engine.trace import trace
 from trainerd.engine.trainer import Trainer
 from trainerd.memory import forecast, traced
+from trainerd.memory.estimate import estimate
 from trainerd.memory.timeline import Setup
 
 CPU = torch.device("cpu")
@@ -72,7 +73,7 @@ def test_a_traced_model_is_stretched_to_other_micro_batches(tmp_path: Path, prec
     task = WideToy()
     model, mixed = bound(task, tmp_path, precision)
     found = trace(task, model, task.train_samples, mixed, 32)
-    assert found is not None and [t.samples for t in found.first] == [2, 4]
+    assert found is not None and [t.samples for t in found.modes["none"].first] == [2, 4]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     for samples in (1, 8, 32):
         # A second micro-batch, with the gradients of the first: what counted() counts.
@@ -81,6 +82,65 @@ def test_a_traced_model_is_stretched_to_other_micro_batches(tmp_path: Path, prec
         truth = counted(task, model, mixed, samples)
         model.zero_grad()
         assert line.peak - states == pytest.approx(truth, rel=0.02), samples
+
+
+class Deep(Wide):
+    """The same with three blocks to compute again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.inner
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Tanh(), nn.Linear(256, 64)) for _ in range(3))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x)
+
+
+class DeepToy(Toy):
+    model_kind = Deep
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return list(model.blocks)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_a_trace_knows_what_is_computed_again(tmp_path: Path, mode: str) -> None:
+    """Each way is traced, and within 2 % of the count; computing again shows in the work, selectively hardly."""
+    task = DeepToy()
+    model, mixed = bound(task, tmp_path)
+    found = trace(task, model, task.train_samples, mixed, 32)
+    assert found is not None and found.offers == ("selective", "full")
+    assert not any("forward" in vars(module) for module in model.modules())
+    line = found.timeline(Setup("cuda", "fp32", 8, 16, checkpointing=mode))
+    checkpointing.wrap(model, task.blocks(model), mode)
+    truth = counted(task, model, mixed, 8)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert line.peak - line.state_bytes - weights == pytest.approx(truth, rel=0.02)
+    once = found.timeline(Setup("cuda", "fp32", 8, 16)).flops
+    assert line.flops == pytest.approx(once * (4 / 3 if mode == "full" else 1.0), rel=0.1) and once > 0
+
+
+def test_an_open_plan_takes_up_checkpointing_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without room for the whole batch, and none to split it: the blocks are computed again, aloud, and the receipt foretells that."""
+
+    class Whole(DeepToy):
+        splittable = False
+
+    task = Whole()
+    model, mixed = bound(task, tmp_path)
+    asked = config({"batch_size": 512})
+    table = trace(task, model, task.train_samples, mixed, 512)
+    assert table is not None
+    needs = [estimate(table, Setup("cpu", "fp32", 512, 512, checkpointing=mode)).ram.upper for mode in ("none", "selective")]
+    monkeypatch.setattr(fitting, "_place", lambda *_: forecast.Place("cpu", int(sum(needs) / 2), "fp32"))
+    plan, link = plans.resolve(asked, task), Script()
+    found = fitting.foresee(task, model, task.train_samples, asked, plan, Home(tmp_path), mixed, link.send, traces=True)
+    assert plan["activation_checkpointing"] == "selective" == link.of("plan")[0]["activation_checkpointing"]
+    predicted = found.predicted(plan, asked)
+    assert predicted is not None and predicted.ram.upper == pytest.approx(needs[1])
 
 
 def test_tracing_leaves_no_trace(tmp_path: Path) -> None:
@@ -108,7 +168,7 @@ def test_a_trace_survives_its_file(tmp_path: Path) -> None:
     setup = Setup("cuda", "fp32", 8, 8)
     assert again is not None and again.timeline(setup).peak == found.timeline(setup).peak
     document = json.loads(path.read_text("utf-8"))
-    for change in ({"format": 99}, {"first": [{"samples": 1}]}, {"format": None}):
+    for change in ({"format": 99}, {"modes": {"none": {"first": [{"samples": 1}]}}}, {"format": None}):
         path.write_text(json.dumps({**document, **change}), encoding="utf-8")
         assert traced.read(path) is None
     path.write_text("{", encoding="utf-8")

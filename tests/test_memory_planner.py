@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainerd.config.model import RunConfig
-from trainerd.memory import forecast, receipts
+from trainerd.contract.errors import ConfigError
+from trainerd.memory import forecast, receipts, traced
 from trainerd.memory.estimate import estimate
 from trainerd.memory.planner import FITS, TIGHT, TOO_LARGE, Answer, Question, choose, judge
 from trainerd.memory.profile import Profile
@@ -68,6 +69,58 @@ def test_full_logits_that_do_not_fit_are_proposed_in_pieces() -> None:
     roomy = forecast.answer(asked, forecast.Place("cuda", int(needs["full"]) + MB, "bf16"), GRU)
     assert roomy.verdict == FITS and roomy.setup.logits == "full"
     assert plan(fixed, between).verdict == FITS and plan(fixed, between).setup.logits == "chunked"
+
+
+AGAIN = ("selective", "full")
+
+
+def test_checkpointing_is_taken_up_when_a_whole_batch_does_not_fit() -> None:
+    """A batch that cannot be split: the mode that costs less, if it fits; never where a person said none, nor where no block is named."""
+    whole = {mode: estimate(SMALL_MN, Setup("cuda", "fp32", 4096, 4096, checkpointing=mode)).needed.upper for mode in ("none", *AGAIN)}
+    assert whole["full"] < whole["selective"] < whole["none"]
+    config = {"batch_size": 4096, "precision": "fp32"}
+    for mode, budget in {"selective": (whole["none"] + whole["selective"]) / 2, "full": (whole["selective"] + whole["full"]) / 2}.items():
+        answer = plan(config, int(budget), SMALL_MN, splittable=False)
+        assert (answer.verdict, answer.setup.checkpointing, answer.used) == (FITS, mode, (f"{mode} checkpointing",))
+        fixed = plan({**config, "activation_checkpointing": "none"}, int(budget), SMALL_MN, splittable=False)
+        assert fixed.verdict != FITS and fixed.setup.checkpointing == "none"
+    assert plan({"batch_size": 4096}, 900 * MB, GRU, splittable=False).setup.checkpointing == "none"
+
+
+def _traced(samples: int, held: int, operations: int, flops: float) -> traced.Trace:
+    """So many operations of 1 MB per sample, of which so many results are held at once."""
+    events: list[int] = []
+    for number in range(operations):
+        events += [number] if number < held else [number, ~number]
+    return traced.Trace(samples, [samples * MB] * operations, [*events, *(~number for number in range(held))], samples * flops)
+
+
+def test_the_faster_way_to_fit_is_taken() -> None:
+    """Pieces a little smaller before anything is computed again; computed again before pieces that are tiny."""
+    modes = {}
+    for mode, parts in {"none": (100, 100, 1e9), "full": (20, 130, 1.33e9)}.items():
+        some = [_traced(samples, *parts) for samples in (1, 2)]
+        modes[mode] = traced.Traces(some, some)
+    table = traced.TracedTable("made", "fp32", [[1000, 1000]], 0, 0, modes)
+    needs = {n: estimate(table, Setup("cuda", "fp32", n, 64)).needed.upper for n in (32, 1)}
+
+    def chosen(budget: float) -> Setup:
+        asked = RunConfig.model_validate({"task": "a", "train": {"batch_size": 64, "precision": "fp32"}})
+        answer = forecast.answer(asked, forecast.Place("cuda", int(budget) + 1, "fp32"), table)
+        assert answer.verdict == FITS
+        return answer.setup
+
+    assert chosen(needs[32]) == Setup("cuda", "fp32", 32, 64)
+    tiny = chosen(needs[1])
+    assert tiny.checkpointing == "full" and tiny.micro_batch > 2
+
+
+def test_checkpointing_of_no_blocks_is_refused() -> None:
+    """`plan` and `start` say so before anything is started."""
+    for mode in AGAIN:
+        with pytest.raises(ConfigError, match=f"activation_checkpointing is {mode}, but this task .* names no blocks"):
+            plan({"activation_checkpointing": mode}, 40_000 * MB, GRU)
+    assert plan({"activation_checkpointing": "full"}, 40_000 * MB, SMALL_MN).setup.checkpointing == "full"
 
 
 def test_what_a_person_fixed_stays() -> None:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from trainerd.engine import dropout, rng
+from trainerd.engine import checkpointing, dropout, rng
 from trainerd.engine.loader import Fetch, lengths_of
 from trainerd.engine.precision import Precision
 from trainerd.engine.step import weighted
 from trainerd.engine.task import MapDataset, Task
-from trainerd.memory.traced import Trace, TracedTable
+from trainerd.memory.traced import Trace, TracedTable, Traces
 
 _MOST_BYTES = 1 << 30  # of weights: a larger model would need minutes, and its RAM twice
 _LOOK_AT = 2048  # samples whose length is asked where the dataset does not tell
@@ -35,11 +36,15 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.sizes: list[int] = []
         self.events: list[int] = []
+        self.flops = 0.0
         self._seen: dict[int, Any] = {t.untyped_storage()._cdata: None for t in known}
         self._on = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        work = flop_registry.get(func.overloadpacket)
+        if work is not None:
+            self.flops += work(*args, **(kwargs or {}), out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._meet(leaf)
@@ -64,7 +69,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def trace(self, samples: int) -> Trace:
         """What was recorded so far; later ends do not belong to it."""
         self._on = False
-        return Trace(samples, list(self.sizes), list(self.events))
+        return Trace(samples, list(self.sizes), list(self.events), self.flops)
 
 
 def trace(task: Task, model: nn.Module, dataset: MapDataset, precision: Precision, effective_batch: int) -> TracedTable | None:
@@ -73,20 +78,22 @@ def trace(task: Task, model: nn.Module, dataset: MapDataset, precision: Precisio
     if sum(p.numel() * p.element_size() for p in weights) > _MOST_BYTES:
         return None
     numbers = sorted({min(2, effective_batch), min(4, effective_batch)}) if task.splittable else [effective_batch]
-    first: list[Trace] = []
-    later: list[Trace] = []
+    found: dict[str, Traces] = {}
     with _undisturbed(task, model) as copied:
-        longest = _longest(task, dataset)
-        for samples in numbers:
-            for traces in (first, later):
-                batch = Fetch(task, dataset)[0, 0, [longest] * samples]
-                traces.append(_one(task, copied, batch, precision, samples, longest))
-            copied.zero_grad(set_to_none=True)
+        longest, blocks = _longest(task, dataset), task.blocks(copied)
+        for mode in (checkpointing.NONE, checkpointing.SELECTIVE, checkpointing.FULL) if blocks else (checkpointing.NONE,):
+            found[mode] = Traces([], [])
+            with checkpointing.wrapped(copied, blocks, mode):
+                for samples in numbers:
+                    for traces in (found[mode].first, found[mode].later):
+                        batch = Fetch(task, dataset)[0, 0, [longest] * samples]
+                        traces.append(_one(task, copied, batch, precision, samples, longest))
+                    copied.zero_grad(set_to_none=True)
     trainable = [list(p.shape) for p in weights if p.requires_grad]
     frozen = sum(p.numel() * p.element_size() for p in weights if not p.requires_grad)
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     kind = f"{type(task).__name__} {type(model).__name__} {sum(p.numel() for p in weights)}"
-    return TracedTable(kind, precision.name, trainable, frozen, buffers, first, later)
+    return TracedTable(kind, precision.name, trainable, frozen, buffers, found)
 
 
 def _one(task: Task, model: nn.Module, batch: Any, precision: Precision, samples: int, longest: int) -> Trace:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from trainerd.memory import receipts
+from trainerd.memory import pace, receipts
 from trainerd.memory.playing import Played, played
 from trainerd.memory.profile import Profile
 from trainerd.memory.receipts import Trust
@@ -67,6 +67,8 @@ class Estimate:
     reserved: Range | None
     driver: Range | None
     seconds_per_step: Range | None
+    pace: float
+    """Seconds, to compare setups with one another by; rough (pace.py)."""
     breakdown: Mapping[str, int]
     phases: Mapping[str, int]
     num_parameters: int
@@ -116,6 +118,7 @@ def estimate(table: Table, setup: Setup, profile: Profile | None = None, trust: 
         reserved=device.reserved,
         driver=device.driver,
         seconds_per_step=seconds,
+        pace=pace.seconds(timeline, setup, profile.gigaflops),
         breakdown=breakdown,
         phases=timeline.peaks,
         num_parameters=timeline.num_parameters,

@@ -17,6 +17,7 @@ from trainerd.memory.timeline import Setup, Table
 FITS, TIGHT, TOO_LARGE = "fits", "tight", "too large"
 """tight: the likely value fits and the upper bound does not; an out-of-memory would be recovered from."""
 _PROPOSALS = 4
+_CLEARLY = 0.95
 
 Estimating = Callable[[Setup], Estimate]
 
@@ -81,13 +82,22 @@ def choose(question: Question, table: Table, estimating: Estimating) -> Answer:
         return Answer(first, FITS, question.budget_bytes)
     ways = list(_automatic(question, table))
     for wanted in (FITS, TIGHT):
-        for setup, used in ways:
-            found = _largest(setup, question, ask, wanted)
-            if found is not None:
-                taken = used if found.setup.micro_batch == question.setup.micro_batch else (*used, "smaller micro-batch")
-                return Answer(found, judge(found, question.budget_bytes, question.ram_bytes), question.budget_bytes, taken, ())
+        found = [(largest, used) for setup, used in ways if (largest := _largest(setup, question, ask, wanted)) is not None]
+        if found:
+            best, used = _fastest(found)
+            taken = used if best.setup.micro_batch == question.setup.micro_batch else (*used, "smaller micro-batch")
+            return Answer(best, judge(best, question.budget_bytes, question.ram_bytes), question.budget_bytes, taken, ())
     smallest = ask(ways[-1][0].with_micro_batch(1)) if _may_split(question) else ask(ways[-1][0])
     return Answer(smallest, TOO_LARGE, question.budget_bytes, (), _proposals(question, table, ask))
+
+
+def _fastest(found: list[tuple[Estimate, tuple[str, ...]]]) -> tuple[Estimate, tuple[str, ...]]:
+    """The first, which changes least, unless another is clearly faster."""
+    best = found[0]
+    for other in found[1:]:
+        if other[0].pace < best[0].pace * _CLEARLY:
+            best = other
+    return best
 
 
 def _may_split(question: Question) -> bool:

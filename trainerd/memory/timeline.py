@@ -85,6 +85,8 @@ class Timeline:
     """Between steps: weights, optimizer, and what stays."""
     worst_evaluation_bytes: int = 0
     """What an evaluation may need in its worst case, beyond weights and optimizer."""
+    operations: float = 0.0
+    """Results made in one micro-batch, both ways."""
     num_products: int = 0
     """Different shapes of products in a step, forwards."""
     num_parameters: int = 0
@@ -141,8 +143,9 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup) -> Timelin
         host_bytes += staging
     tape.kind = ACTIVATIONS
     tape.mark(STEP)
-    began = len(tape.events)
+    began, made = len(tape.events), len(tape.sizes)
     flops = _step(tape, model, optimizer, setup)
+    operations = (len(tape.sizes) - made) / (1 if setup.device == "cpu" else min(2, setup.accumulation))
     if setup.device != "cpu":
         tape.mark(STEP)
         tape.repeat(began)
@@ -161,6 +164,7 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup) -> Timelin
         pinned_bytes=pinned,
         resting_bytes=tape.live,
         worst_evaluation_bytes=worst,
+        operations=operations,
         num_products=len(tape.products),
         num_parameters=sum(p.numel for p in tape.parameters),
         num_trainable=sum(p.numel for p in trainable),

@@ -5,7 +5,7 @@ Each storage's size is taken as a + b * samples. When the two traces are not the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from trainerd.memory.tape import ACTIVATIONS, GRADIENTS, OPTIMIZER, STAGING, WEI
 from trainerd.memory.timeline import EVALUATING, LOADING, SAVING, STEP, Setup, Timeline, peaks
 from trainerd.memory.timeline import OPTIMIZER as MAKING_OPTIMIZER
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Trace:
     samples: int
     sizes: Sequence[int]
     events: Sequence[int]
+    flops: float = 0.0
 
     @property
     def peak(self) -> int:
@@ -38,8 +39,16 @@ class Trace:
 
 
 @dataclass(frozen=True)
+class Traces:
+    """At some micro-batches each: `first` meets no gradients, `later` those of the micro-batch before."""
+
+    first: list[Trace]
+    later: list[Trace]
+
+
+@dataclass(frozen=True)
 class TracedTable:
-    """What the planner asks, from traces. `first` meets no gradients, `later` those of the micro-batch before."""
+    """What the planner asks, from traces: `modes` by what the model's blocks compute again."""
 
     kind: str
     precision: str
@@ -47,15 +56,13 @@ class TracedTable:
     """Shapes of the weights that are learned."""
     frozen_bytes: int
     buffer_bytes: int
-    first: Sequence[Trace]
-    later: Sequence[Trace]
-    flops_per_sample: float = 0.0
+    modes: Mapping[str, Traces]
     assumed: tuple[str, ...] = ("every sample as large as the largest that was found",)
     format: int = field(default=FORMAT)
 
     @property
     def offers(self) -> tuple[str, ...]:
-        return ()
+        return tuple(mode for mode in self.modes if mode != "none")
 
     def timeline(self, setup: Setup) -> Timeline:
         """Load, optimizer, a step of one or two micro-batches, an evaluation no larger than the forward pass."""
@@ -72,18 +79,21 @@ class TracedTable:
         if setup.device == "cpu":
             played.phase(SAVING)
             played.hold(STAGING, [saved])
+        traces = self.modes[setup.checkpointing]
+        first, later = (_at(some, setup.micro_batch) for some in (traces.first, traces.later))
         for _ in range(1 if setup.device == "cpu" else 2):
             played.phase(STEP)
-            left = played.run(_at(self.first, setup.micro_batch))
+            left = played.run(first)
             if setup.accumulation > 1:
-                left += played.run(_at(self.later, setup.micro_batch))
+                left += played.run(later)
             played.drop(left)
         played.phase(EVALUATING)
         return played.timeline(
-            flops=self.flops_per_sample * setup.effective_batch,
+            flops=first.flops * setup.effective_batch / setup.micro_batch,
             weight_bytes=sum(learned) + self.buffer_bytes,
             state_bytes=sum(states),
             host_bytes=0 if setup.device == "cpu" else saved,
+            operations=len(first.sizes),
             num_parameters=(sum(learned) + self.frozen_bytes) // 4,
             num_trainable=sum(learned) // 4,
         )
@@ -169,11 +179,12 @@ def _at(traces: Sequence[Trace], samples: int) -> Trace:
     def between(one: int, other: int) -> int:
         return max(0, round(one + (other - one) * (samples - low.samples) / step))
 
+    flops = float(between(round(low.flops), round(high.flops)))
     if list(low.events) == list(high.events):
-        return Trace(samples, [between(a, b) for a, b in zip(low.sizes, high.sizes, strict=True)], low.events)
+        return Trace(samples, [between(a, b) for a, b in zip(low.sizes, high.sizes, strict=True)], low.events, flops)
     kept = [sum(t.sizes) - sum(t.sizes[~e] for e in t.events if e < 0) for t in (low, high)]
     staying, peak = between(*kept), between(low.peak, high.peak)
-    return Trace(samples, [staying, max(0, peak - staying)], [0, 1, ~1])
+    return Trace(samples, [staying, max(0, peak - staying)], [0, 1, ~1], flops)
 
 
 def _numbers(shape: Sequence[int]) -> int:
@@ -199,8 +210,11 @@ def read(path: Path) -> TracedTable | None:
         return None
     try:
         given = {name: value for name, value in document.items() if name in {f.name for f in fields(TracedTable)}}
-        for name in ("first", "later"):
-            given[name] = [Trace(**trace) for trace in given[name]]
+        given["modes"] = {mode: _traces(some) for mode, some in given["modes"].items()}
         return TracedTable(**{**given, "assumed": tuple(given.get("assumed", ()))})
-    except (TypeError, KeyError):
+    except (TypeError, KeyError, AttributeError):
         return None
+
+
+def _traces(document: Mapping[str, Any]) -> Traces:
+    return Traces([Trace(**trace) for trace in document["first"]], [Trace(**trace) for trace in document["later"]])
