@@ -120,7 +120,7 @@ def test_a_trace_knows_what_is_computed_again(tmp_path: Path, mode: str) -> None
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     assert line.peak - line.state_bytes - weights == pytest.approx(truth, rel=0.02)
     once = found.timeline(Setup("cuda", "fp32", 8, 16)).flops
-    assert line.flops == pytest.approx(once * (4 / 3 if mode == "full" else 1.0), rel=0.1) and once > 0
+    assert once > 0 and line.flops == pytest.approx(once * (7 / 6 if mode == "full" else 1.0), rel=0.02)  # the last product is not needed
 
 
 def test_an_open_plan_takes_up_checkpointing_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
