@@ -202,7 +202,8 @@ def weighted(losses: Losses, counts: Mapping[str, int]) -> Tensor:
     for name, (value, weight) in losses.items():
         if name not in counts:
             raise uncounted(name)
-        part = value.float() * (weight / max(1, counts[name]))
+        exact = value if value.dtype == torch.float64 else value.float()
+        part = exact * (weight / max(1, counts[name]))
         total = part if total is None else total + part
     if total is None:
         raise TrainerdError("loss() returned no loss.", "It returns ({name: (sum, weight)}, metrics).")
