@@ -113,8 +113,8 @@ class Daemon:
     def until_state(self, *states: str, seconds: float = 15.0) -> Reading:
         return self.until(lambda reading: reading.state in states, seconds)
 
-    def until_step(self, step: int) -> Reading:
-        return self.until(lambda r: r.status is not None and (r.status.progress.step or 0) >= step and r.state == status.RUNNING)
+    def until_step(self, step: int, seconds: float = 15.0) -> Reading:
+        return self.until(lambda r: r.status is not None and (r.status.progress.step or 0) >= step and r.state == status.RUNNING, seconds)
 
     def ask(self, verb: str, **arguments: Any) -> str:
         """Send a request; returns its id."""

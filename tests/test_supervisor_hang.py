@@ -119,14 +119,15 @@ def test_a_long_time_of_stops_and_crashes_is_no_hang(home: Home) -> None:
     home.root.mkdir()
     chance, end = random.Random(1), time.monotonic() + float(os.environ.get("TRAINERD_SOAK_SECONDS", "60"))
     kills = 0
-    with Daemon(home, LONG, config=config(hang=5, hang_limits={"starting": 60})) as daemon:
+    idle = {**config(hang=5, hang_limits={"starting": 60}), "polite": {"priority": "idle"}}  # what starves most beside other work
+    with Daemon(home, LONG, config=idle) as daemon:
         supervisor = psutil.Process(daemon.process.pid)
         begun: tuple[int, int] | None = None
         while time.monotonic() < end:
-            reading = daemon.until_state(status.RUNNING)
+            reading = daemon.until_state(status.RUNNING, seconds=600)
             assert reading.status is not None
             pid, step = reading.status.trainer.pid, reading.status.progress.step or 0
-            daemon.until_step(step + 60)
+            daemon.until_step(step + 60, seconds=600)
             begun = begun or (supervisor.memory_info().rss, supervisor.num_fds())
             what = chance.choice(["kill", "supervisor", "machine", "trainer"])
             pids = {"supervisor": [supervisor.pid], "machine": [supervisor.pid, pid], "trainer": [pid]}.get(what, [])
@@ -139,8 +140,8 @@ def test_a_long_time_of_stops_and_crashes_is_no_hang(home: Home) -> None:
             for stopped in filter(None, pids):
                 os.kill(stopped, signal.SIGCONT)
             if what == "kill":
-                daemon.until(lambda r, gone=pid: r.status is not None and r.status.trainer.pid not in (gone, None))  # type: ignore[misc]
-        daemon.until_state(status.RUNNING)
+                daemon.until(lambda r, gone=pid: r.status is not None and r.status.trainer.pid not in (gone, None), 600)  # type: ignore[misc]
+        daemon.until_state(status.RUNNING, seconds=600)
         assert (of(home, "hang"), len(of(home, "death"))) == ([], kills)
         assert begun is not None and supervisor.num_fds() <= begun[1] + 4 and supervisor.memory_info().rss < begun[0] + 20e6
 

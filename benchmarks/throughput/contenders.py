@@ -228,7 +228,9 @@ def engine(workload: Workload, batches: Callable[[int], Iterator[list[int]]], st
     return stamps[steps] - stamps[WARM]
 
 
-def document(workload: Workload, steps: int, warm: int) -> tuple[float, Padded]:
+def document(
+    workload: Workload, steps: int, warm: int, after: Callable[[int, Padded], None] = lambda step, work: None
+) -> tuple[float, Padded]:
     """What document 002 describes: padded batches of 8, 4 of them a step, logits on padding, memory cleaned every 10 batches."""
     work = Padded(workload, workload.shuffled(8), steps * 4)
     optimizer = adamw(work.model, fused=False)
@@ -241,6 +243,7 @@ def document(workload: Workload, steps: int, warm: int) -> tuple[float, Padded]:
             torch.nn.utils.clip_grad_norm_(work.model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            after((number + 1) // 4, work)
         if number % 10 == 9:
             gc.collect()
             if torch.cuda.is_available():
@@ -253,11 +256,13 @@ def held_out_loss(workload: Workload, work: Padded) -> float:
     held_out = workload.task.dataset("eval")
     assert held_out is not None
     rows = Workload(workload.home, workload.config, workload.task, held_out)
-    work.workload, total, tokens = rows, 0.0, 0
+    before, work.workload, total, tokens = work.workload, rows, 0.0, 0
     work.model.eval()
     with torch.no_grad():
         for start in range(0, len(held_out), 256):
             batch = work.batch(list(range(start, min(start + 256, len(held_out)))))
             number = int((batch[2] != -100).sum())
             total, tokens = total + float(work.loss(batch)) * number, tokens + number
+    work.workload = before
+    work.model.train()
     return total / tokens

@@ -1,10 +1,11 @@
 """Samples per second of the engine beside what document 002 describes, to the same held-out loss; each side a process of its own.
 
-    python -m benchmarks.throughput.document --data FILE [--rounds 9] [--steps 150] [--precision auto] [--threads 2]
+    python -m benchmarks.throughput.document --data FILE [--rounds 9] [--steps 150] [--precision auto] [--threads 2] [--curve]
 
 Both train CADENCE's default model at an effective batch of 32 for the same number of samples; then both are scored on the same
 held-out split. The engine runs as the daemon's trainer does, heap settings included, which a process of their own keeps from
-the other side. Prints the ratio with a bootstrap interval over rounds, and both losses.
+the other side. Prints the ratio with a bootstrap interval over rounds, and both losses. With --curve no times, but the losses of
+both after equal numbers of samples: who needs fewer for the same loss.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ WARM = 10
 BATCH = 32
 
 
-def ours(asked: argparse.Namespace) -> tuple[float, float]:
-    """(samples per second, held-out loss) of the engine."""
+def ours(asked: argparse.Namespace, every_steps: int) -> tuple[float, dict[int, float]]:
+    """Samples per second of the engine, and its held-out loss after each so many steps."""
     from benchmarks.throughput.workload import prepare
     from trainerd.config.model import RunConfig
     from trainerd.engine import arenas
@@ -37,20 +38,20 @@ def ours(asked: argparse.Namespace) -> tuple[float, float]:
     workload = prepare(Path(asked.home), asked.data)
     words = workload.config.model_dump()
     train = {"batch_size": BATCH, "precision": asked.precision, "scheduler": "constant", "threads": asked.threads}
-    words["train"].update(train, max_steps=asked.steps, eval_every_steps=asked.steps)
+    words["train"].update(train, max_steps=asked.steps, eval_every_steps=every_steps)
     run = f"engine-{time.monotonic_ns()}"
     settings = workload.task.settings
     Trainer(type(workload.task)(settings), RunConfig.model_validate(words), home=workload.home, run=run, link=Link()).train()
     rows = [json.loads(line) for line in (workload.home / "runs" / run / "metrics.jsonl").read_text("utf-8").splitlines()]
     stamps = {row["step"]: row["t"] for row in rows if "loss" in row}
-    held_out = next(row["eval"]["loss"] for row in reversed(rows) if "eval" in row)
+    held_out = {row["step"]: row["eval"]["loss"] for row in rows if "eval" in row}
     for kind in ("runs", "checkpoints", "models"):
         shutil.rmtree(workload.home / kind / run, ignore_errors=True)
     return (asked.steps - WARM) * BATCH / (stamps[asked.steps] - stamps[WARM]), held_out
 
 
-def theirs(asked: argparse.Namespace) -> tuple[float, float]:
-    """(samples per second, held-out loss) of the recipe: padded batches of 8, 4 of them a step, cleaned up every 10."""
+def theirs(asked: argparse.Namespace, every_steps: int) -> tuple[float, dict[int, float]]:
+    """The same of the recipe: padded batches of 8, 4 of them a step, cleaned up every 10. Only the last evaluation is not in its time."""
     import torch
 
     from benchmarks.throughput import contenders
@@ -58,8 +59,15 @@ def theirs(asked: argparse.Namespace) -> tuple[float, float]:
 
     torch.set_num_threads(asked.threads)
     workload = prepare(Path(asked.home), asked.data)
-    seconds, work = contenders.document(workload, asked.steps, WARM)
-    return (asked.steps - WARM) * BATCH / seconds, contenders.held_out_loss(workload, work)
+    held_out: dict[int, float] = {}
+
+    def after(step: int, work: contenders.Padded) -> None:
+        if step % every_steps == 0 and step < asked.steps:
+            held_out[step] = contenders.held_out_loss(workload, work)
+
+    seconds, work = contenders.document(workload, asked.steps, WARM, after)
+    held_out[asked.steps] = contenders.held_out_loss(workload, work)
+    return (asked.steps - WARM) * BATCH / seconds, held_out
 
 
 def one(side: str, asked: argparse.Namespace) -> tuple[float, float]:
@@ -67,8 +75,20 @@ def one(side: str, asked: argparse.Namespace) -> tuple[float, float]:
     command = [sys.executable, "-m", "benchmarks.throughput.document", "--one", side, "--home", asked.home, "--steps", str(asked.steps)]
     command += ["--precision", asked.precision, "--threads", str(asked.threads), *(["--data", asked.data] if asked.data else [])]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-    per_second, loss = json.loads(done.stdout.splitlines()[-1])
-    return per_second, loss
+    per_second, held_out = json.loads(done.stdout.splitlines()[-1])
+    return per_second, held_out[str(asked.steps)]
+
+
+def curve(asked: argparse.Namespace) -> None:
+    """The held-out losses after equal numbers of samples, eight times on the way."""
+    with tempfile.TemporaryDirectory() as asked.home:
+        every_steps = max(1, asked.steps // 8)
+        with contextlib.redirect_stdout(io.StringIO()):
+            losses = {"engine": ours(asked, every_steps)[1], "document 002": theirs(asked, every_steps)[1]}
+    steps = sorted(set.intersection(*map(set, losses.values())))
+    print("samples".ljust(14) + "".join(f"{step * BATCH:9}" for step in steps))
+    for side, at in losses.items():
+        print(side.ljust(14) + "".join(f"{at[step]:9.4f}" for step in steps))
 
 
 def main() -> None:
@@ -78,13 +98,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--curve", action="store_true", help="losses after equal numbers of samples instead of times")
     parser.add_argument("--one", choices=["engine", "document"], help=argparse.SUPPRESS)
     parser.add_argument("--home", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
         with contextlib.redirect_stdout(io.StringIO()):
-            found = ours(asked) if asked.one == "engine" else theirs(asked)
+            found = (ours if asked.one == "engine" else theirs)(asked, asked.steps)
         print(json.dumps(found))
+        return
+    if asked.curve:
+        curve(asked)
         return
     from benchmarks.throughput.__main__ import interval
 
