@@ -1,11 +1,12 @@
 """Samples per second of the engine beside its peers, interleaved.
 
-    python -m benchmarks.throughput same|padded|precision|overhead [--rounds 15] [--steps 60] [--batch 8 32 128]
+    python -m benchmarks.throughput same|padded|precision|deterministic|overhead [--rounds 15] [--steps 60] [--batch 8 32 128]
                                     [--precision fp32] [--threads 2] [--data FILE] [--peers bare huggingface lightning]
 
 same       everybody trains the task's model on the engine's own batches
 padded     the others train the plain model on random batches padded to their longest
 precision  the engine in bf16 against the engine in fp32
+deterministic  the engine with deterministic kernels, as it comes, against the engine without
 overhead   time per step on a 4x4 model, engine against a bare loop
 A ratio above 1 means that the engine is faster. The interval is a bootstrap over rounds. Against what document 002 describes:
 benchmarks/throughput/document.py.
@@ -14,6 +15,7 @@ benchmarks/throughput/document.py.
 from __future__ import annotations
 
 import argparse
+import functools
 import platform
 import random
 import statistics
@@ -86,6 +88,15 @@ def precision(asked: argparse.Namespace) -> None:
         show("fp32", seconds["bf16"], seconds["fp32"])
 
 
+def deterministic(asked: argparse.Namespace) -> None:
+    workload = prepare(data=asked.data, size=asked.size)
+    for batch in asked.batch:
+        run = functools.partial(contenders.engine, workload, workload.bucketed, asked.steps, batch, asked.precision[0])
+        seconds = interleave(workload, {"auto": run, "off": lambda run=run: run(deterministic=False)}, asked.rounds)
+        print(f"batch {batch}, {asked.precision[0]}: deterministic kernels against any")
+        show("any kernels", seconds["auto"], seconds["off"])
+
+
 def overhead(asked: argparse.Namespace) -> None:
     from benchmarks.throughput import tiny
 
@@ -103,7 +114,7 @@ def overhead(asked: argparse.Namespace) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("what", choices=("same", "padded", "precision", "overhead"))
+    options.add_argument("what", choices=("same", "padded", "precision", "deterministic", "overhead"))
     options.add_argument("--rounds", type=int, default=15)
     options.add_argument("--steps", type=int, default=60)
     options.add_argument("--batch", type=int, nargs="+", default=[8, 32, 128])
@@ -122,7 +133,7 @@ def main() -> None:
     elif asked.what == "padded":
         compare(asked, Padded)
     else:
-        {"precision": precision, "overhead": overhead}[asked.what](asked)
+        {"precision": precision, "deterministic": deterministic, "overhead": overhead}[asked.what](asked)
 
 
 if __name__ == "__main__":

@@ -214,10 +214,12 @@ def lightning(form: Form) -> Contender:
     return run
 
 
-def engine(workload: Workload, batches: Callable[[int], Iterator[list[int]]], steps: int, batch_size: int, precision: str) -> float:
+def engine(
+    workload: Workload, batches: Callable[[int], Iterator[list[int]]], steps: int, batch_size: int, precision: str, **train: Any
+) -> float:
     """Our Trainer as a library user calls it, metrics and all; timed by its own per-step stamps. It makes its own batches."""
     words = workload.config.model_dump()
-    words["train"].update(max_steps=steps, batch_size=batch_size, precision=precision, scheduler="constant", warmup_steps=0)
+    words["train"].update(max_steps=steps, batch_size=batch_size, precision=precision, scheduler="constant", warmup_steps=0, **train)
     config = RunConfig.model_validate(words)
     name = f"engine-{time.monotonic_ns()}"
     Trainer(type(workload.task)(workload.task.settings), config, home=workload.home, run=name, link=Link()).train()
