@@ -83,6 +83,10 @@ class TrainConfig(Section):
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     """Blocks of the model are computed again on the way back, to the same bits. full: they keep their inputs only; selective: also what
     is dear to compute; auto: none, unless the plan needs it. The task must name its blocks."""
+    attention: Literal["auto", "flash", "efficient", "math"] = "auto"
+    """The kernel of torch's scaled_dot_product_attention; auto: the fastest that can. Another one is never taken silently."""
+    compile: StrictBool = False
+    """Compile the model with torch.compile. The memory estimate does not cover it, and a resumed run may differ in its last bits."""
     deterministic: StrictBool | Auto = "auto"
     """auto: on, and operations without a deterministic kernel are named; true: they are errors; false: off."""
     threads: Annotated[int, Field(ge=1)] | Auto = "auto"

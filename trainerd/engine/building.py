@@ -16,7 +16,7 @@ from trainerd.config.model import RunConfig
 from trainerd.contract import phases, wire
 from trainerd.contract.errors import UsageError
 from trainerd.contract.paths import RunPaths
-from trainerd.engine import checkpointing, dropout, fitting, optimizers, precision, rng, space, spill
+from trainerd.engine import attention, checkpointing, compiling, dropout, fitting, optimizers, precision, rng, space, spill
 from trainerd.engine import plan as plans
 from trainerd.engine.batches import Batches
 from trainerd.engine.checkpoints import CheckpointStore
@@ -65,15 +65,13 @@ def build(
     batches = Batches(len(dataset), config.train.batch_size, config.seed, lengths=lengths_of(task, dataset), limit=config.data.size)
     model = task.model()
     foreseen = fitting.foresee(task, model, dataset, config, plan, paths.home, mixed, link.send, traces=traces)
-    model = _placed(task, model, device, plan)
+    model = _placed(task, model, mixed, plan, stack)
     pulse.enter(phases.STARTING)
     optimizer, offload = _optimizer(model, task, config, plan, mixed, link, stack)
     plan["optimizer"] = optimizers.kernel(optimizer)
-    model = mixed.prepare(model)
-    dropout.attach(model, task.ctx)
+    model = _prepared(task, model, mixed, plan)
     loader = Loader(task, dataset, batches, num_workers=plan["num_workers"], seed=config.seed, pin_memory=device.type == "cuda")
     stack.callback(loader.close)
-    total_steps = config.train.epochs * batches.steps_per_epoch
     training = Training(
         task=task,
         model=model,
@@ -93,7 +91,7 @@ def build(
         memory=MemoryWatch(config.memory, device, link.send, may_leave=link.starts_again),
         spill=_spill_watch(device, link),
         steps_per_epoch=batches.steps_per_epoch,
-        total_steps=min(total_steps, config.train.max_steps or total_steps),
+        total_steps=_total_steps(config, batches),
         about=_about(config, device),
         foreseen=foreseen,
     )
@@ -109,10 +107,24 @@ def _context(config: RunConfig, plan: plans.Plan, mixed: precision.Precision, ca
     return TaskContext(device=mixed.device, dtype=mixed.dtype, seed=config.seed, cache_dir=cache_dir, data=config.data, logits=logits)
 
 
-def _placed(task: Task, model: torch.nn.Module, device: torch.device, plan: plans.Plan) -> torch.nn.Module:
+def _placed(task: Task, model: torch.nn.Module, mixed: precision.Precision, plan: plans.Plan, stack: ExitStack) -> torch.nn.Module:
     """The model on its device, learning, its blocks computed again if the plan says so (older plans said "off")."""
     checkpointing.wrap(model, task.blocks(model), plan["activation_checkpointing"].replace("off", checkpointing.NONE))
-    return model.to(device).train()
+    stack.enter_context(attention.kernel(plan.get("attention", attention.AUTO), mixed.device, mixed.dtype))
+    return model.to(mixed.device).train()
+
+
+def _prepared(task: Task, model: torch.nn.Module, mixed: precision.Precision, plan: plans.Plan) -> torch.nn.Module:
+    """Its forward under autocast, compiled if the plan says so, and its dropout knowing the samples."""
+    model = mixed.prepare(model)
+    compiling.compile_in_place(model, plan.get("compile", False), mixed.device)
+    dropout.attach(model, task.ctx)
+    return model
+
+
+def _total_steps(config: RunConfig, batches: Batches) -> int:
+    steps = config.train.epochs * batches.steps_per_epoch
+    return min(steps, config.train.max_steps or steps)
 
 
 def _begin(training: Training, held_out: MapDataset | None, state: State | None) -> None:
@@ -235,6 +247,8 @@ def _put_back(training: Training, state: State) -> None:
     changed = [f"{name} {before[name]} -> {value}" for name, value in training.about.items() if before.get(name, value) != value]
     if changed:
         training.exact.lost(training.step + 1, f"resumed with {', '.join(changed)}")
+    elif training.plan.get("compile"):
+        training.exact.lost(training.step + 1, "resumed with torch.compile, which goes by the shapes it has met so far")
     rng.put_back(rng.from_document(state["rng"]))
 
 

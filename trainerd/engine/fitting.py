@@ -20,6 +20,7 @@ from torch import nn
 from trainerd.config.model import RunConfig
 from trainerd.contract import wire
 from trainerd.contract.paths import Home
+from trainerd.engine import attention
 from trainerd.engine import plan as plans
 from trainerd.engine.precision import Precision
 from trainerd.engine.task import MapDataset, Task
@@ -56,6 +57,7 @@ class Forecast:
             logits=plan.get("logits", "chunked"),
             offload=plan["offload"],
             checkpointing=plan["activation_checkpointing"].replace("off", "none"),
+            compiled=plan.get("compile", False),
         )
         return estimate(self.table, setup, self.place.profile)
 
@@ -150,7 +152,8 @@ def _traced(task: Task, model: nn.Module, dataset: MapDataset, config: RunConfig
     kept = traced.read(path)
     if kept is not None:
         return kept
-    made = trace(task, model, dataset, mixed, config.train.batch_size)
+    with attention.for_trace(config.train.attention):
+        made = trace(task, model, dataset, mixed, config.train.batch_size)
     if made is not None:
         try:
             traced.write(path, made)
@@ -169,6 +172,7 @@ def _key(task: Task, model: nn.Module, config: RunConfig, mixed: Precision) -> s
         "batch": config.train.batch_size,
         "precision": mixed.name,
         "logits": task.ctx.logits,
+        "math": config.train.attention == attention.MATH,
         "torch": str(torch.__version__),
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -44,8 +44,10 @@ def resolve(config: RunConfig, task: Task) -> Plan:
         "deterministic": train.deterministic,
         "optimizer": train.optimizer,
         "logits": "full" if config.memory.logits == "full" else "chunked",
-        "activation_checkpointing": _checkpointing(train.activation_checkpointing, task),
+        "activation_checkpointing": _checkpointing(train.activation_checkpointing, train.compile, task),
         "offload": NO_OFFLOAD if config.memory.offload == "auto" else config.memory.offload,
+        "attention": train.attention,
+        "compile": train.compile,
         "effective_batch": train.batch_size,
     }
     micro_batch = train.batch_size if train.micro_batch == "auto" else min(train.micro_batch, train.batch_size)
@@ -54,7 +56,7 @@ def resolve(config: RunConfig, task: Task) -> Plan:
         raise ConfigError([message], "Leave train.micro_batch out, or make the batch smaller.")
     set_micro_batch(plan, micro_batch)
     offload_open = device.type == "cuda" and config.memory.offload == "auto"
-    blocks_open = train.activation_checkpointing == "auto" and _has_blocks(task)
+    blocks_open = train.activation_checkpointing == "auto" and _has_blocks(task) and not train.compile
     if (train.micro_batch == "auto" and task.splittable) or offload_open or blocks_open:
         plan["open"] = True  # fitting.py takes it out, when the model is known
     return plan
@@ -78,9 +80,12 @@ def _has_blocks(task: Task) -> bool:
     return type(task).blocks is not Task.blocks
 
 
-def _checkpointing(wanted: str, task: Task) -> str:
+def _checkpointing(wanted: str, compiled: bool, task: Task) -> str:
     if wanted in (checkpointing.SELECTIVE, checkpointing.FULL) and not _has_blocks(task):
         raise checkpointing.unnamed(wanted)
+    if compiled and wanted not in ("auto", checkpointing.NONE):
+        message = f"train.compile is on and train.activation_checkpointing {wanted}: torch compiles no block that is computed again."
+        raise ConfigError([message], "Turn one of them off.")
     return checkpointing.NONE if wanted == "auto" else wanted
 
 

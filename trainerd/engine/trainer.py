@@ -18,7 +18,7 @@ from trainerd.config.model import RunConfig
 from trainerd.contract import clock, files, wire
 from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home, RunPaths
-from trainerd.engine import cleaning, finishing, guard, loop, optimizers, precision, preparing, provenance, receipt
+from trainerd.engine import cleaning, compiling, finishing, guard, loop, optimizers, precision, preparing, provenance, receipt
 from trainerd.engine import plan as plans
 from trainerd.engine.building import build
 from trainerd.engine.checkpoints import CheckpointStore
@@ -180,7 +180,8 @@ class Trainer:
 
     def _tell_plan(self, plan: plans.Plan) -> None:
         self._link.send(wire.PLAN, **plans.shown(plan))
-        for text in (precision.slow_here(plan["precision"], plans.device_of(plan)), optimizers.warning(self.config.train)):
+        slow = precision.slow_here(plan["precision"], plans.device_of(plan))
+        for text in (slow, optimizers.warning(self.config.train), compiling.warning(plan.get("compile", False))):
             if text:
                 self._link.send(wire.WARNING, text=text)
 

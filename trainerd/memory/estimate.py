@@ -41,6 +41,8 @@ _NOT_MODELLED = {
 }
 UNVERIFIED = "the replay of CUDA's allocator and the GPU's tables follow torch's source and have not been compared with a GPU yet"
 
+_COMPILED = "that torch.compile needs no more than the model without it: what it allocates is not covered by this estimate"
+
 
 @dataclass(frozen=True)
 class Range:
@@ -186,6 +188,10 @@ def _ranged(trust: Trust, measure: str, point: float, upper: float) -> Range:
 
 
 def _assumed(profile: Profile, setup: Setup) -> list[str]:
+    return [*([_COMPILED] if setup.compiled else []), *_unmeasured(profile, setup)]
+
+
+def _unmeasured(profile: Profile, setup: Setup) -> list[str]:
     if profile.measured:
         return []
     if setup.device == "cuda":

@@ -49,10 +49,11 @@ def question(config: RunConfig, place: Place, splittable: bool = True) -> Questi
         optimizer=train.optimizer,
         logits="full" if config.memory.logits == "full" else "chunked",
         offload="none" if config.memory.offload == "auto" else config.memory.offload,
+        compiled=train.compile,
         checkpointing="none" if train.activation_checkpointing == "auto" else train.activation_checkpointing,
     )
     values: dict[str, object] = {"memory.logits": config.memory.logits, "memory.offload": config.memory.offload}
-    values["train.activation_checkpointing"] = train.activation_checkpointing
+    values["train.activation_checkpointing"] = "none" if train.compile else train.activation_checkpointing
     values |= {"train.micro_batch": train.micro_batch, "train.precision": train.precision, "train.optimizer": train.optimizer}
     fixed = frozenset(key for key, value in values.items() if value != "auto")
     return Question(setup, place.budget_bytes, fixed, splittable, place.ram_bytes)
