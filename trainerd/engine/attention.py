@@ -49,11 +49,11 @@ def for_trace(name: str) -> AbstractContextManager[Any]:
 
 def chosen(device: torch.device, dtype: torch.dtype) -> str | None:
     """The kernel that computes attention as things are now, both ways; None when none can."""
-    parts = [torch.zeros(1, 2, 16, 16, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    q, k, v = (torch.zeros(1, 2, 16, 16, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     names = _Names()
     try:
         with torch.enable_grad(), torch.autocast(device.type, enabled=False), names:
-            scaled_dot_product_attention(*parts, is_causal=True).sum().backward()
+            torch.autograd.grad(scaled_dot_product_attention(q, k, v, is_causal=True).sum(), [q, k, v])
     except RuntimeError as error:
         if not _says_none(error):
             raise
