@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -161,6 +162,7 @@ def test_after_a_power_cut_the_next_log_in_goes_on(computer: WindowsComputer) ->
     assert computer.sees()["state"] == "stopped"
 
 
+@pytest.mark.slow  # the same by files, with a trainer that takes no time to start, is in tests/windows/test_supervisor.py
 def test_stop_by_request_file_pause_and_resume(computer: WindowsComputer) -> None:
     """pause lets the trainer go and resume brings it back; a request file from anybody of this user stops it, with a checkpoint."""
     assert computer.types("start", *SMALL, *LONG).returncode == 0
@@ -178,6 +180,16 @@ def test_stop_by_request_file_pause_and_resume(computer: WindowsComputer) -> Non
     computer.is_left_by_all()
     nothing = computer.types("stop")
     assert nothing.returncode == 3, nothing
+
+
+@pytest.mark.slow
+def test_the_selftest_where_nothing_can_be_forked(computer: WindowsComputer) -> None:
+    """Every life is a process from nothing, ended by TerminateProcess: nothing is lost, the bits are the same, nothing is left behind."""
+    done = computer.types("selftest", "--kills", "2", "--seed", "1", "--json", timeout=380)
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdict = json.loads(done.stdout[done.stdout.index("{") :])
+    assert verdict["passed"] and not verdict["forked"] and verdict["kills"] == 2 and verdict["acknowledged"] > 20
+    assert verdict["home"] is None and computer.sees() == {}
 
 
 def test_what_goes_wrong_before_anything_runs(computer: WindowsComputer) -> None:
