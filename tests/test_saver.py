@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.disks import FailingDisk, WatchedDisk, loaded_step, state_at
+from tests.toy import Script, config, run
 from trainerd.config.model import CheckpointConfig
 from trainerd.contract import files, wire
 from trainerd.engine.checkpoints import CheckpointStore
@@ -207,3 +208,25 @@ def test_after_a_failure_it_tries_again_later_each_time() -> None:
     assert not plan.due(100, 129.0) and plan.due(101, 130.0)
     plan.saved(1, 0.0, 0.0, 130.0)
     assert not plan.due(102, 131.0) and plan.due(150, 132.0)
+
+
+def test_what_saving_costs_is_counted() -> None:
+    """Every second the training thread stood still, for saves that failed too, and the saver's own CPU time: the 1 % is of all that."""
+    plan = SaveSchedule(CheckpointConfig(), now=0.0, cores=4)
+    plan.saved(1000, 0.2, 0.4, 1.0)
+    plan.waited(0.1)
+    plan.failed(2.0, 0.05)
+    told = plan.facts(10.0)
+    assert (told["saves"], told["blocked_seconds"], told["cpu_seconds"], told["checkpoint_bytes"]) == (1, 0.35, 0.4, 1000)
+    assert told["cost_seconds"] == pytest.approx(0.2 + 0.4 / 4 + 0.1 + 0.05) == plan.cost_seconds and told["of_seconds"] == 10.0
+
+
+def test_a_training_tells_at_its_end_what_saving_has_cost(tmp_path: Path) -> None:
+    """In the events of the run; and what is copied beside the training is no larger than one checkpoint."""
+    link = Script()
+    run(tmp_path, config(checkpoint={"every_steps": 4, "exact": True}), link)
+    (told,) = [note for note in link.of(wire.NOTE) if note["kind"] == "saving"]
+    assert told["saves"] == len(link.of(wire.CHECKPOINT)) >= 6
+    assert 0 < told["staged_bytes"] <= told["checkpoint_bytes"]
+    assert 0 < told["cost_seconds"] < told["of_seconds"]
+    assert told["cost_seconds"] == pytest.approx(told["blocked_seconds"] + told["cpu_seconds"] / told["cores"], abs=1e-4)
