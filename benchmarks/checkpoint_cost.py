@@ -26,7 +26,7 @@ from trainerd.contract import status
 # A model whose steps take milliseconds and whose checkpoint is a few megabytes, so that a hundred saves are a matter of minutes:
 # what may be written in a day (checkpoint.max_write_per_day) spaces out those of larger ones.
 SMALL = (
-    "--set", "train.batch_size=64", "--set", "settings.vocabulary=500", "--set", "settings.gru.hidden=96",
+    "--set", "train.batch_size=4", "--set", "settings.vocabulary=500", "--set", "settings.gru.hidden=96",
     "--set", "settings.min_frequency=1", "--set", "settings.eval_prefixes=0", "--set", "polite.priority=normal",
 )  # fmt: skip
 WITHOUT = ("--set", "checkpoint.every_steps=1000000000", "--set", "checkpoint.every_minutes=100000", "--set", "checkpoint.keep_best=false")
