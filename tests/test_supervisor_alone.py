@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.disks import FailingDisk
 from tests.supervised import QUICK, RUN, Daemon, alive, start_arguments, starts, supervise_here, trainer_command, wait_for
 from trainerd.contract import files, interpreter, lock, requests, runs, status
 from trainerd.contract.paths import Home
@@ -271,6 +273,29 @@ def test_a_surprise_at_a_death_does_not_leave_the_run_alone(home: Home, monkeypa
     supervisor = supervise_here(home, {"at": 7, "do": "exit:1"}, {})
     assert supervisor.result == status.COMPLETED and len(starts(home)) == 2
     assert "did not expect" in supervisor.report.status.warnings[0]
+
+
+@pytest.mark.parametrize("failures", [6, 10**9], ids=["for a moment", "for good"])
+def test_how_it_ended_is_written_if_it_can_be(home: Home, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+    """run.json cannot be replaced when the run ends: it is tried again before the supervisor goes, or the status says what that means."""
+    monkeypatch.setattr(journals, "_LAST_SECONDS", 1.0)
+    supervisor = Supervisor(home, "i" * 32, opening.open_run(home, start_arguments()), command=trainer_command({}), timing=QUICK)
+    left = [failures]
+
+    def fails(number: int, kind: str, name: str) -> bool:
+        if kind != "create" or "run.json" not in name or supervisor.result is None:
+            return False
+        left[0] -= 1
+        return left[0] >= 0
+
+    monkeypatch.setattr(files, "disk", FailingDisk(fails, errno.EIO))
+    assert supervisor.run() == status.COMPLETED
+    shown = status.read(home).status
+    assert shown is not None
+    if failures == 6:
+        assert runs.read(home, RUN).outcome == "completed" and shown.warnings == []
+    else:
+        assert runs.read(home, RUN).outcome is None and "may go on at the next log-in" in shown.warnings[0]
 
 
 def test_a_request_that_goes_wrong_is_obeyed_once(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ EVENTS_BYTES = 1 << 20
 """Beyond this events.jsonl loses its middle: its first line and the newest ones stay."""
 SAID_BYTES = 1 << 20
 _BALLAST_SECONDS = 60.0
+_LAST_SECONDS = 3.0
 _ROOM_BYTES = 64 << 20  # below this the ballast would only take from what others need
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _DISK_FULL_ON_WINDOWS = (39, 112)
@@ -107,6 +108,14 @@ class Journal:
         except OSError as error:
             self._unwritten_record = True
             say(f"cannot write run.json of {self.record.id}: {error}")
+
+    def write_last(self) -> bool:
+        """Before the supervisor ends: whether run.json says what was wanted and how it ended. Nobody comes after it to try again."""
+        deadline = time.monotonic() + _LAST_SECONDS
+        while self._unwritten_record and time.monotonic() < deadline:
+            self.save_record()
+            time.sleep(0.05 if self._unwritten_record else 0.0)
+        return not self._unwritten_record
 
     def retry(self) -> None:
         """Write run.json if the last attempt failed, and once a minute put the ballast back if there is room again."""

@@ -128,6 +128,8 @@ class Supervisor:
                 time.sleep(min(1.0, self.timing.tick_seconds))
                 self._go_on_all_the_same()
             self._rest()
+        if not self.journal.write_last():
+            self.report.warn("run.json cannot be written: what was wanted last is forgotten, and the run may go on at the next log-in.")
         self.report.write_last()
         self._power.close()
         return self.result
