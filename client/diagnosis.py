@@ -44,7 +44,7 @@ def examine(home: Home) -> list[Finding]:
     """Every finding, in the order a person would ask."""
     checks: list[Callable[[], list[Finding]]] = [
         lambda: [python(sys.version_info[:2])],
-        lambda: [torch(packages.torch_facts(), gpu.devices(), adapters.nvidia_present())],
+        lambda: [torch(packages.torch_facts(), gpu.devices(), adapters.nvidia_present(), gpu.driver_cuda())],
         lambda: driver(gpu.devices(), gpu.driver_version(), adapters.nvidia_present()),
         lambda: [bitsandbytes(packages.bitsandbytes_cuda(), packages.torch_facts())],
         lambda: [memory(ram().total_bytes)],
@@ -77,13 +77,16 @@ def python(version: tuple[int, ...]) -> Finding:
     return Finding("python", "ok", f"Python {shown}")
 
 
-def torch(found: packages.TorchFacts | None, gpus: list[gpu.GpuFacts], nvidia: bool) -> Finding:
+def torch(found: packages.TorchFacts | None, gpus: list[gpu.GpuFacts], nvidia: bool, driver_cuda: int | None = None) -> Finding:
     if found is None:
         return Finding("torch", "problem", "torch is not installed.", "Run start_training.sh (Windows: start_training.bat).")
     if found.cuda is None and (gpus or nvidia):
         name = gpus[0].name if gpus else "an NVIDIA GPU"
         text = f"torch {found.version} is a build for the CPU only, and there is {name}: it would not be used."
         return Finding("torch", "problem", text, f"Install the build for CUDA: {_CUDA_TORCH}")
+    if gpus and found.newer_than(driver_cuda):
+        text = f"torch {found.version} is built for CUDA {found.cuda}; the driver runs CUDA up to {driver_cuda}: the GPU would not be used."
+        return Finding("torch", "problem", text, f"Update the NVIDIA driver: {_DRIVER_PAGE}")
     built = f"built for CUDA {found.cuda}" if found.cuda else "built for the CPU"
     return Finding("torch", "ok", f"torch {found.version}, {built}")
 

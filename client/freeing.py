@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainerd.contract import files, status
+from trainerd.contract import files, lock, status
 from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home
 from trainerd.machine import gpu, page_cache, programs
@@ -76,7 +76,7 @@ class Freed:
 def free(home: Home, with_cache: bool) -> Freed:
     """Give back what is ours and not needed, then look who holds what. Raises Refused for a cache in use."""
     reading = status.read(home)
-    if with_cache and reading.alive:
+    if with_cache and (reading.alive or lock.is_held(home.trainer_lock)):  # a trainer may outlive its supervisor for a while
         message = "The cache is in use: a training is live in this home."
         raise Refused(message, f"End it first ({console.program()} stop), or leave --cache away.")
     before = _level()

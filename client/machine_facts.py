@@ -48,7 +48,7 @@ class Facts:
         """By its build and by the driver; None: there is no GPU to be used."""
         if not self.gpus:
             return None
-        return self.torch is not None and self.torch.cuda is not None
+        return self.torch is not None and self.torch.cuda is not None and self.torch_finding.level == "ok"
 
     def document(self) -> dict[str, Any]:
         """For --json: bytes are integers, unknown is null."""
@@ -93,7 +93,7 @@ def look(home: Home) -> Facts:
         gpus=gpus,
         driver=driver,
         torch=torch,
-        torch_finding=diagnosis.torch(torch, gpus, nvidia),
+        torch_finding=diagnosis.torch(torch, gpus, nvidia, gpu.driver_cuda()),
         driver_findings=diagnosis.driver(gpus, driver, nvidia),
         measured=known,
         fits=fits,

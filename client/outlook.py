@@ -68,7 +68,7 @@ def unused_gpu() -> tuple[str, ...]:
     gpus, nvidia, torch = gpu.devices(), adapters.nvidia_present(), packages.torch_facts()
     found = diagnosis.driver(gpus, gpu.driver_version(), nvidia)
     if torch is not None:
-        found.insert(0, diagnosis.torch(torch, gpus, nvidia))
+        found.insert(0, diagnosis.torch(torch, gpus, nvidia, gpu.driver_cuda()))
     return tuple(f"{one.text} Training runs on the CPU. {one.remedy}" for one in found if one.level == "problem")
 
 
@@ -133,7 +133,7 @@ def _place(home: Home, config: RunConfig, budget: str | None, device: str | None
     torch = packages.version("torch")
     gpus = gpu.devices() if device != "cpu" else []
     facts = packages.torch_facts()
-    has_cuda = bool(gpus) and facts is not None and facts.cuda is not None
+    has_cuda = bool(gpus) and facts is not None and facts.cuda is not None and not facts.newer_than(gpu.driver_cuda())
     kind = {"gpu": "cuda", "cpu": "cpu"}.get(device or "") or ("cuda" if budget is not None or has_cuda else "cpu")
     name = gpus[0].name if kind == "cuda" and gpus else "cpu"
     path = profile.file_of(home.cache, name, gpu.driver_version() if kind == "cuda" else None, torch)

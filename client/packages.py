@@ -18,6 +18,11 @@ class TorchFacts:
     version: str
     cuda: str | None
 
+    def newer_than(self, driver_cuda: int | None) -> bool:
+        """Whether it is built for a CUDA the driver cannot run; within one major version every driver can."""
+        major = (self.cuda or "").partition(".")[0]
+        return driver_cuda is not None and major.isdecimal() and int(major) > driver_cuda
+
 
 def folder(package: str) -> Path | None:
     """Where a package lies, without importing it; None when it is not installed."""

@@ -262,6 +262,9 @@ class _Nvml:
             raise self.NVMLError
 
     def nvmlShutdown(self) -> None: ...
+    def nvmlSystemGetCudaDriverVersion(self) -> int:
+        return 12080
+
     def nvmlDeviceGetCount(self) -> int:
         return 1
 
@@ -283,6 +286,7 @@ def test_who_holds_gpu_memory_is_told_once(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpu.processes(_Nvml()) == [gpu.GpuProcess(os.getpid(), 0, 700), gpu.GpuProcess(1, 0, None)]
     assert gpu.processes(_Nvml(refuse=True)) == []
+    assert gpu.driver_cuda(_Nvml()) == 12 and gpu.driver_cuda(_Nvml(refuse=True)) is None
 
 
 def test_programs_are_told_by_name_and_the_persons_own_from_the_systems(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from client import forecast_view, outlook, packages
-from client.commands import start
+from client import fitting, forecast_view, outlook, packages
 from tests.person import DOOR, SMALL, Person
 from tests.trainers import TASK
 from trainerd.config.load import resolve
@@ -95,9 +95,13 @@ def test_a_gpu_that_torch_cannot_use_is_named_in_the_plan_itself(person: Person,
     assert isinstance(found, outlook.Outlook) and found.place.device == "cpu"
     shown = " ".join("\n".join(forecast_view.lines(found, True, lambda text, colour: text)).split())
     assert "RTX 3050" in shown and "Training runs on the CPU." in shown and "start_training reinstall" in shown
-    assert start.must_fit(person.home, resolve("cadence")) == list(found.notes)
+    assert fitting.warnings(person.home, resolve("cadence")) == list(found.notes)
     monkeypatch.setattr(packages, "torch_facts", lambda: packages.TorchFacts("2.13.0+cu130", "13.0"))
     assert outlook.unused_gpu() == ()
+    monkeypatch.setattr(gpu, "driver_cuda", lambda: 12)  # an old driver: within one major version all would be well
+    assert "the driver runs CUDA up to 12" in outlook.unused_gpu()[0] and "Update the NVIDIA driver" in outlook.unused_gpu()[0]
+    old = outlook.look(person.home, resolve("cadence"))
+    assert isinstance(old, outlook.Outlook) and old.place.device == "cpu"
 
 
 def test_plan_for_another_machine(person: Person) -> None:
@@ -129,6 +133,14 @@ def test_start_refuses_what_does_not_fit_and_the_change_it_names_helps(person: P
     setting = done.stderr.split("--set ", 1)[1].split()[0]
     again = planned(person, *fixed, "--set", setting, "--set", "memory.ram_limit=12GB")
     assert again["verdict"] == "fits"
+
+
+def test_training_in_the_terminal_refuses_what_does_not_fit_too(person: Person) -> None:
+    """optimized_train.py: exit 5 with the same words, and nothing is begun."""
+    words = ["--set", "train.batch_size=65536", "--set", "train.micro_batch=65536", "--set", "memory.ram_limit=3GB"]
+    command = [sys.executable, str(DOOR.with_name("optimized_train.py")), "--home", str(person.home.root), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=person.environment, timeout=120, check=False)
+    assert done.returncode == 5 and "It does not fit" in done.stderr and not person.home.runs.exists()
 
 
 def test_a_run_leaves_a_receipt_and_the_next_plan_knows_it(person: Person) -> None:

@@ -210,3 +210,23 @@ def test_without_a_python_the_remedy_is_said(computer: WindowsComputer) -> None:
     nothing = computer.types("status", WINEPATH="C:\\windows")
     assert nothing.returncode == 4 and "no 64-bit Python from 3.10 to 3.14" in nothing.stdout, nothing
     assert "winget install" in nothing.stdout
+
+
+def test_the_machines_memory_on_windows(computer: WindowsComputer) -> None:
+    """memory_optimizer.py: the processor's name, NUMA and the drive from Windows' own calls, a configuration, who holds RAM, a watch."""
+    door = ("C:\\Python\\python.exe", "memory_optimizer.py")
+    profile = computer.wine(*door, "profile", "--json")
+    assert profile.returncode == 0, profile.stdout + profile.stderr
+    known = json.loads(profile.stdout)
+    assert known["cpu"]["name"] and known["cpu"]["numa_nodes"] >= 1 and known["ram"]["total_bytes"] > 0, known
+    assert known["disk"]["kind"] in (None, "NVMe SSD", "SSD", "hard disk") and known["disk"]["free_bytes"] > 0
+    shown = computer.wine(*door, "profile")
+    assert shown.returncode == 0 and "What fits" in shown.stdout and "Traceback" not in shown.stderr, shown
+    made = computer.wine(*door, "config", "--preset", "quick")
+    written = json.loads((computer.checkout / "optimal_config.json").read_text("utf-8"))
+    assert made.returncode == 0 and written["train"]["micro_batch"] == 32, made
+    freed = computer.wine(*door, "optimize", "--json")
+    assert freed.returncode == 0 and json.loads(freed.stdout)["cached_bytes"] is None, freed
+    watched = computer.wine(*door, "monitor", "--duration", "1", "--interval", "0.5", "--csv", "memory.csv")
+    assert watched.returncode == 0 and "mean" in watched.stdout, watched
+    assert (computer.checkout / "memory.csv").read_text("utf-8").startswith("at,ram_used_bytes")

@@ -18,7 +18,8 @@ import pexpect
 import pyte
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("client", "launcher", "trainerd", "pyproject.toml", "run_optimized_training.py", "optimized_train.py", "start_training.bat")
+DOORS = ("run_optimized_training.py", "optimized_train.py", "memory_optimizer.py", "start_training.bat")
+PARTS = ("client", "launcher", "trainerd", "pyproject.toml", *DOORS)
 COLUMNS, LINES = 100, 40
 
 

@@ -32,6 +32,7 @@ def command(home: Home, as_json: bool) -> int:
                 console.say(f"{'':<23}-> {finding.remedy}")
         warnings = sum(finding.level == "warning" for finding in findings)
         console.say(f"\n{_number_of(problems, 'problem')}, {_number_of(warnings, 'warning')}.")
+        console.say(f"What fits here, and what it needs: {console.memory_program()} profile")
     return EXIT_FAILED if problems else EXIT_DONE
 
 

@@ -17,7 +17,7 @@ from trainerd.contract.errors import TrainerdError
 from trainerd.contract.paths import Home
 from trainerd.contract.status import Reading
 
-from .. import choose, console, follow, launch, limits, options, stages, tail, view
+from .. import choose, console, fitting, follow, launch, limits, options, room, stages, tail, view
 from ..cli import pass_home
 
 _LOOK_SECONDS = 0.25
@@ -32,6 +32,9 @@ def command(home: Home, /, **words: Any) -> int:
     follow.refuse_if_running(home)
     warnings = follow.prepare_home(home)
     choice = choose.choose(home, asked, resume=not words["no_resume"])
+    if not choice.resume:
+        room.refuse_without_room(home, choice.config)
+        warnings += fitting.warnings(home, asked)
     chosen = choice.config.memory
     for warning in (*choice.warnings, *warnings, *limits.warnings(chosen.ram_limit, chosen.vram_limit)):
         console.complain(f"Warning: {warning}")

@@ -8,15 +8,11 @@ from typing import Any
 
 import click
 
-from trainerd.config.load import Resolved
 from trainerd.contract import status
-from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home
-from trainerd.memory import planner
 
-from .. import choose, console, fit, follow, forecast_view, limits, options, outlook, registration, room, view
+from .. import choose, console, fit, fitting, follow, limits, options, registration, room, view
 from ..cli import pass_home
-from ..words import size
 
 
 @click.command("start")
@@ -33,7 +29,7 @@ def command(home: Home, /, wait: bool, no_autostart: bool, as_json: bool, **word
     choice = choose.choose(home, asked, resume=not words["no_resume"])
     if not choice.resume:
         room.refuse_without_room(home, choice.config)
-        warnings += must_fit(home, asked)
+        warnings += fitting.warnings(home, asked)
     return begin(home, choice, warnings, wait, as_json, autostart=not no_autostart)
 
 
@@ -64,25 +60,6 @@ def begin(home: Home, choice: choose.Choice, warnings: list[str], wait: bool, as
     if as_json:
         console.say(json.dumps({**reading.to_dict(), "resumed": choice.resume, "changes": choice.changes}, indent=1))
     return code
-
-
-def must_fit(home: Home, asked: Resolved) -> list[str]:
-    """What to warn of. Raises Refused, with the smallest changes that would help, when it is not going to fit."""
-    found = outlook.look(home, asked)
-    notes = list(found.notes)
-    if isinstance(found, outlook.Unknown) or found.answer.verdict == planner.FITS:
-        return notes
-    needed = found.answer.estimate.needed
-    what = "GPU memory" if found.place.device == "cuda" else "RAM"
-    said = f"This training needs {size(needed.point)} of {what}, at most {size(needed.upper)}; {found.budget}."
-    if found.answer.verdict == planner.TIGHT:
-        return [*notes, f"{said} It may have to repeat steps in smaller pieces."]
-    raise Refused(f"It does not fit. {said}", "\n".join([*forecast_view.remedies(found.answer), _room(found)]))
-
-
-def _room(found: outlook.Outlook) -> str:
-    key = "vram_limit" if found.place.device == "cuda" else "ram_limit"
-    return f"Or close other programs, or raise the limit (memory.{key}). The whole estimate: {console.program()} plan"
 
 
 def _until_end(home: Home) -> status.Reading:

@@ -120,6 +120,20 @@ def driver_version(nvml: Any = None) -> str | None:
         _quietly(nvml, nvml.nvmlShutdown)
 
 
+def driver_cuda(nvml: Any = None) -> int | None:
+    """The newest major version of CUDA the driver can run: 12 of 12.8. None when there is no driver that answers."""
+    nvml = nvml if nvml is not None else _load()
+    if nvml is None:
+        return None
+    try:
+        nvml.nvmlInit()
+        return int(nvml.nvmlSystemGetCudaDriverVersion()) // 1000
+    except nvml.NVMLError:
+        return None
+    finally:
+        _quietly(nvml, nvml.nvmlShutdown)
+
+
 @dataclass(frozen=True)
 class GpuProcess:
     """A process that holds memory of a GPU; Windows does not tell how much."""

@@ -1,0 +1,30 @@
+"""Whether a new training fits, asked before anything is started; in the background and in this terminal alike. Must not start it."""
+
+from __future__ import annotations
+
+from trainerd.config.load import Resolved
+from trainerd.contract.errors import Refused
+from trainerd.contract.paths import Home
+from trainerd.memory import planner
+
+from . import console, forecast_view, outlook
+from .words import size
+
+
+def warnings(home: Home, asked: Resolved) -> list[str]:
+    """What to warn of. Raises Refused, with the smallest changes that would help, when it is not going to fit."""
+    found = outlook.look(home, asked)
+    notes = list(found.notes)
+    if isinstance(found, outlook.Unknown) or found.answer.verdict == planner.FITS:
+        return notes
+    needed = found.answer.estimate.needed
+    what = "GPU memory" if found.place.device == "cuda" else "RAM"
+    said = f"This training needs {size(needed.point)} of {what}, at most {size(needed.upper)}; {found.budget}."
+    if found.answer.verdict == planner.TIGHT:
+        return [*notes, f"{said} It may have to repeat steps in smaller pieces."]
+    raise Refused(f"It does not fit. {said}", "\n".join([*forecast_view.remedies(found.answer), _room(found)]))
+
+
+def _room(found: outlook.Outlook) -> str:
+    key = "vram_limit" if found.place.device == "cuda" else "ram_limit"
+    return f"Or close other programs, or raise the limit (memory.{key}). The whole estimate: {console.program()} plan"
