@@ -26,6 +26,9 @@ def lines(outlook: Outlook, fancy: bool, style: Style) -> list[str]:
     shown = [*_heading(found, outlook, style), "", *_numbers(found), "", *_verdict(answer, outlook, fancy, style), ""]
     if answer.used:
         shown += _listed("Chosen to fit", [", ".join(answer.used)])
+    if outlook.stated is not None:
+        stated = outlook.stated
+        shown += _listed("The preset says", [f"below {size(stated.vram_bytes)} of GPU memory and {size(stated.ram_bytes)} of RAM"])
     shown += [*_parts("At its highest", found.breakdown), *_parts("By phase", found.phases), ""]
     shown += _listed("How far to trust it", [found.trust])
     shown += _listed("Assumed", found.assumed)

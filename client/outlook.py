@@ -41,6 +41,8 @@ class Outlook:
     budget: str
     notes: tuple[str, ...] = ()
     """What a person should know of this machine first: a GPU that will not be used."""
+    stated: catalogue.Stated | None = None
+    """What the preset says it needs; None when none was chosen, or its model or batch was changed."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,12 @@ def look(home: Home, asked: Resolved, budget: str | None = None, device: str | N
     if isinstance(found, Unknown):
         return replace(found, will=_what_it_will_do(asked.config, place, where, words), notes=notes)
     table, splittable = found
-    return Outlook(forecast.answer(asked.config, place, table, splittable), place, where, words, notes)
+    return Outlook(forecast.answer(asked.config, place, table, splittable), place, where, words, notes, _stated(asked))
+
+
+def _stated(asked: Resolved) -> catalogue.Stated | None:
+    changed = any(key.startswith(("settings.", "train.batch_size", "train.optimizer")) for key in asked.explicit)
+    return None if changed or asked.task_file is not None else catalogue.STATED.get(asked.config.preset or "")
 
 
 def unused_gpu() -> tuple[str, ...]:

@@ -59,6 +59,12 @@ def test_the_whole_answer_fits_80_columns_and_is_plain_in_a_pipe(person: Person,
         assert re.search(rf"[\d.]+ [kMG]?B  {part}", shown), part
 
 
+def test_a_preset_says_what_it_stays_below(person: Person) -> None:
+    """In the plan itself; not when its model was changed, for then it does not say so."""
+    assert "below 3.0 GB of GPU memory and 6.0 GB of RAM" in person.types("plan", "--preset", "standard").stdout
+    assert "The preset says" not in person.types("plan", "--preset", "standard", "--set", "settings.model=gru-mn").stdout
+
+
 def test_gradients_and_logits_are_in_the_answer_for_programs(person: Person) -> None:
     """--json holds every part of the breakdown as bytes, whatever is too small to be shown."""
     found = planned(person, "--budget", "3.5GB")["estimate"]

@@ -63,6 +63,7 @@ def _document(found: outlook.Outlook) -> dict[str, Any]:
         ],
         "profile": asdict(found.place.profile),
         "notes": list(found.notes),
+        "stated": asdict(found.stated) if found.stated else None,
     }
 
 
