@@ -62,7 +62,7 @@ class BlockyToy(Toy):
         return list(model.blocks)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_every_mode_is_the_same_run(precision: str, tmp_path: Path) -> None:
     """Losses, gradients' norms, weights, running statistics and what is drawn later: to the byte, over micro-batches and a resume."""
     asked = {"precision": precision, "micro_batch": 3, "epochs": 1, "eval_every_steps": 4}
@@ -79,7 +79,7 @@ def test_every_mode_is_the_same_run(precision: str, tmp_path: Path) -> None:
     assert same(tmp_path / NONE, tmp_path / FULL) and same(tmp_path / NONE, tmp_path / SELECTIVE)
 
 
-def learned(mode: str, low: bool = False) -> tuple[Blocky, torch.Tensor]:
+def learned(mode: str) -> tuple[Blocky, torch.Tensor]:
     torch.manual_seed(0)
     model = Blocky().train()
     checkpointing.wrap(model, list(model.blocks), mode)
@@ -183,3 +183,20 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             checkpointing.wrap(model, blocks, FULL)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use")
+@pytest.mark.parametrize("mode", [SELECTIVE, FULL])
+def test_on_a_gpu_the_gradients_are_the_same(mode: str) -> None:
+    """Through both dropouts and the device's random state, and with less held."""
+    found = []
+    for chosen in (NONE, mode):
+        model, tokens = learned(chosen)
+        model, tokens = model.cuda(), tokens.cuda()
+        torch.cuda.manual_seed(3)
+        torch.cuda.reset_peak_memory_stats()
+        model(tokens).sum().backward()
+        after = torch.rand(1, device="cuda")
+        found.append([*(p.grad for p in model.parameters()), after, *(b for b in model.buffers())])
+    assert all(torch.allclose(one, other, rtol=1e-5, atol=1e-7) for one, other in zip(*found, strict=True))  # type: ignore[arg-type]

@@ -119,7 +119,7 @@ def test_plan_for_another_machine(person: Person) -> None:
     setup = large["estimate"]["setup"]
     assert setup["effective_batch"] == 16384 and setup["micro_batch"] < 16384
     assert large["estimate"]["driver"]["upper"] <= 2_000_000_000
-    never = planned(person, "--budget", "900MB", "--set", "settings.model=gru-mn", code=5)
+    never = planned(person, "--budget", "600MB", "--set", "settings.model=gru-mn", code=5)
     assert never["verdict"] == "too large"
 
 

@@ -130,8 +130,7 @@ def apart(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     return float(difference / torch.stack([a.double().norm() for a in one]).norm())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float64, "fp32"), (torch.float32, "fp32"), (torch.float32, "fp16")])
 @pytest.mark.parametrize("kind", ["gru", "gru-mn", "fusion"])
 def test_the_gradient_is_the_same_however_the_batch_is_cut(kind: str, dtype: torch.dtype, precision: str, rows: Path) -> None:
     """Ragged rows, a last short window, several losses, dropout, fp16's scaler: within 1e-12 in float64, 1e-6 in float32."""
