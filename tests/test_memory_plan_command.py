@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from client import fitting, forecast_view, outlook, packages
 from tests.person import DOOR, SMALL, Person
@@ -139,6 +140,21 @@ def test_start_refuses_what_does_not_fit_and_the_change_it_names_helps(person: P
     setting = done.stderr.split("--set ", 1)[1].split()[0]
     again = planned(person, *fixed, "--set", setting, "--set", "memory.ram_limit=12GB")
     assert again["verdict"] == "fits"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU measures that")
+def test_a_machine_is_measured_once_and_then_a_steps_time_is_foretold(person: Person) -> None:
+    """In a process of its own: the bare trainer, memory's speed, products in each precision; what only a GPU has stays unknown. The
+    next plan has it without being asked, and profile shows it."""
+    measured = planned(person, "--measure")["profile"]
+    assert measured["measured"] and measured["process_bytes"] > 100_000_000 and measured["torch"] == torch.__version__
+    assert measured["ram_bytes_per_second"] > 1e8 and measured["gigaflops"]["fp32"] > 0.1
+    assert measured["to_device_bytes_per_second"] is None and measured["others_bytes"] is None
+    again = planned(person)
+    seconds = again["estimate"]["seconds_per_step"]
+    assert again["profile"] == measured and 0 < seconds["point"] < seconds["upper"]
+    assert "known after: plan --measure" not in person.types("plan").stdout
+    assert "bare trainer" in person.types("memory", "profile").stdout
 
 
 def test_training_in_the_terminal_refuses_what_does_not_fit_too(person: Person) -> None:
