@@ -78,8 +78,12 @@ def test_what_may_change_changes_and_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["train.weight_decay=0.5", "train.precision=fp32", "train.threads=3", "train.warmup_steps=9", "memory.logits=full"]
-)
+    "key",
+    [
+        "train.weight_decay=0.5", "train.precision=fp32", "train.threads=3", "train.warmup_steps=9", "memory.logits=full",
+        "train.activation_checkpointing=full", "train.attention=math", "train.compile=true",
+    ],
+)  # fmt: skip
 def test_what_may_not_change_is_never_silently_ignored(key: str) -> None:
     """A value set that cannot take effect is told."""
     again = resolve(sets=[key])

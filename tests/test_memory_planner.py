@@ -75,13 +75,14 @@ AGAIN = ("selective", "full")
 
 
 def test_checkpointing_is_taken_up_when_a_whole_batch_does_not_fit() -> None:
-    """A batch that cannot be split: the mode that costs less, if it fits; never where a person said none, nor where no block is named."""
+    """A batch that cannot be split: of many small operations, full, which watches none of them; never where a person said none, nor
+    where no block is named."""
     whole = {mode: estimate(SMALL_MN, Setup("cuda", "fp32", 4096, 4096, checkpointing=mode)).needed.upper for mode in ("none", *AGAIN)}
     assert whole["full"] < whole["selective"] < whole["none"]
     config = {"batch_size": 4096, "precision": "fp32"}
-    for mode, budget in {"selective": (whole["none"] + whole["selective"]) / 2, "full": (whole["selective"] + whole["full"]) / 2}.items():
+    for budget in ((whole["none"] + whole["selective"]) / 2, (whole["selective"] + whole["full"]) / 2):
         answer = plan(config, int(budget), SMALL_MN, splittable=False)
-        assert (answer.verdict, answer.setup.checkpointing, answer.used) == (FITS, mode, (f"{mode} checkpointing",))
+        assert (answer.verdict, answer.setup.checkpointing, answer.used) == (FITS, "full", ("full checkpointing",))
         fixed = plan({**config, "activation_checkpointing": "none"}, int(budget), SMALL_MN, splittable=False)
         assert fixed.verdict != FITS and fixed.setup.checkpointing == "none"
     assert plan({"batch_size": 4096}, 900 * MB, GRU, splittable=False).setup.checkpointing == "none"
@@ -98,21 +99,23 @@ def _traced(samples: int, held: int, operations: int, flops: float) -> traced.Tr
 def test_the_faster_way_to_fit_is_taken() -> None:
     """Pieces a little smaller before anything is computed again; computed again before pieces that are tiny."""
     modes = {}
-    for mode, parts in {"none": (100, 100, 1e9), "full": (20, 130, 1.33e9)}.items():
+    for mode, parts in {"none": (100, 100, 1e9), "selective": (60, 110, 1.01e9), "full": (20, 130, 1.33e9)}.items():
         some = [_traced(samples, *parts) for samples in (1, 2)]
         modes[mode] = traced.Traces(some, some)
     table = traced.TracedTable("made", "fp32", [[1000, 1000]], 0, 0, modes)
     needs = {n: estimate(table, Setup("cuda", "fp32", n, 64)).needed.upper for n in (32, 1)}
 
-    def chosen(budget: float) -> Setup:
+    def chosen(budget: float, splittable: bool = True) -> Setup:
         asked = RunConfig.model_validate({"task": "a", "train": {"batch_size": 64, "precision": "fp32"}})
-        answer = forecast.answer(asked, forecast.Place("cuda", int(budget) + 1, "fp32"), table)
+        answer = forecast.answer(asked, forecast.Place("cuda", int(budget) + 1, "fp32"), table, splittable)
         assert answer.verdict == FITS
         return answer.setup
 
     assert chosen(needs[32]) == Setup("cuda", "fp32", 32, 64)
     tiny = chosen(needs[1])
     assert tiny.checkpointing == "full" and tiny.micro_batch > 2
+    whole = estimate(table, Setup("cuda", "fp32", 64, 64, checkpointing="selective")).needed.upper
+    assert chosen(whole, splittable=False) == Setup("cuda", "fp32", 64, 64, checkpointing="selective")
 
 
 def test_checkpointing_of_no_blocks_is_refused() -> None:

@@ -14,7 +14,8 @@ from trainerd.memory.timeline import Setup, Timeline
 _GIGAFLOPS = {"cpu": {"fp32": 60.0, "bf16": 90.0, "fp16": 5.0}, "cuda": {"fp32": 4e3, "bf16": 1.6e4, "fp16": 1.6e4}}
 _EFFICIENCY = 0.4
 _BYTES_PER_SECOND = {"cpu": 1e10, "cuda": 1.8e11}
-_OPERATION_SECONDS = {"cpu": 6e-6, "cuda": 1.2e-5}
+_OPERATION_SECONDS = {"cpu": 2.5e-5, "cuda": 1.2e-5}
+_WATCHED = 2  # under selective checkpointing Python looks at each operation, which costs as much as a small one (docs/log.md)
 _WEIGHT_PASSES = 4  # read on both ways; its gradient is read and written
 _BUS_BYTES_PER_SECOND = 6e9
 _AWAY_BYTES = 24  # a weight's gradient there, itself back, and the optimizer's step on the CPU
@@ -25,6 +26,6 @@ def seconds(timeline: Timeline, setup: Setup, measured_gigaflops: Mapping[str, f
     speed = measured_gigaflops.get(setup.precision) or _GIGAFLOPS[setup.device][setup.precision]
     products = timeline.flops / (speed * 1e9 * _EFFICIENCY)
     passing = timeline.num_trainable * 4 * _WEIGHT_PASSES / _BYTES_PER_SECOND[setup.device]
-    starting = timeline.operations * _OPERATION_SECONDS[setup.device]
+    starting = timeline.operations * _OPERATION_SECONDS[setup.device] * (_WATCHED if setup.checkpointing == "selective" else 1)
     away = timeline.num_trainable * _AWAY_BYTES / _BUS_BYTES_PER_SECOND if setup.offload != "none" else 0.0
     return products + setup.accumulation * (passing + starting + away)
