@@ -18,7 +18,7 @@ from tests.supervised import alive, wait_for
 from trainerd.contract import interpreter
 from trainerd.contract.status import Status
 from trainerd.engine import locks
-from trainerd.machine import cpu, filesystem, gpu, memory, power, priority
+from trainerd.machine import cpu, filesystem, gpu, memory, power, priority, shared_vram
 from trainerd.machine.process_group import ProcessGroup
 from trainerd.supervisor.sensors import Sensors
 
@@ -159,6 +159,13 @@ def test_ram_is_what_programs_cannot_get_and_a_tree_counts_shared_pages_once() -
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         ended.wait()
     assert memory.process_tree_bytes(ended.pid) is None
+
+
+def test_gpu_memory_in_ram_is_a_number_or_unknown() -> None:
+    """Windows' counter where there is one; elsewhere, and for a process that is gone, nothing is made up."""
+    for pid in (os.getpid(), 0x7FFFFFF0):
+        found = shared_vram.shared_bytes(pid)
+        assert found is None or (sys.platform == "win32" and found >= 0)
 
 
 @pytest.mark.parametrize(

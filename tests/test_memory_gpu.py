@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.memory.families import family
+from tests.test_memory_faults import Runs
+from tests.toy import Script, Toy, config, run, same
+from trainerd.engine import guard
 from trainerd.memory.allocator import Allocator, replay
 from trainerd.memory.optimizers import Optimizer
 from trainerd.memory.tape import Tape
@@ -97,3 +102,34 @@ def test_a_training_step_needs_on_a_gpu_what_the_tables_say(name: str, precision
     peaks = replay(tape.sizes, list(tape.events), Allocator())
     assert peaks.allocated == pytest.approx(allocated, rel=0.03)
     assert peaks.reserved == pytest.approx(torch.cuda.max_memory_reserved() - workspace, rel=0.05)
+
+
+class _Full(Toy):
+    """The real allocator refuses something at the fourth step, while a micro-batch has more than four samples."""
+
+    def loss(self, model: Any, batch: torch.Tensor, ctx: Any) -> Any:
+        if ctx.training and ctx.step == 3 and len(batch) > 4:
+            torch.empty(torch.cuda.get_device_properties(0).total_memory * 2, dtype=torch.uint8, device="cuda")
+        return super().loss(model, batch, ctx)
+
+
+def test_a_real_out_of_memory_loses_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit the run that had half the micro-batch from that step on."""
+    asked, link = config({"max_steps": 7}), Script()
+    run(tmp_path / "tight", asked, link, _Full())
+    assert link.of("plan")[-1]["micro_batch"] == 4 and link.of("exact")[-1]["since_step"] == 4
+    assert same(Runs(tmp_path, asked).calm((4, 4), monkeypatch), tmp_path / "tight")
+
+
+def test_the_cap_is_an_out_of_memory_before_the_driver_spills() -> None:
+    """Past the share of the device that the guard gives, torch itself refuses."""
+    device = torch.device("cuda", 0)
+    senses = guard._senses(device)
+    use = senses.device()
+    assert use is not None and 0 <= use.allocated_bytes <= use.reserved_bytes <= use.used_bytes <= use.total_bytes
+    try:
+        senses.cap((use.reserved_bytes + (64 << 20)) / use.total_bytes)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(use.reserved_bytes + (256 << 20), dtype=torch.uint8, device=device)
+    finally:
+        senses.cap(1.0)

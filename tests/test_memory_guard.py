@@ -189,8 +189,14 @@ def test_nobody_leaves_for_nothing() -> None:
     """One who is not started again, one who holds next to nothing, and one whose limit was passed before he came."""
     assert judged(pressure(may_leave=False), 60, 15 * GB) == []
     assert judged(pressure(), 60, 15 * GB, own=GB // 10) == []
-    assert judged(pressure(limit=4 * GB, used=6 * GB), 60, 6 * GB + GB // 2) == []
-    assert judged(pressure(limit=4 * GB, used=6 * GB), 11, 7 * GB) == [(10, LEAVE)]
+
+
+def test_a_limit_that_was_passed_before_is_no_reason_to_leave() -> None:
+    """What is there in the first minute, our own first steps included, is where growth is counted from."""
+    found = pressure(limit=4 * GB, used=6 * GB)
+    assert judged(found, 61, 8 * GB) == []
+    assert [found.judge(61.0 + n, 8 * GB + GB // 2, 2 * GB, None).what for n in range(20)] == [NOTHING] * 20
+    assert [found.judge(81.0 + n, 9 * GB, 2 * GB, None).what for n in range(11)] == [NOTHING] * 10 + [LEAVE]
 
 
 def test_the_cap_follows_the_others_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

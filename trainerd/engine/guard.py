@@ -171,7 +171,7 @@ class MemoryWatch:
     def look(self, now: float, step: int) -> Want:
         """Called in every step, and between micro-batches; does something once a second. What it wants, until it is done."""
         self.cleaner.passed(step, now)
-        if now < self._next_look:
+        if now < self._next_look or self.wants.what:
             return self.wants
         self._next_look = now + _LOOK_SECONDS
         ram, vram = self._senses.ram(), self._senses.device()
@@ -189,13 +189,14 @@ class MemoryWatch:
         """What was wanted has been done."""
         self.wants = Want()
 
+    def numbers(self) -> dict[str, Any]:
+        """How often it had to do something, and what that has cost."""
+        cleaner = self.cleaner
+        return {"cleanups": cleaner.cleanups, "cleanup_seconds": round(cleaner.seconds, 4), "oom_recoveries": self.oom_recoveries}
+
     def tell(self) -> None:
         """Send the numbers of the status."""
-        facts: dict[str, Any] = {
-            "cleanups": self.cleaner.cleanups,
-            "cleanup_seconds": round(self.cleaner.seconds, 4),
-            "oom_recoveries": self.oom_recoveries,
-        }
+        facts = self.numbers()
         use = self._senses.device()
         if use is not None:
             facts |= {"vram_allocated_bytes": use.allocated_bytes, "vram_reserved_bytes": use.reserved_bytes}

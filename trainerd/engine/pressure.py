@@ -11,6 +11,7 @@ NOTHING, SHRINK, LEAVE = "", "shrink", "leave"
 _PATIENCE_SECONDS = 10.0
 """So long it may last before we leave: a browser that opens a page gives most of it back."""
 _GROWTH_SHARE = 0.05
+_SETTLE_SECONDS = 60.0
 _WORTH_SHARE = 0.02
 
 
@@ -31,7 +32,10 @@ class Pressure:
     def __init__(self, resource: str, limit_bytes: int, total_bytes: int, used_bytes: int, *, may_leave: bool) -> None:
         """`used_bytes` is what is in use now, ours included; `may_leave`: somebody starts us again."""
         self.resource = resource
-        self.ceiling_bytes = max(limit_bytes, min(total_bytes, used_bytes + int(total_bytes * _GROWTH_SHARE)))
+        self.ceiling_bytes = limit_bytes
+        self._total_bytes = total_bytes
+        self._passed_before = used_bytes > limit_bytes
+        self._began: float | None = None
         self._least_bytes = int(total_bytes * _WORTH_SHARE)
         self._may_leave = may_leave
         self._since: float | None = None
@@ -43,6 +47,9 @@ class Pressure:
         Smaller micro-batches change the last bits, so they are taken only where they are enough. Leaving changes none, but
         is worth it only for one who holds something.
         """
+        self._began = now if self._began is None else self._began
+        if self._passed_before and now - self._began <= _SETTLE_SECONDS:  # until our own steps and copies are in it
+            self.ceiling_bytes = max(self.ceiling_bytes, min(self._total_bytes, used_bytes + int(self._total_bytes * _GROWTH_SHARE)))
         over = used_bytes - self.ceiling_bytes
         if over <= 0:
             self._since = None

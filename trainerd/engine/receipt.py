@@ -21,17 +21,18 @@ from trainerd.contract import files, wire
 from trainerd.contract.paths import RunPaths
 from trainerd.engine import plan as plans
 from trainerd.engine.fitting import Forecast, Send, device_facts
+from trainerd.engine.guard import MemoryWatch
 from trainerd.memory import receipts
 
 _TAIL_BYTES = 64 << 10
 _FEWEST_STEPS = 5
 
 
-def write(found: Forecast, plan: plans.Plan, config: RunConfig, paths: RunPaths, steps: int, send: Send) -> None:
+def write(found: Forecast, plan: plans.Plan, config: RunConfig, paths: RunPaths, steps: int, memory: MemoryWatch, send: Send) -> None:
     """The receipt of the run so far. Never raises: a run does not fail for it."""
     try:
         files.tidy(paths.folder, receipts.FILE)  # an earlier life may have been killed right here
-        document = _document(found, plan, config, paths, steps)
+        document = {**_document(found, plan, config, paths, steps), "guard": memory.numbers()}
         files.write_json(paths.folder / receipts.FILE, document, durable=True)  # nobody tidies after the result
         send(wire.NOTE, kind="receipt", predicted=document["predicted"], real=document["real"])
     except Exception as error:  # whatever a driver or a full disk says: the training is worth more

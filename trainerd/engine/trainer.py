@@ -146,7 +146,7 @@ class Trainer:
             if self._home_lost:
                 what = f"Another training has taken {self.home.root}; nothing more of this one was saved there."
                 raise Refused(what, "Give each training a home of its own.")
-            receipt.write(training.foreseen, training.plan, self.config, self.paths, training.step, self._link.send)
+            receipt.write(training.foreseen, training.plan, self.config, self.paths, training.step, training.memory, self._link.send)
             return finishing.finish(training, result, self.paths) if result.outcome == loop.FINISHED else result
 
     @property
