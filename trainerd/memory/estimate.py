@@ -14,6 +14,7 @@ from trainerd.memory import pace, receipts
 from trainerd.memory.playing import Played, played
 from trainerd.memory.profile import Profile
 from trainerd.memory.receipts import Trust
+from trainerd.memory.tape import GRADIENTS
 from trainerd.memory.timeline import Setup, Table, Timeline
 
 _MIB = 1 << 20
@@ -162,7 +163,9 @@ def _ram(timeline: Timeline, setup: Setup, profile: Profile, trust: Trust) -> tu
     worst = max(held, timeline.resting_bytes + timeline.worst_evaluation_bytes) if setup.device == "cpu" else held
     shapes = min(_SHAPES, timeline.num_products * _SHAPES_PER_PRODUCT) if setup.device == "cpu" and setup.precision != "fp32" else 0
     point = profile.process_bytes + held + shapes * _SHAPE_BYTES
-    coming = max(0, worst - timeline.resting_bytes)  # what rests is known to the byte; scratch and holes come with what comes and goes
+    # What rests is known to the byte, and so are gradients; scratch and holes come with what else comes and goes.
+    known = timeline.resting_bytes + (timeline.breakdown.get(GRADIENTS, 0) if worst == held else 0)
+    coming = max(0, worst - known)
     upper = profile.process_bytes + _PROCESS_SLACK_BYTES + worst + coming * _CPU_SLACK + shapes * _SHAPE_MOST_BYTES
     return _ranged(trust, "ram_bytes", point, upper), {"ram_bytes": float(point)}
 
