@@ -22,10 +22,9 @@ def _comes_close(name: str, batch: int, share: float) -> None:
     assert found.chosen == -(-batch // fewest), found
 
 
-@pytest.mark.parametrize(("name", "share"), [("convnet", 0.4), ("gpt", 0.7)])
-def test_the_plan_is_within_a_tenth_of_what_fits(name: str, share: float) -> None:
+def test_the_plan_is_within_a_tenth_of_what_fits() -> None:
     """Without a failed step; the truth is found by search."""
-    _comes_close(name, 16, share)
+    _comes_close("convnet", 48, 0.9)
 
 
 @pytest.mark.slow
@@ -65,10 +64,10 @@ def _every_proposal_fits(name: str, batch: int, share: float, **train: object) -
     return len(answer.proposals)
 
 
-@pytest.mark.parametrize(("name", "share", "train"), [("convnet", 0.5, {"micro_batch": 16}), ("gpt", -0.9, {})])
-def test_every_proposal_fits_when_it_is_applied(name: str, share: float, train: dict[str, object]) -> None:
+@pytest.mark.parametrize(("share", "train"), [(0.5, {"micro_batch": 16}), (-0.9, {})])
+def test_every_proposal_fits_when_it_is_applied(share: float, train: dict[str, object]) -> None:
     """A micro-batch that was fixed too large, and a budget below what one sample at a time needs."""
-    _every_proposal_fits(name, 16, share, **train)
+    _every_proposal_fits("convnet", 16, share, **train)
 
 
 @pytest.mark.slow

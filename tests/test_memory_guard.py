@@ -14,6 +14,7 @@ import torch
 from tests.supervised import QUICK, journal, starts, supervise_here
 from tests.test_memory_faults import Runs
 from tests.toy import Script, Toy, config, lines, run, same
+from tests.trainers import TASK, RunningTrainer, new_run, newest_step
 from trainerd.config.model import MemoryConfig
 from trainerd.contract import wire
 from trainerd.contract.paths import Home
@@ -219,6 +220,20 @@ def test_when_not_even_the_weights_fit_beside_the_others_the_training_leaves(mon
     assert "GPU memory is short" in found.look(20.0, 1000).because
 
 
+def test_what_smaller_parts_leave_free_goes_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The heap keeps it otherwise, and the training would leave for memory that it does not use: cleaned at the next look."""
+    machine, link = Machine(frees=0), Script()
+    found = watch(machine, link, monkeypatch, may_leave=True)
+    found.saving = lambda: 2 * GB
+    follow(found, 5)
+    machine.used, machine.own = 15 * GB, 4 * GB
+    began = machine.cleanings
+    monkeypatch.setattr(cleaning.time, "perf_counter", iter(range(10**6)).__next__)  # a second each: more than the share allows
+    assert follow(found, 2, began=5) == [(6, SHRINK)]
+    machine.frees = 2 * GB
+    assert follow(found, 20, began=7) == [] and machine.cleanings == began + 2 and machine.used == 13 * GB
+
+
 # --- in a training
 
 
@@ -300,6 +315,34 @@ def test_a_step_that_fits_no_more_beside_others_is_left_for_later(machine: Machi
     run(tmp_path / "tight", asked, task=Whole())
     run(tmp_path / "ample", asked, task=Whole())
     assert same(tmp_path / "ample", tmp_path / "tight")
+
+
+_SHORT = (
+    TASK
+    + """
+from trainerd.engine import guard, pressure
+from trainerd.machine.memory import RamFacts
+
+guard._LOOK_SECONDS = pressure._PATIENCE_SECONDS = 0.0
+looks = []
+
+def ram():
+    looks.append(1)
+    return RamFacts(15_000_000_000 if len(looks) > 20 else 4_000_000_000, 16_000_000_000)
+
+guard._senses = lambda device: guard.Senses(ram, lambda: 2_000_000_000, lambda: None, lambda share: None)
+"""
+)
+
+
+def test_a_real_trainer_says_why_it_leaves(tmp_path: Path) -> None:
+    """A process with its pipes: a checkpoint first, the event with what is needed, and an exit code of its own."""
+    paths = new_run(tmp_path, source=_SHORT, train={"micro_batch": 8})
+    trainer = RunningTrainer(paths)
+    assert trainer.exit_code() == wire.EXIT_NO_ROOM, trainer.text()[-2000:]
+    told, saved = trainer.of(wire.NO_ROOM)[0], trainer.of(wire.CHECKPOINT)[-1]
+    assert told["resource"] == "ram" and told["own_bytes"] == 2 * GB and told["ceiling_bytes"] == 14 * GB
+    assert saved["step"] == newest_step(paths) >= 10 and not (paths.model / "result.json").exists()
 
 
 # --- the supervisor's part

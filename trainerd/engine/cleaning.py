@@ -65,11 +65,10 @@ class Cleaner:
         """What all of them have cost so far."""
 
     def due(self, now: float) -> bool:
-        """Whether the last one's pause is over, and another one is within the share of the time since this was first asked."""
-        self._began = now if self._began is None else self._began
+        """Whether the last one's pause is over, and another one is within the share of the training's time."""
         if now < self._next:
             return False
-        return self.cleanups == 0 or self.seconds + self._last_seconds <= _SHARE * (now - self._began)
+        return self.cleanups == 0 or self.seconds + self._last_seconds <= _SHARE * (now - (self._began or 0.0))
 
     def clean(self, now: float, step: int) -> int:
         """Clean once; returns the bytes that are free now. What they are worth is known ten steps later."""
@@ -91,6 +90,8 @@ class Cleaner:
 
     def passed(self, step: int, now: float) -> None:
         """After every step: ten steps after a cleaning, what is still free of it. Only that makes the next one come soon."""
+        if self._began is None:
+            self._began = now
         if self._measure_at is None or step < self._measure_at:
             return
         self._measure_at = None

@@ -15,7 +15,7 @@ import torch
 from trainerd.config.model import MemoryConfig
 from trainerd.contract.errors import TrainerdError
 from trainerd.engine.cleaning import Cleaner, free
-from trainerd.engine.pressure import LEAVE, Pressure, Want
+from trainerd.engine.pressure import LEAVE, SHRINK, Pressure, Want
 from trainerd.machine import memory as machine_memory
 from trainerd.memory.limits import resolve_limit
 
@@ -147,6 +147,7 @@ class MemoryWatch:
         self.saving: Callable[[], int | None] = lambda: None
         """What half the micro-batch would give back of the RAM; None: it cannot be halved, or nobody knows."""
         self.wants = Want()
+        self._has_shrunk = False
         self.oom_recoveries = 0
 
     @property
@@ -177,8 +178,9 @@ class MemoryWatch:
         ram, vram = self._senses.ram(), self._senses.device()
         if self._ram is None:
             self._begin(ram, vram)
-        squeezed = vram is not None and self._hold_to_limit(now, vram)
-        if (squeezed or self._is_tight(ram, vram)) and (self.cleaner.due(now) or squeezed):
+        anyway = (vram is not None and self._hold_to_limit(now, vram)) or self._has_shrunk
+        self._has_shrunk = False
+        if anyway or (self._is_tight(ram, vram) and self.cleaner.due(now)):
             self.cleaner.clean(now, step)
             self.tell()
             ram, vram = self._senses.ram(), self._senses.device()
@@ -186,7 +188,8 @@ class MemoryWatch:
         return self.wants
 
     def done(self) -> None:
-        """What was wanted has been done."""
+        """What was wanted has been done. What smaller parts leave free is the heap's until it is trimmed, at the next look."""
+        self._has_shrunk = self.wants.what == SHRINK
         self.wants = Want()
 
     def numbers(self) -> dict[str, Any]:
