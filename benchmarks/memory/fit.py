@@ -36,20 +36,16 @@ class Fit:
     @property
     def pieces(self) -> tuple[int, int]:
         """Those of the plan, and the fewest that would have fitted."""
-        return -(-self.batch // self.chosen), -(-self.batch // self.truth)
+        return -(-self.batch // self.chosen), -(-self.batch // max(1, self.truth))
 
     @property
     def share(self) -> float:
-        return self.limit / self.truth
-
-
-def peak(name: str, batch: int, micro_batch: int) -> int:
-    """Of tensors, while the real engine trains."""
-    return _peak(name, batch, micro_batch)
+        return self.limit / max(1, self.truth)
 
 
 @cache
-def _peak(name: str, batch: int, micro_batch: int) -> int:
+def peak(name: str, batch: int, micro_batch: int) -> int:
+    """Of tensors, while the real engine trains."""
     count, _ = counted.train(family(name), counted.configuration(batch, micro_batch=micro_batch), 1 << 60)
     return count.peak
 
@@ -67,18 +63,23 @@ def largest(fits: object, most: int) -> int:
 
 
 def fit(name: str, batch: int, share: float) -> Fit:
-    """Search the truth, ask the planner, and train as it says."""
+    """Search the truth, ask the planner, and train as it says.
+
+    The truth and the planner's limit are for pieces that are all as large: two of them, so that gradients of the first are there. (Of 16
+    samples as 10 + 6 the large piece would meet none, and the small one less than it.)
+    """
     parts: Family = family(name)
     table = counted.FamilyTable(name, parts)
-    smallest, whole = peak(name, batch, 1), peak(name, batch, batch)
+    most = batch // 2
+    smallest, whole = peak(name, 2, 1), peak(name, 2 * most, most)
     budget = int(smallest + (whole - smallest) * share)
-    truth = largest(lambda samples: peak(name, batch, samples) <= budget, batch)
+    truth = largest(lambda samples: peak(name, 2 * samples, samples) <= budget, most)
 
     def planned(samples: int) -> bool:
-        answer = counted.plan(table, counted.configuration(batch, micro_batch=samples), budget)
+        answer = counted.plan(table, counted.configuration(2 * samples, micro_batch=samples), budget)
         return judge(answer.estimate, answer.budget_bytes) == FITS
 
-    limit = largest(planned, batch)
+    limit = largest(planned, most)
     chosen = counted.plan(table, counted.configuration(batch), budget).setup.micro_batch
     count, _ = counted.train(parts, counted.configuration(batch, micro_batch=chosen), budget)
     return Fit(name, batch, budget, truth, limit, chosen, count.refused)

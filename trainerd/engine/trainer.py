@@ -49,6 +49,7 @@ class _Evicted(Link):
 
     def __init__(self, link: Link) -> None:
         self._link = link
+        self.starts_again = link.starts_again
         self._leave: dict[str, Any] | None = None
 
     def evict(self) -> None:
