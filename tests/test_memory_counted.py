@@ -64,9 +64,9 @@ def _every_proposal_fits(name: str, batch: int, share: float, **train: object) -
     return len(answer.proposals)
 
 
-@pytest.mark.parametrize(("share", "train"), [(0.5, {"micro_batch": 16}), (-0.97, {})])
+@pytest.mark.parametrize(("share", "train"), [(0.5, {"micro_batch": 16}), (0.15, {"micro_batch": 16, "optimizer": "adam"})])
 def test_every_proposal_fits_when_it_is_applied(share: float, train: dict[str, object]) -> None:
-    """A micro-batch that was fixed too large, and a budget below what one sample at a time needs."""
+    """A micro-batch that was fixed too large, for two budgets."""
     _every_proposal_fits("convnet", 16, share, **train)
 
 
