@@ -28,6 +28,7 @@ def test_the_plan_is_within_a_tenth_of_what_fits() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("share", [0.25, 0.4, 0.6, 0.9])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_plan_is_within_a_tenth_of_what_fits(name: str, share: float) -> None:
@@ -71,6 +72,7 @@ def test_every_proposal_fits_when_it_is_applied(share: float, train: dict[str, o
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(("share", "train"), [(0.3, {"micro_batch": 48}), (0.8, {"micro_batch": 48}), (-0.97, {}), (-0.85, {})])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_proposal_of_every_family_fits(name: str, share: float, train: dict[str, object]) -> None:

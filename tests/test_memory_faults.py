@@ -108,6 +108,7 @@ def test_an_out_of_memory_at_any_allocation_loses_no_step(runs: Runs, monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("runs", ["fp32", "fp16"], indirect=True)
 def test_an_out_of_memory_at_every_allocation(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same for each of them."""

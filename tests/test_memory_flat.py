@@ -46,6 +46,7 @@ print(json.dumps(seen))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library's heap is looked at")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_long_training_stays_as_large_as_it_was(precision: str, tmp_path: Path) -> None:
