@@ -34,11 +34,6 @@ class Fit:
     """Allocations that were refused while training as planned."""
 
     @property
-    def pieces(self) -> tuple[int, int]:
-        """Those of the plan, and the fewest that would have fitted."""
-        return -(-self.batch // self.chosen), -(-self.batch // max(1, self.truth))
-
-    @property
     def share(self) -> float:
         return self.limit / max(1, self.truth)
 
@@ -98,12 +93,9 @@ def main() -> None:
         for share in SHARES:
             one = fit(name, asked.batch, share)
             found.append(one)
-            print(f"{one}: limit {one.share:.1%} of the truth, pieces {one.pieces[0]} of at least {one.pieces[1]}", flush=True)
-    same = sum(one.pieces[0] == one.pieces[1] for one in found)
-    print(
-        f"{len(found)} budgets: planner's limit at least {min(one.share for one in found):.1%} of the truth, "
-        f"refused allocations {sum(one.refused for one in found)}, the fewest possible pieces in {same}"
-    )
+            print(f"{one}: limit {one.share:.1%} of the truth", flush=True)
+    least, refused = min(one.share for one in found), sum(one.refused for one in found)
+    print(f"{len(found)} budgets: planner's limit at least {least:.1%} of the truth, refused allocations {refused}")
 
 
 if __name__ == "__main__":
