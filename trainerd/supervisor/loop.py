@@ -313,8 +313,7 @@ class Supervisor:
         """Start the trainer when it is time."""
         if self.trainer is not None or self.result is not None or self.start_at is None or time.monotonic() < self.start_at:
             return
-        short = self.room.waits(time.monotonic())
-        if short is not None:
+        if (short := self.room.waits(time.monotonic())) is not None:
             self.start_at = time.monotonic() + self.room.look_seconds
             self.report.state(status.WAITING, short)
             return
