@@ -131,7 +131,7 @@ class Arena:
     def __init__(self, size_bytes: int, lane: Lane) -> None:
         self._memory = torch.empty(max(1, size_bytes), dtype=torch.uint8)
         self._next = 0
-        self.is_pinned = lane.pins and _pin(self._memory)
+        self.is_pinned = lane.pins and pin(self._memory)
 
     @staticmethod
     def rounded(size_bytes: int) -> int:
@@ -156,13 +156,13 @@ class Arena:
         """Before the memory is given back: the driver must not hold a part of it."""
         if self.is_pinned:
             self.is_pinned = False
-            torch.cuda.synchronize()
-            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())  # type: ignore[no-untyped-call]
+            unpin(self._memory)
 
 
-def _pin(memory: Tensor) -> bool:
-    """False: the system allows no more pinned memory. Copies then wait for each other, and nothing else changes."""
-    code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))  # type: ignore[no-untyped-call]
+def pin(memory: Tensor) -> bool:
+    """False: the system allows no more pinned memory, or it is a file's. Copies then wait for each other, and nothing else changes."""
+    size = memory.numel() * memory.element_size()
+    code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))  # type: ignore[no-untyped-call]
     if code == 0:
         return True
     try:  # the driver tells of its refusal once more, to the next who asks
@@ -170,3 +170,9 @@ def _pin(memory: Tensor) -> bool:
     except RuntimeError:
         pass
     return False
+
+
+def unpin(memory: Tensor) -> None:
+    """Before pinned memory is given back; nothing may be copied from or to it any more."""
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]

@@ -64,12 +64,12 @@ class Precision:
         self.scaler: torch.amp.GradScaler | None = torch.amp.GradScaler("cpu") if self._own_fp16 else self._accelerator.scaler
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model on the device, its forward under autocast.
+        """The model, its forward under autocast. It is where it belongs already: parts of it may lie on the host.
 
         The optimizer is not given to accelerate: its wrapper looks for packages in every step (0.1 ms), and moves counters
         to the GPU that torch wants on the CPU.
         """
-        prepared: nn.Module = self._accelerator.prepare(model)
+        prepared: nn.Module = self._accelerator.prepare(model, device_placement=[False])
         return prepared
 
     def scale_on_host(self) -> None:

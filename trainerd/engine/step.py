@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trainerd.contract.errors import TrainerdError
 from trainerd.engine import cleaning, guard, optimizers, rng
+from trainerd.engine.gradients import refuse_missing
 from trainerd.engine.loader import Loader, Window, move
 from trainerd.engine.metrics import Number
 from trainerd.engine.offload import Offload
@@ -59,6 +60,7 @@ class Stepper:
         self._max_grad_norm = max_grad_norm
         self._leaves_out = leaves_out
         self._offload = offload
+        self._looked_at_gradients = False
         self._trainable = [p for group in optimizer.param_groups for p in group["params"]]
         self._statistics = [b for b in model.buffers() if b.numel() * b.element_size() <= _STATISTICS_BYTES]
         self._statistics_before = [b.clone() for b in self._statistics]
@@ -138,6 +140,10 @@ class Stepper:
         """Unscale, clip, step; returns the gradient's norm before clipping."""
         if self._offload is not None:
             self._offload.arrive()
+        if not self._looked_at_gradients:
+            trained = [self._offload.weight(p) if self._offload else p for p in self._trainable]
+            refuse_missing(self._model, self._task, trained, [p.grad for p in self._trainable])
+            self._looked_at_gradients = True
         self._precision.unscale(self._optimizer)
         gradients = [p.grad for p in self._trainable if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)

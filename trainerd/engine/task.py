@@ -98,6 +98,9 @@ class Task:
     reads_data: ClassVar[bool] = True
     """False: after prepare() the task reads only what is in cache_dir. Then a run goes on from there when data.path has changed or
     is gone; otherwise it stops and says so."""
+    sometimes_unused: ClassVar[tuple[str, ...]] = ()
+    """Names, or patterns like "experts.*", of trainable weights that some batches do not use. Any other without a gradient after the
+    first backward pass stops the run: it would never be learned."""
     frozen_source: ClassVar[str] = ""
     """Where frozen weights come from, for people: they are in no checkpoint, only their sha256 is."""
 
