@@ -109,9 +109,10 @@ class MemoryConfig(Section):
     logits: Literal["auto", "full", "chunked"] = "auto"
     """How the built-in task makes its loss over the vocabulary. chunked: in pieces, at most 64 MiB at 50,000 words; full: all scores
     at once, as torch's own; auto: chunked. A task of your own decides by ctx.logits."""
-    offload: Literal["auto", "none", "optimizer"] = "auto"
+    offload: Literal["auto", "none", "optimizer", "base"] = "auto"
     """What lies in RAM in place of the GPU's memory. optimizer: its state, its own copy of the weights, and the gradients: 16
-    bytes of RAM per weight; auto: nothing, unless it would not fit otherwise."""
+    bytes of RAM per weight; base: the frozen weights of the task's blocks, copied to the GPU while each computes; auto: nothing,
+    unless it would not fit otherwise."""
 
 
 class CheckpointConfig(Section):

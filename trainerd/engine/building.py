@@ -16,7 +16,7 @@ from trainerd.config.model import RunConfig
 from trainerd.contract import phases, wire
 from trainerd.contract.errors import UsageError
 from trainerd.contract.paths import RunPaths
-from trainerd.engine import attention, checkpointing, compiling, dropout, fitting, optimizers, precision, rng, space, spill
+from trainerd.engine import attention, checkpointing, compiling, dropout, fitting, optimizers, precision, rng, space, spill, streaming
 from trainerd.engine import plan as plans
 from trainerd.engine.batches import Batches
 from trainerd.engine.checkpoints import CheckpointStore
@@ -65,7 +65,7 @@ def build(
     batches = Batches(len(dataset), config.train.batch_size, config.seed, lengths=lengths_of(task, dataset), limit=config.data.size)
     model = task.model()
     foreseen = fitting.foresee(task, model, dataset, config, plan, paths.home, mixed, link.send, traces=traces)
-    model = _placed(task, model, mixed, plan, stack)
+    model = _placed(task, model, mixed, plan, link, stack)
     pulse.enter(phases.STARTING)
     optimizer, offload = _optimizer(model, task, config, plan, mixed, link, stack)
     plan["optimizer"] = optimizers.kernel(optimizer)
@@ -107,11 +107,22 @@ def _context(config: RunConfig, plan: plans.Plan, mixed: precision.Precision, ca
     return TaskContext(device=mixed.device, dtype=mixed.dtype, seed=config.seed, cache_dir=cache_dir, data=config.data, logits=logits)
 
 
-def _placed(task: Task, model: torch.nn.Module, mixed: precision.Precision, plan: plans.Plan, stack: ExitStack) -> torch.nn.Module:
-    """The model on its device, learning, its blocks computed again if the plan says so (older plans said "off")."""
+def _placed(
+    task: Task, model: torch.nn.Module, mixed: precision.Precision, plan: plans.Plan, link: Link, stack: ExitStack
+) -> torch.nn.Module:
+    """The model on its device, but for a base that stays on the host; learning, its blocks computed again if the plan says so (older
+    plans said "off")."""
+    if plan["offload"] == plans.BASE_ON_HOST:
+        base = streaming.Stream(model, task.blocks(model), mixed.device)
+        stack.callback(base.close)
+        if mixed.device.type == "cuda" and not base.is_pinned:
+            text = "Not all of the base is in memory that the GPU copies from by itself (pinned): a step waits for its weights."
+            link.send(wire.WARNING, text=text)
+    else:
+        model = model.to(mixed.device)
     checkpointing.wrap(model, task.blocks(model), plan["activation_checkpointing"].replace("off", checkpointing.NONE))
     stack.enter_context(attention.kernel(plan.get("attention", attention.AUTO), mixed.device, mixed.dtype))
-    return model.to(mixed.device).train()
+    return model.train()
 
 
 def _prepared(task: Task, model: torch.nn.Module, mixed: precision.Precision, plan: plans.Plan) -> torch.nn.Module:

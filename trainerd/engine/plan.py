@@ -16,7 +16,7 @@ from trainerd.engine import checkpointing, precision
 from trainerd.engine.task import Task
 from trainerd.machine import cpu
 
-NO_OFFLOAD, OPTIMIZER_ON_HOST = "none", "optimizer"
+NO_OFFLOAD, OPTIMIZER_ON_HOST, BASE_ON_HOST = "none", "optimizer", "base"
 _SHOWN = (
     "device",
     "precision",
@@ -44,7 +44,7 @@ def resolve(config: RunConfig, task: Task) -> Plan:
         "deterministic": train.deterministic,
         "optimizer": train.optimizer,
         "logits": "full" if config.memory.logits == "full" else "chunked",
-        "activation_checkpointing": _checkpointing(train.activation_checkpointing, train.compile, task),
+        "activation_checkpointing": _checkpointing(config, task),
         "offload": NO_OFFLOAD if config.memory.offload == "auto" else config.memory.offload,
         "attention": train.attention,
         "compile": train.compile,
@@ -63,9 +63,13 @@ def resolve(config: RunConfig, task: Task) -> Plan:
 
 
 def follow(plan: Plan, config: RunConfig) -> None:
-    """What of a recorded plan a person may change while a run goes on: where the optimizer is. Left to "auto", it stays."""
+    """What of a recorded plan a person may change while a run goes on: what lies on the host. Left to "auto", it stays."""
     if config.memory.offload != "auto":
         plan["offload"] = config.memory.offload
+        if plan["offload"] == BASE_ON_HOST and plan["activation_checkpointing"] in ("none", "off"):
+            if plan.get("compile"):
+                raise ConfigError(["memory.offload = base: this run's model is compiled, and then blocks are not computed again."])
+            plan["activation_checkpointing"] = checkpointing.FULL  # the same numbers to the last bit
     elif plan.get("offload") in (None, "off"):  # as earlier versions wrote it
         plan["offload"] = NO_OFFLOAD
 
@@ -80,7 +84,23 @@ def _has_blocks(task: Task) -> bool:
     return type(task).blocks is not Task.blocks
 
 
-def _checkpointing(wanted: str, compiled: bool, task: Task) -> str:
+def _needed_by_base(wanted: str, compiled: bool, task: Task) -> str:
+    """A base that is streamed saves something only where blocks are computed again."""
+    if wanted == checkpointing.NONE or compiled:
+        other = "train.compile is on" if compiled else "train.activation_checkpointing is none"
+        said = f"memory.offload = base: {other}, and without computing blocks again each block's weights would be kept until the way back."
+        raise ConfigError([said], "Turn train.compile off and leave train.activation_checkpointing at auto.")
+    if not _has_blocks(task):
+        said = "memory.offload = base: this task names no blocks whose weights could be streamed."
+        raise ConfigError([said], "Give the task blocks(model): a list of its layers; or set memory.offload=auto.")
+    return checkpointing.FULL if wanted == "auto" else wanted
+
+
+def _checkpointing(config: RunConfig, task: Task) -> str:
+    wanted: str = config.train.activation_checkpointing
+    compiled = config.train.compile
+    if config.memory.offload == BASE_ON_HOST:
+        wanted = _needed_by_base(wanted, compiled, task)
     if wanted in (checkpointing.SELECTIVE, checkpointing.FULL) and not _has_blocks(task):
         raise checkpointing.unnamed(wanted)
     if compiled and wanted not in ("auto", checkpointing.NONE):

@@ -27,6 +27,7 @@ class CadenceTask(Task):
     Settings = CadenceSettings
     tokens = "loss"
     reads_data = False
+    sometimes_unused = ("layers.*.key.*", "layers.*.score.*")  # rows of a single place have no past to read
 
     settings: CadenceSettings
 
