@@ -214,7 +214,7 @@ def test_somebody_who_asked_for_a_save_hears_that_there_was_no_memory(tmp_path: 
     link = Script({3: {"do": "save", "id": "mine"}})
     assert run(tmp_path, config({"max_steps": 6}, checkpoint={"every_steps": 1000}), link).outcome == "finished"
     asked_for = [event["request"] for event in link.of("unsaved")]
-    assert asked_for[0] == "mine" and asked_for.count("mine") == 1 and len(asked_for) <= 4  # the best, the last, and once more before the result
+    assert asked_for[0] == "mine" and asked_for.count("mine") == 1 and len(asked_for) <= 4  # best, last, before the result
     assert weights(tmp_path)
 
 
