@@ -12,6 +12,11 @@ from trainerd.contract.paths import Home
 _SIBLING = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The Windows tier first: it is one long chain of waits, and the other tests run beside it."""
+    items.sort(key=lambda item: "test_windows_tier" not in item.nodeid)
+
+
 @pytest.fixture(autouse=True)
 def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test waits for another's device lock, and none touches the person's own home."""
