@@ -120,7 +120,7 @@ def test_a_long_time_of_stops_and_crashes_is_no_hang(home: Home) -> None:
     chance, end = random.Random(1), time.monotonic() + float(os.environ.get("TRAINERD_SOAK_SECONDS", "60"))
     kills = 0
     idle = {**config(hang=5, hang_limits={"starting": 60}), "polite": {"priority": "idle"}}  # what starves most beside other work
-    with Daemon(home, LONG, config=idle) as daemon:
+    with Daemon(home, {**LONG, "steps": 10**9}, config=idle) as daemon:
         supervisor = psutil.Process(daemon.process.pid)
         begun: tuple[int, int] | None = None
         while time.monotonic() < end:
