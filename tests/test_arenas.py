@@ -26,8 +26,9 @@ COUNTED = TASK.replace(
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
 def test_a_trainer_does_not_fault_its_large_blocks_in_anew_in_every_step(tmp_path: Path) -> None:
     """A step that allocates 160 MB in large blocks takes next to no page faults after the first ones."""
-    paths = new_run(tmp_path, source=COUNTED, train={"max_steps": 8})
+    paths = new_run(tmp_path, source=COUNTED, train={"max_steps": 24})
     assert RunningTrainer(paths).exit_code() == wire.EXIT_FINISHED
     faults = [step["metrics"]["faults"] for step in steps_of(paths) if "metrics" in step]
-    assert len(faults) == 8
-    assert max(faults[2:]) < BLOCK_BYTES / 4096 / 10, faults
+    assert len(faults) == 24
+    # The heap may still grow by a block now and then; mapped anew, every step would take four blocks' worth.
+    assert sum(faults[4:]) / len(faults[4:]) < BLOCK_BYTES / 4096 / 10, faults

@@ -153,8 +153,9 @@ def test_on_a_small_file_system(tmp_path: Path, scenario: str, size: str) -> Non
     on_a_small_disk(tmp_path / "small", globals()[scenario], size)
 
 
-def test_full_once_at_any_operation_of_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ENOSPC at each single write, creation and sync from a run's beginning to its result: it finishes, and is the same run."""
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_full_once_at_any_operation_of_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    """ENOSPC at (each fifth, each single) write, creation and sync from a run's beginning to its result: it finishes, the same run."""
     asked = config({"epochs": 1}, checkpoint=OFTEN)
     recording = RecordingDisk()
     monkeypatch.setattr(files, "disk", recording)
@@ -162,7 +163,7 @@ def test_full_once_at_any_operation_of_a_whole_run(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(space.Wait, "until_room", lambda self, need, to_leave=None: True)
     places = [n for n, (kind, _) in enumerate(recording.seen, 1) if kind in ("open", "create", "write", "sync", "make_folder")]
     assert len(places) > 30
-    for place in places:
+    for place in places[::every]:
         home = tmp_path / f"full-{place}"
         monkeypatch.setattr(files, "disk", FailingDisk(lambda number, kind, name, place=place: number == place, errno.ENOSPC))
         assert run(home, asked).outcome == "finished"

@@ -99,11 +99,11 @@ def _weights_bytes(home: Path) -> bytes:
 
 @pytest.mark.parametrize("runs", ["fp32", "fp16"], indirect=True)
 def test_an_out_of_memory_at_any_allocation_loses_no_step(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every 37th allocation of a whole run, from the model to the result: in collate, forward, backward, clipping, evaluation, metrics,
+    """Every 74th allocation of a whole run, from the model to the result: in collate, forward, backward, clipping, evaluation, metrics,
     the checkpoint's copy, the result. One event for each; the same bits as a run with that micro-batch from that step on."""
     number = 1
     while strike(number, runs, runs._configuration, monkeypatch):
-        number += 37
+        number += 74
     assert number > 400, "the run is shorter than it was: fewer places are looked at"
 
 
