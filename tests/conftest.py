@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,3 +44,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the test data are not here; set TRAINERD_TEST_DATA to their folder")
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small tensors: waiting for a second thread would take longer than the work."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

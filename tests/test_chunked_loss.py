@@ -19,18 +19,11 @@ from trainerd.memory import losses
 from trainerd.memory.chunks import MOST_BYTES, Cut, cut
 from trainerd.memory.tape import Tape
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WORDS, WIDTH = 330, 24
 CUTS = {"all words": Cut(64, 10**9), "some words": Cut(48, 100)}
 Loss = Callable[..., Tensor]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These tensors are small: waiting for a second thread would take longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=CUTS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from trainerd.tasks.cadence.prepare import prepare
 from trainerd.tasks.cadence.settings import CadenceSettings
 from trainerd.tasks.cadence.task import CadenceTask
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BATCH, SAMPLES = 8, 21  # two whole windows, and a last one of 5
 CUTS = (8, 4, 3, 1)
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -31,14 +33,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gru": {"gru": {"word_embedding": 12, "category_embedding": 5, "hidden": 16}},
     "gru-mn": {"model": "gru-mn", "gru_mn": {"embedding": 12, "hidden": [14, 10], "attention": [6, 5], "context": 9, "dropout": 0.5}},
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Fused(FusionNet):

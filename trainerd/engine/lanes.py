@@ -41,9 +41,6 @@ class Lane:
     def wait(self) -> None:
         """Until all that was put or added is there, and all that was sent has been read."""
 
-    def forget(self) -> None:
-        """As wait(), but what has not been added yet is dropped."""
-
     def close(self) -> None:
         """Let go of pinned memory. Nothing may be under way."""
 
@@ -65,27 +62,23 @@ class QueuedLane(Lane):
 
     def add(self, target: Tensor, source: Tensor) -> None:
         while not self._free:
-            self._settle(adds=True)
+            self._settle()
         landing = self._free.pop()
         part = landing[: source.numel() * source.element_size()].view(source.dtype).view(source.shape)
         self._under_way.append((self._copy(part, source), target, part, landing))
 
     def wait(self) -> None:
         while self._under_way:
-            self._settle(adds=True)
-
-    def forget(self) -> None:
-        while self._under_way:
-            self._settle(adds=False)
+            self._settle()
 
     def close(self) -> None:
         self._landings.close()
 
-    def _settle(self, *, adds: bool) -> None:
+    def _settle(self) -> None:
         """The oldest copy is there."""
         wait, target, part, landing = self._under_way.popleft()
         wait()
-        if part is not None and adds:
+        if part is not None:
             target.add_(part)
         if landing is not None:
             self._free.append(landing)

@@ -62,14 +62,14 @@ class Offload:
                     self._versions[weight] = weight._version
 
     def forget(self) -> None:
-        """The step is broken off: what is under way must not be added to the next one's gradients."""
-        self._lane.forget()
+        """The step is broken off: what is under way must not be added to the next one's gradients, whose first replaces what is there."""
+        self._lane.wait()
         for weight, master in self._masters.items():
             weight.grad = master.grad = None
 
     def close(self) -> None:
         """Leave the weights to themselves, and let go of pinned memory."""
-        self._lane.forget()
+        self._lane.wait()
         for hook in self._hooks:
             hook.remove()
         self._lane.close()

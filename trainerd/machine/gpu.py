@@ -9,9 +9,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from trainerd.contract import clock
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,7 @@ class GpuReader:
             if not self._open:
                 nvml.nvmlInit()
                 self._open = True
-            handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-            uuids = [_text(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
-            chosen = visible(uuids, os.environ.get("CUDA_VISIBLE_DEVICES"))
-            return [_facts(nvml, handles[place], index, uuids[place]) for index, place in enumerate(chosen)]
+            return [_facts(nvml, handle, index, uuid) for index, (handle, uuid) in enumerate(_visible_handles(nvml))]
         except nvml.NVMLError:
             self.close()  # no driver, or it went away in between: updated, or the device fell off the bus
             return []
@@ -84,54 +83,29 @@ _LOAD_MICROSECONDS = 2_000_000
 
 def load(index: int, pid: int, nvml: Any = None) -> GpuLoad:
     """The load of the GPU with torch's number, beside that of the process `pid`."""
-    nvml = nvml if nvml is not None else _load()
-    if nvml is None:
-        return GpuLoad()
-    try:
-        nvml.nvmlInit()
-        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-        uuids = [_text(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
-        chosen = visible(uuids, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+    def answer(nvml: Any) -> GpuLoad:
+        chosen = _visible_handles(nvml)
         if index >= len(chosen):
             return GpuLoad()
-        handle = handles[chosen[index]]
+        handle, _ = chosen[index]
         reasons = _quietly(nvml, lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
         since = int(clock.wall() * 1e6) - _LOAD_MICROSECONDS
         seen = _quietly(nvml, lambda: nvml.nvmlDeviceGetProcessUtilization(handle, since))
         others = None if seen is None else float(sum(one.smUtil for one in seen if one.pid != pid))
         return GpuLoad(None if reasons is None else bool(reasons & _HELD_BACK), others)
-    except nvml.NVMLError:
-        return GpuLoad()
-    finally:
-        _quietly(nvml, nvml.nvmlShutdown)
+
+    return _asked(nvml, answer, GpuLoad())
 
 
 def driver_version(nvml: Any = None) -> str | None:
     """The version of the NVIDIA driver, None when there is none that answers."""
-    nvml = nvml if nvml is not None else _load()
-    if nvml is None:
-        return None
-    try:
-        nvml.nvmlInit()
-        return _text(nvml.nvmlSystemGetDriverVersion())
-    except nvml.NVMLError:
-        return None
-    finally:
-        _quietly(nvml, nvml.nvmlShutdown)
+    return _asked(nvml, lambda nvml: _text(nvml.nvmlSystemGetDriverVersion()), None)
 
 
 def driver_cuda(nvml: Any = None) -> int | None:
     """The newest major version of CUDA the driver can run: 12 of 12.8. None when there is no driver that answers."""
-    nvml = nvml if nvml is not None else _load()
-    if nvml is None:
-        return None
-    try:
-        nvml.nvmlInit()
-        return int(nvml.nvmlSystemGetCudaDriverVersion()) // 1000
-    except nvml.NVMLError:
-        return None
-    finally:
-        _quietly(nvml, nvml.nvmlShutdown)
+    return _asked(nvml, lambda nvml: int(nvml.nvmlSystemGetCudaDriverVersion()) // 1000, None)
 
 
 @dataclass(frozen=True)
@@ -145,24 +119,38 @@ class GpuProcess:
 
 def processes(nvml: Any = None) -> list[GpuProcess]:
     """Who holds memory of the GPUs this process may use, computing or drawing; [] without a driver that answers."""
-    nvml = nvml if nvml is not None else _load()
-    if nvml is None:
-        return []
-    try:
-        nvml.nvmlInit()
-        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-        chosen = visible([_text(nvml.nvmlDeviceGetUUID(handle)) for handle in handles], os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+    def answer(nvml: Any) -> list[GpuProcess]:
         found: dict[tuple[int, int], int | None] = {}
-        for index, place in enumerate(chosen):
+        for index, (handle, _) in enumerate(_visible_handles(nvml)):
             for ask in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
-                for one in _quietly(nvml, partial(ask, handles[place])) or ():
+                for one in _quietly(nvml, partial(ask, handle)) or ():
                     used, before = one.usedGpuMemory, found.get((int(one.pid), index))
                     found[int(one.pid), index] = before if used is None else max(int(used), before or 0)
         return [GpuProcess(pid, index, used) for (pid, index), used in found.items()]
+
+    return _asked(nvml, answer, [])
+
+
+def _asked(nvml: Any, answer: Callable[[Any], T], nobody: T) -> T:
+    """What the driver says in a session of its own; `nobody` when there is none that answers."""
+    nvml = nvml if nvml is not None else _load()
+    if nvml is None:
+        return nobody
+    try:
+        nvml.nvmlInit()
+        return answer(nvml)
     except nvml.NVMLError:
-        return []
+        return nobody
     finally:
         _quietly(nvml, nvml.nvmlShutdown)
+
+
+def _visible_handles(nvml: Any) -> list[tuple[Any, str]]:
+    """Handle and UUID of each device that torch sees, in torch's order."""
+    handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+    uuids = [_text(nvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+    return [(handles[place], uuids[place]) for place in visible(uuids, os.environ.get("CUDA_VISIBLE_DEVICES"))]
 
 
 def visible(uuids: list[str], variable: str | None) -> list[int]:
