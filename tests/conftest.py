@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,12 @@ import pytest
 from trainerd.contract.paths import Home
 
 _SIBLING = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_configure() -> None:
+    """What is started in a shell's background ignores Ctrl-C, and hands that on: the programs under test are to hear it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
