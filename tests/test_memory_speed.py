@@ -14,8 +14,9 @@ from trainerd.memory import native, playing
 from trainerd.memory.allocator import Allocator, replay
 from trainerd.memory.estimate import estimate
 from trainerd.memory.profile import Profile
+from trainerd.memory.tape import Tape
 from trainerd.memory.timeline import Setup, Timeline
-from trainerd.tasks.cadence.blocks import CadenceTable, Sizes, table
+from trainerd.tasks.cadence.blocks import CadenceTable, Sizes, batch, build, table
 from trainerd.tasks.cadence.settings import CadenceSettings
 
 MB = 1 << 20
@@ -66,6 +67,32 @@ def test_the_fast_replay_of_a_training_is_that_of_the_plain_one(settings: dict[s
         highest = max(highest, live)
     assert timeline.peak == highest == max(timeline.peaks.values()) == sum(timeline.breakdown.values())
     assert timeline.resting_bytes == live
+
+
+@pytest.mark.parametrize("settings", [{}, TINY_MN], ids=["gru", "gru-mn"])
+@pytest.mark.parametrize("precision", [None, "bf16"])
+@pytest.mark.parametrize("again", ["none", "selective", "full"])
+def test_a_second_micro_batch_follows_from_the_first(settings: dict[str, object], precision: str | None, again: str) -> None:
+    """It is not played but copied, with its gradients added to those that are there: the same storages, kinds and order as played."""
+    made = CadenceSettings.model_validate(settings)
+
+    def tape(copied: bool) -> Tape:
+        found = Tape("cuda", precision)
+        model = build(found, made, Sizes(700, 600, 3))
+        for _ in range(1 if copied else 2):
+            began, given = len(found.events), batch(found, 3, 6, 14)
+            with found.autocast():
+                loss = model.loss(given, Setup("cuda", checkpointing=again if settings else "none"))
+            del given
+            found.backward(loss)
+            del loss
+        if copied:
+            found.follow(began)
+        return found
+
+    one, other = tape(copied=True), tape(copied=False)
+    assert (one.sizes, one.kinds, one.events) == (other.sizes, other.kinds, other.events)
+    assert (one.peak, one.live, one.breakdown()) == (other.peak, other.live, other.breakdown())
 
 
 class Counted(CadenceTable):

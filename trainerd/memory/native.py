@@ -6,79 +6,81 @@ against each other, for random traces and for every table.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import Any
 
 from trainerd.memory.allocator import Peaks, segment_bytes
 
 _UNIT = 9  # all sizes are counted in 512 bytes
 _SMALL = (1 << 20) >> _UNIT
-_FAR = 40  # bits for a place within a segment
-# A block is a list: it is made and changed a hundred thousand times. [size, block before, block behind, free?, place]
-Block = list[Any]
-Pool = tuple[list[int], list[Block]]
-"""In step: size and place as one number, sorted; and the free block it belongs to."""
+_FAR = 40  # bits for an address
+_ADDRESS = (1 << _FAR) - 1
 
 
 def peaks(sizes: Sequence[int], events: Sequence[int]) -> Peaks:
     """The peaks after these events: n is the birth of storage n, ~n its end."""
-    pools: tuple[Pool, Pool] = (([], []), ([], []))
-    shift = _FAR + (len(sizes) + 1).bit_length()  # no more segments than storages
     units = [(size + 511) >> _UNIT for size in sizes]
-    held: list[Block | None] = [None] * len(sizes)
-    allocated = reserved = most = num_segments = 0
+    least = [size << _FAR for size in units]
+    # Of each pool the free blocks: size and address as one number, sorted.
+    small: list[int] = []
+    large: list[int] = []
+    # The size of a free block, by where it begins, and by where it ends.
+    begins: dict[int, int] = {}
+    ends: dict[int, int] = {}
+    places = [0] * len(sizes)
+    allocated = reserved = most = address = 0
     for event in events:
         if event >= 0:
             size = units[event]
-            if not size:
-                continue
-            keys, blocks = pools[size > _SMALL]
-            at = bisect_left(keys, size << shift)
-            if at < len(keys):
-                del keys[at]
-                block = blocks.pop(at)
+            if size <= _SMALL:
+                if not size:
+                    continue
+                keys, spare = small, 0
             else:
-                num_segments += 1
-                block = [segment_bytes(size << _UNIT) >> _UNIT, None, None, False, num_segments << _FAR]
-                reserved += block[0]
-            rest = block[0] - size
-            if rest > (0 if size <= _SMALL else _SMALL):
-                behind = block[2]
-                cut = [rest, block, behind, True, block[4] + size]
-                if behind is not None:
-                    behind[1] = cut
-                block[0], block[2] = size, cut
-                key = rest << shift | cut[4]
-                at = bisect_left(keys, key)
-                keys.insert(at, key)
-                blocks.insert(at, cut)
-            block[3] = False
-            held[event] = block
-            allocated += block[0]
+                keys, spare = large, _SMALL
+            at = bisect_left(keys, least[event])
+            if at < len(keys):
+                key = keys.pop(at)
+                place = key & _ADDRESS
+                whole = key >> _FAR
+                del begins[place]
+            else:
+                whole = segment_bytes(size << _UNIT) >> _UNIT
+                reserved += whole
+                place = address
+                address += whole + 1  # segments never touch
+            rest = whole - size
+            if rest > spare:
+                start = place + size
+                begins[start] = ends[place + whole] = rest
+                insort(keys, rest << _FAR | start)
+            else:
+                ends.pop(place + whole, None)
+                if rest:
+                    units[event] = size = whole
+            places[event] = place
+            allocated += size
             if allocated > most:
                 most = allocated
-        elif (done := held[~event]) is not None:
-            allocated -= done[0]
-            _give_back(done, *pools[units[~event] > _SMALL], shift)
+        else:
+            event = ~event
+            size = units[event]
+            if not size:
+                continue
+            allocated -= size
+            keys = small if size <= _SMALL else large
+            place = places[event]
+            end = place + size
+            if end in begins:
+                more = begins.pop(end)
+                del keys[bisect_left(keys, more << _FAR | end)]
+                end += more
+                size += more
+            if place in ends:
+                more = ends.pop(place)
+                place -= more
+                del keys[bisect_left(keys, more << _FAR | place)]
+                size += more
+            begins[place] = ends[end] = size
+            insort(keys, size << _FAR | place)
     return Peaks(most << _UNIT, reserved << _UNIT)
-
-
-def _give_back(block: Block, keys: list[int], blocks: list[Block], shift: int) -> None:
-    """The block is free, one with its free neighbours."""
-    size, before, behind, _, place = block
-    if before is not None and before[3]:
-        at = bisect_left(keys, before[0] << shift | before[4])
-        del keys[at], blocks[at]
-        size, place, block = size + before[0], before[4], before
-    if behind is not None and behind[3]:
-        at = bisect_left(keys, behind[0] << shift | behind[4])
-        del keys[at], blocks[at]
-        size, behind = size + behind[0], behind[2]
-    if behind is not None:
-        behind[1] = block
-    block[0], block[2], block[3] = size, behind, True
-    key = size << shift | place
-    at = bisect_left(keys, key)
-    keys.insert(at, key)
-    blocks.insert(at, block)

@@ -1,19 +1,19 @@
 """Tensors without contents: a training step written with them allocates and frees what torch would. Must not import torch.
 
 A storage is freed when nothing refers to it any more, as in torch; what the backward pass needs is referred to by its
-node until that has run. The order of the backward pass, and when gradients are added in place, are torch's own rules
-(torch/csrc/autograd/engine.cpp, input_buffer.cpp, accumulate_grad.h).
+node until that has run (backward.py). When a leaf takes a gradient as it is, is torch's own rule (accumulate_grad.h).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from heapq import heappop, heappush
-from itertools import count
+from itertools import accumulate, count
 from math import prod
 from typing import Any
+
+from trainerd.memory import backward
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 WEIGHTS, ADAPTERS, BUFFERS, OPTIMIZER = "weights", "adapters", "buffers", "optimizer"
@@ -24,42 +24,31 @@ _FIRST = -1  # leaves take their gradient as soon as it is complete
 
 
 class Storage:
-    """Bytes from the allocator; given back when the last tensor that shares them is gone."""
+    """Bytes from the allocator; given back when the last tensor that shares them is gone. Made by Tape.new alone."""
 
-    __slots__ = ("number", "size", "tape")
-
-    def __init__(self, tape: Tape, size: int) -> None:
-        self.tape = tape
-        self.size = size
-        sizes, events = tape.sizes, tape.events
-        self.number = number = len(sizes)
-        sizes.append(size)
-        tape.kinds.append(tape.kind)
-        events.append(number)
-        tape.live = live = tape.live + size
-        if live > tape.peak:
-            tape.peak, tape.peak_event = live, len(events)
+    # Without __init__, like Tensor and Node: thousands are made for one answer, and a call costs as much as all the rest.
+    __slots__ = ("ended", "number", "size")
+    ended: Callable[[int], None]
+    number: int
+    size: int
 
     def __del__(self) -> None:
-        self.tape.live -= self.size
-        self.tape.events.append(~self.number)
+        self.ended(~self.number)
 
 
 class Tensor:
     """A shape and a type over a storage. `node` is what made it, when a gradient can flow back through it."""
 
     __slots__ = ("contiguous", "dtype", "grad", "leaf", "node", "output", "shape", "storage", "tape")
-
-    def __init__(self, tape: Tape, shape: Shape, dtype: str, storage: Storage) -> None:
-        self.tape = tape
-        self.shape = shape
-        self.dtype = dtype
-        self.storage = storage
-        self.node: Node | None = None
-        self.output = 0
-        self.leaf = False
-        self.grad: Tensor | None = None
-        self.contiguous = True
+    tape: Tape
+    shape: Shape
+    dtype: str
+    storage: Storage
+    node: Node | None
+    output: int
+    leaf: bool
+    grad: Tensor | None
+    contiguous: bool
 
     @property
     def numel(self) -> int:
@@ -71,8 +60,10 @@ class Tensor:
 
     def view(self, *shape: int, contiguous: bool = True) -> Tensor:
         """The same bytes, without history: ops.py makes views that gradients flow through."""
-        seen = Tensor(self.tape, shape, self.dtype, self.storage)
-        seen.contiguous = contiguous
+        seen = Tensor()
+        seen.tape, seen.shape, seen.dtype, seen.storage = self.tape, shape, self.dtype, self.storage
+        seen.node = seen.grad = None
+        seen.output, seen.leaf, seen.contiguous = 0, False, contiguous
         return seen
 
     def detach(self) -> Tensor:
@@ -85,20 +76,31 @@ Backward = Callable[["Node", "list[Tensor | None]"], "Sequence[Tensor | None]"]
 class Node:
     """One step of the way back. `saved` are the tensors it needs, let go as soon as it has run."""
 
-    __slots__ = ("about", "backward", "edges", "num_outputs", "order", "saved", "shapes", "variable")
-
-    def __init__(self, backward: Backward, order: int, edges: list[tuple[Node, int] | None]) -> None:
-        self.backward = backward
-        self.order = order
-        self.edges = edges
-        self.saved: tuple[Any, ...] = ()
-        self.about: tuple[Any, ...] = ()
-        self.shapes: list[tuple[Shape, str] | None] = []
-        self.num_outputs = 1
-        self.variable: Tensor | None = None
+    __slots__ = ("about", "backward", "edges", "grads", "num_outputs", "order", "saved", "shapes", "variable", "waiting")
+    backward: Backward
+    order: int
+    edges: list[tuple[Node, int] | None]
+    saved: tuple[Any, ...]
+    about: tuple[Any, ...]
+    shapes: list[tuple[Shape, str] | None]
+    num_outputs: int
+    variable: Tensor | None
+    waiting: int
+    """While the way back is gone: so many edges have not brought their gradient yet."""
+    grads: list[Tensor | None] | None
 
     def needs(self, place: int) -> bool:
         return self.edges[place] is not None
+
+
+def _node(backward: Backward, order: int, edges: list[tuple[Node, int] | None]) -> Node:
+    made = Node()
+    made.backward, made.order, made.edges = backward, order, edges
+    made.saved = made.about = ()
+    made.shapes = []
+    made.num_outputs, made.waiting = 1, 0
+    made.variable = made.grads = None
+    return made
 
 
 class Tape:
@@ -120,7 +122,10 @@ class Tape:
         self.kinds: list[str] = []
         self.events: list[int] = []
         self.marks: list[tuple[int, str]] = []
-        self.live = self.peak = self.peak_event = 0
+        self._ended = self.events.append
+        self._live = self._peak = self._peak_event = self._counted = 0
+        self.given: list[tuple[int, int, str]] = []
+        """Gradients that leaves took as they were: when, which storage, and of which kind it was until then."""
         self.flops = 0.0
         self.keeping: Any = None
         """While a selective checkpoint's block is run: what keeps its products (checkpointing.py)."""
@@ -132,7 +137,47 @@ class Tape:
 
     def new(self, shape: Shape, dtype: str) -> Tensor:
         """A tensor over a storage of its own."""
-        return Tensor(self, shape, dtype, Storage(self, prod(shape) * BYTES[dtype]))
+        storage = Storage()
+        sizes = self.sizes
+        storage.size = size = prod(shape) * BYTES[dtype]
+        storage.number = number = len(sizes)
+        storage.ended = ended = self._ended
+        sizes.append(size)
+        self.kinds.append(self.kind)
+        ended(number)  # events.append: it is born
+        made = Tensor()
+        made.tape, made.shape, made.dtype, made.storage = self, shape, dtype, storage
+        made.node = made.grad = None
+        made.output, made.leaf, made.contiguous = 0, False, True
+        return made
+
+    @property
+    def live(self) -> int:
+        """Bytes held now."""
+        self._count()
+        return self._live
+
+    @property
+    def peak(self) -> int:
+        """The most that was held; may be set, to begin anew."""
+        self._count()
+        return self._peak
+
+    @peak.setter
+    def peak(self, held: int) -> None:
+        self._count()
+        self._peak = held
+
+    def _count(self) -> None:
+        """What has happened since this was asked last."""
+        events = self.events[self._counted :] if self._counted else self.events
+        if events:
+            held = levels(self.sizes, events, self._live)
+            highest = max(held)
+            if highest > self._peak:
+                self._peak, self._peak_event = highest, self._counted + held.index(highest)
+            self._live = held[-1]
+            self._counted += len(events)
 
     def product(self, shape: Shape, dtype: str, flops: float) -> Tensor:
         """The result of so much work: a checkpoint may keep it."""
@@ -154,7 +199,7 @@ class Tape:
 
     def watch(self, tensor: Tensor) -> None:
         """From here on, `tensor.grad` takes the gradient that flows back to it."""
-        tensor.node = Node(_accumulate, _FIRST, [])
+        tensor.node = _node(_accumulate, _FIRST, [])
         tensor.node.variable = tensor
 
     def buffer(self, *shape: int, dtype: str = "fp32") -> Tensor:
@@ -215,15 +260,19 @@ class Tape:
                 shapes.append(None)
                 continue
             shapes.append((t.shape, t.dtype))
-            if t.node is None:
+            made_by = t.node
+            if made_by is None:
                 edges.append(None)
             else:
-                edges.append((t.node, t.output))
+                edges.append((made_by, t.output))
                 flows = True
         if not flows:
             return
-        node = Node(backward, next(self._order), edges)
+        node = Node()
+        node.backward, node.order, node.edges = backward, next(self._order), edges
         node.saved, node.about, node.num_outputs, node.shapes = saved, about, len(made), shapes
+        node.waiting = 0
+        node.variable = node.grads = None
         for place, tensor in enumerate(made):
             tensor.node, tensor.output = node, place
 
@@ -235,47 +284,42 @@ class Tape:
             self.run([(loss.node, loss.output, first)])
 
     def run(self, roots: list[tuple[Node, int, Tensor]]) -> None:
-        """The engine: nodes in order, each when all that lead to it have run. `roots` is emptied: nobody else may hold those."""
-        waiting = _dependencies([node for node, _, _ in roots])
-        buffers: dict[int, list[Tensor | None]] = {}
-        ready: list[tuple[int, int, Node]] = []
-        turn = count()  # of leaves, the one that was complete first
-        for node, output, grad in roots:
-            buffers.setdefault(id(node), [None] * node.num_outputs)[output] = grad
-            if not waiting.get(id(node)):
-                heappush(ready, (-node.order if node.order >= 0 else -sys.maxsize, next(turn), node))
-        roots.clear()
-        grad = None  # type: ignore[assignment]
-        while ready:
-            node = heappop(ready)[2]
-            grads = buffers.pop(id(node), [None])
-            outputs = list(node.backward(node, grads))
-            del grads
-            node.saved = ()
-            outputs.reverse()
-            for edge in node.edges:
-                grad_out = outputs.pop()
-                if edge is None:
-                    continue
-                target, place = edge
-                buffer = buffers.setdefault(id(target), [None] * target.num_outputs)
-                if grad_out is not None:
-                    _add(buffer, place, [grad_out])
-                del grad_out
-                waiting[id(target)] -= 1
-                if not waiting[id(target)]:
-                    heappush(ready, (-target.order if target.order >= 0 else -sys.maxsize, next(turn), target))
+        """The way back from these nodes' outputs, with these gradients; see backward.py."""
+        backward.run(roots)
 
     def repeat(self, began: int) -> None:
         """The events since `began` once more, but for what was made in them and is still there."""
-        played = self.events[began:]
+        self._count()
+        self._play(self.events[began:], {})
+        self._counted = len(self.events)  # no higher than the first time
+
+    def follow(self, began: int) -> None:
+        """A second micro-batch after that since `began`: where leaves took their gradients, it is added to those and ends there."""
+        ends: dict[int, list[tuple[int, str]]] = {}
+        for at, number, kind in self.given:
+            if at >= began:
+                ends.setdefault(at - began, []).append((number, kind))
+        self._play(self.events[began:], ends)
+
+    def _play(self, played: list[int], ends: Mapping[int, list[tuple[int, str]]]) -> None:
+        """These events with storages of their own. `ends`: what does not stay this time, by its place, and of which kind it is."""
         ended = {~event for event in played if event < 0}
+        for some in ends.values():
+            ended.update(number for number, _ in some)
         born = [event for event in played if event in ended]
-        again = dict(zip(born, range(len(self.sizes), len(self.sizes) + len(born)), strict=True))
+        first = len(self.sizes)
+        again = dict(zip(born, range(first, first + len(born)), strict=True))
         again |= {~event: ~number for event, number in again.items()}
         self.sizes += [self.sizes[event] for event in born]
         self.kinds += [self.kinds[event] for event in born]
-        self.events += [again[event] for event in played if event in again]
+        begin = 0
+        for at, some in sorted(ends.items()):
+            self.events += [again[event] for event in played[begin:at] if event in again]
+            for number, kind in some:
+                self.events.append(again[~number])
+                self.kinds[again[number]] = kind
+            begin = at
+        self.events += [again[event] for event in played[begin:] if event in again]
 
     def close(self) -> None:
         """Let go of the parameters: each holds its node, and that the parameter."""
@@ -284,7 +328,8 @@ class Tape:
 
     def breakdown(self) -> dict[str, int]:
         """Bytes by kind at the peak."""
-        before = self.events[: self.peak_event]
+        self._count()
+        before = self.events[: self._peak_event]
         ended = {~event for event in before if event < 0}
         found: dict[str, int] = {}
         for number in before:
@@ -293,40 +338,11 @@ class Tape:
         return found
 
 
-def _dependencies(roots: list[Node]) -> dict[int, int]:
-    """How many edges lead to each node."""
-    waiting: dict[int, int] = {}
-    seen = {id(node) for node in roots}
-    left = list(roots)
-    while left:
-        for edge in left.pop().edges:
-            if edge is None:
-                continue
-            key = id(edge[0])
-            waiting[key] = waiting.get(key, 0) + 1
-            if key not in seen:
-                seen.add(key)
-                left.append(edge[0])
-    return waiting
-
-
-def owned(tensor: Tensor, others: int) -> bool:
-    """Whether only the caller refers to this tensor and its bytes, so that it may be changed in place.
-
-    `others` is how many references besides the buffer's own the caller knows of.
-    """
-    return sys.getrefcount(tensor) <= others + 3 and sys.getrefcount(tensor.storage) <= 2
-
-
-def _add(buffer: list[Tensor | None], place: int, given: list[Tensor]) -> None:
-    """Add a gradient to what has come before: in place when nobody else looks at it, else into a new tensor."""
-    old = buffer[place]
-    if old is None:
-        buffer[place] = given.pop()
-    elif not (old.tape.adds_in_place and owned(old, 1) and old.contiguous):
-        buffer[place] = None
-        total = old.tape.new(old.shape, old.dtype)
-        buffer[place] = total
+def levels(sizes: Sequence[int], events: Sequence[int], before: int = 0) -> list[int]:
+    """What is held before the first event, and after each."""
+    # An end is looked up from the back: sizes[n] for n, -sizes[n] for ~n.
+    changes = [*sizes, *(-size for size in reversed(sizes))]
+    return list(accumulate(map(changes.__getitem__, events), initial=before))
 
 
 def _accumulate(node: Node, grads: list[Tensor | None]) -> Sequence[Tensor | None]:
@@ -336,11 +352,15 @@ def _accumulate(node: Node, grads: list[Tensor | None]) -> Sequence[Tensor | Non
     if variable is None or grad is None or (variable.leaf and grad.tape.gradients_leave):
         return ()
     if variable.grad is None:
-        if sys.getrefcount(grad) > 2:
-            grad = grad.tape.new(grad.shape, grad.dtype)
+        tape, taken = grad.tape, sys.getrefcount(grad) == 2
+        if not taken:
+            grad = tape.new(grad.shape, grad.dtype)
         variable.grad = grad
         if variable.leaf:
-            grad.tape.kinds[grad.storage.number] = GRADIENTS
+            number = grad.storage.number
+            if taken:
+                tape.given.append((len(tape.events), number, tape.kinds[number]))
+            tape.kinds[number] = GRADIENTS
     elif not grad.tape.adds_in_place:
         variable.grad = None
         variable.grad = grad.tape.new(grad.shape, grad.dtype)

@@ -9,11 +9,10 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any, Protocol
 
 from trainerd.memory.optimizers import Optimizer
-from trainerd.memory.tape import ACTIVATIONS, STAGING, Tape, Tensor
+from trainerd.memory.tape import ACTIVATIONS, STAGING, Tape, Tensor, levels
 
 LOADING, OPTIMIZER, STEP, EVALUATING, SAVING = "loading", "optimizer", "training", "evaluating", "checkpointing"
 _WINDOW = 64  # a step's micro-batches lie on the host together; beyond this many their sum is not played
@@ -183,18 +182,19 @@ def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup) -> float
     window = [model.micro_batch(tape, setup.micro_batch) for _ in range(min(setup.accumulation, _WINDOW))] if on_cpu else []
     if on_cpu and several:
         optimizer.give_gradients()
-    played = 2 if several and not on_cpu else 1
-    for _ in range(played):
-        batch = window[0] if window else model.micro_batch(tape, setup.micro_batch)
-        with tape.autocast():
-            loss = model.loss(batch)
-        del batch
-        tape.backward(loss)
-        del loss
+    began = len(tape.events)
+    batch = window[0] if window else model.micro_batch(tape, setup.micro_batch)
+    with tape.autocast():
+        loss = model.loss(batch)
+    del batch
+    tape.backward(loss)
+    del loss
+    if several and not on_cpu:
+        tape.follow(began)
     optimizer.clip()
     optimizer.work()
     optimizer.zero_grad()
-    return tape.flops * setup.effective_batch / (setup.micro_batch * played)
+    return tape.flops * setup.effective_batch / setup.micro_batch
 
 
 def _evaluation(tape: Tape, model: Built, setup: Setup) -> int:
@@ -215,8 +215,7 @@ def peaks(timeline: Timeline) -> dict[str, int]:
     """The highest point of every phase."""
     found: dict[str, int] = {}
     borders = [at for at, _ in timeline.marks] + [len(timeline.events)]
-    sizes = timeline.sizes
-    live = list(accumulate([sizes[event] if event >= 0 else -sizes[~event] for event in timeline.events], initial=0))
+    live = levels(timeline.sizes, timeline.events)
     for (at, phase), end in zip(timeline.marks, borders[1:], strict=True):
         found[phase] = max(found.get(phase, 0), max(live[at : end + 1]))
     return found
