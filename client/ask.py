@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainerd.contract import lock, requests, status
-from trainerd.contract.errors import NothingRunning, Refused, TrainerdError
+from trainerd.contract.errors import NothingRunning, Refused, TrainerdError, remedy
 from trainerd.contract.paths import Home
 from trainerd.contract.status import Reading, RequestOutcome
 
@@ -34,7 +34,8 @@ class Asked:
         found = next((answer for answer in answers if answer.id == self.id), None)
         if found is not None and found.outcome.startswith("refused"):
             reason = found.outcome.removeprefix("refused").lstrip(": ")
-            raise Refused(f"{self.verb} was refused: {reason or 'no reason was given'}")
+            message = f"{self.verb} was refused: {reason or 'no reason was given'}"
+            raise Refused(message, f"`{console.program()} status` tells how it stands.")
         return found
 
     def withdraw(self) -> None:
@@ -74,7 +75,8 @@ def send(home: Home, reading: Reading, verb: str, arguments: Mapping[str, Any] |
     try:
         return Asked(verb, request.id, requests.send(home, request))
     except OSError as error:
-        raise TrainerdError(f"The request could not be written into {home.control}: {error.strerror or error}.") from None
+        message = f"The request could not be written into {home.control}: {error.strerror or error}."
+        raise TrainerdError(message, remedy(error)) from None
 
 
 def until(home: Home, asked: Asked, reached: Callable[[Reading], bool], timeout_seconds: float, hint: str) -> Reading:
@@ -89,7 +91,8 @@ def until(home: Home, asked: Asked, reached: Callable[[Reading], bool], timeout_
             return reading
         if not reading.alive:
             asked.withdraw()
-            raise TrainerdError(f"The supervisor ended while asked to {asked.verb}: {reading.state}. {reading.reason}")
+            message = f"The supervisor ended while asked to {asked.verb}: {reading.state}. {reading.reason}"
+            raise TrainerdError(message, f"`{console.program()} logs` tells why.")
         if time.monotonic() >= deadline:
             asked.withdraw()
             what = "has not done it" if answered else "did not answer"

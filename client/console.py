@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from trainerd.contract.errors import OutputLost
+from trainerd.contract.errors import OutputLost, remedy
 
 MEMORY_DOOR = "memory_optimizer.py"
 _WINDOWS = sys.platform == "win32"
@@ -97,7 +97,7 @@ def is_of_output(error: BaseException) -> bool:
 
 def output_lost(error: OSError) -> OutputLost:
     """That the standard output cannot be written, as an error for a person."""
-    return OutputLost(f"The output could not be written: {error.strerror or error}.")
+    return OutputLost(f"The output could not be written: {error.strerror or error}.", remedy(error))
 
 
 def give_up_output() -> None:

@@ -7,7 +7,7 @@ import time
 import uuid
 
 from trainerd.contract import errors, files, ground, lock, requests, status
-from trainerd.contract.errors import AlreadyRunning, ConfigError, Refused, RunFailed, TrainerdError, UsageError
+from trainerd.contract.errors import AlreadyRunning, ConfigError, Refused, RunFailed, TrainerdError, UsageError, remedy
 from trainerd.contract.paths import Home
 from trainerd.contract.status import Reading
 from trainerd.machine import filesystem
@@ -76,7 +76,7 @@ def start(home: Home, choice: Choice) -> tuple[Reading, str]:
         launched = launch.detached(home, instance, request.id)
     except OSError as error:
         requests.withdraw(path)
-        raise TrainerdError(f"The supervisor could not be started: {error.strerror or error}.") from None
+        raise TrainerdError(f"The supervisor could not be started: {error.strerror or error}.", remedy(error)) from None
     try:
         return _until_up(home, choice.run, instance, launched), launched.tied
     finally:
@@ -90,7 +90,7 @@ def stop_without_supervisor(home: Home, run: str) -> Reading:
         path = requests.send(home, request)
         launched = launch.detached(home, request.instance, request.id)
     except OSError as error:
-        raise TrainerdError(f"The home {home.root} cannot be written: {error.strerror or error}.") from None
+        raise TrainerdError(f"The home {home.root} cannot be written: {error.strerror or error}.", remedy(error)) from None
     try:
         code = launched.process.wait(_UP_SECONDS)
     except subprocess.TimeoutExpired:

@@ -87,7 +87,7 @@ def test_output_whose_reader_is_gone_changes_nothing(person: Person, home: Home)
 
 
 def test_a_closed_or_full_output_is_told_in_words(person: Person, home: Home) -> None:
-    """`>&-` is quiet; /dev/full and a descriptor that cannot be written are named on stderr with 4; never an error of ours."""
+    """`>&-` is quiet; /dev/full and a descriptor that cannot be written are named on stderr with 4 and a remedy; never an error of ours."""
     assert shell(person, "$T status >&-").returncode == 3
     assert shell(person, "$T status >&- 2>&-").returncode == 3
     assert shell(person, "$T stop >&- 2>&- <&-").returncode == 3
@@ -95,7 +95,7 @@ def test_a_closed_or_full_output_is_told_in_words(person: Person, home: Home) ->
         words = f"$T {verb} >/dev/full" if verb != "runs" else f"$T {verb} 1</dev/null"
         done = shell(person, words)
         assert done.returncode == 4, (words, done)
-        assert re.fullmatch(rb"Error: The output could not be written: [^\n]*\.\n", done.stderr), (words, done.stderr)
+        assert re.fullmatch(rb"Error: The output could not be written: [^\n]*\.\n[^\n]+\.\n", done.stderr), (words, done.stderr)
     assert shell(person, "$T stop 2>/dev/full").returncode == 3
     with Daemon(home, LONG) as daemon:
         daemon.until_step(1)

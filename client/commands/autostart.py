@@ -7,7 +7,7 @@ import json
 import click
 
 from trainerd.contract import files
-from trainerd.contract.errors import TrainerdError
+from trainerd.contract.errors import TrainerdError, remedy
 from trainerd.contract.paths import Home
 from trainerd.machine import autostart
 
@@ -28,7 +28,7 @@ def command(home: Home, what: str, as_json: bool) -> None:
             _disable(home)
         found = registration.found(home)
     except OSError as error:
-        raise TrainerdError(f"The registration for log-in: {error.strerror or error}{_place(error)}.") from None
+        raise TrainerdError(f"The registration for log-in: {error.strerror or error}{_place(error)}.", remedy(error)) from None
     if as_json:
         console.say(json.dumps(_document(home, found), indent=1))
         return

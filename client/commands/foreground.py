@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from trainerd.contract import errors, requests, status
-from trainerd.contract.errors import TrainerdError
+from trainerd.contract.errors import TrainerdError, remedy
 from trainerd.contract.paths import Home
 from trainerd.contract.status import Reading
 
@@ -44,7 +44,7 @@ def command(home: Home, /, **words: Any) -> int:
     try:
         supervisor = launch.attached(home, instance, request.id)
     except OSError as error:
-        raise TrainerdError(f"The supervisor could not be started: {error.strerror or error}.") from None
+        raise TrainerdError(f"The supervisor could not be started: {error.strerror or error}.", remedy(error)) from None
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever called may have it ignored; the supervisor obeys it anyway
     run, program = choice.run, console.program()
     console.tell(f"Training {run} in this terminal. Ctrl-C saves a checkpoint and stops. From another one: {program} status")

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import click
 
-from trainerd.contract.errors import EXIT_DONE, EXIT_REFUSED, OutputLost, UsageError
+from trainerd.contract.errors import EXIT_DONE, EXIT_REFUSED, OutputLost, UsageError, remedy
 from trainerd.contract.paths import Home
 
 from .. import console, forecast_view, freeing, machine_facts, machine_view, options, outlook, recommendation, samples
@@ -211,4 +211,5 @@ def _note(rows: Any, file: TextIO, sample: samples.Sample, path: Path | None) ->
         rows.writerow(samples.row(sample))
         file.flush()
     except OSError as error:
-        raise OutputLost(f"{path} could not be written: {os.strerror(error.errno) if error.errno else error}.") from None
+        why = os.strerror(error.errno) if error.errno else error
+        raise OutputLost(f"{path} could not be written: {why}.", remedy(error)) from None

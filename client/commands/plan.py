@@ -88,7 +88,7 @@ def _measure(home: Home, as_json: bool) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise TrainerdError(f"This machine could not be measured: {error}.", "Plan without --measure.") from None
     if done.returncode == 2:
-        raise UsageError(done.stderr.strip() or "It could not be measured.")
+        raise UsageError(done.stderr.strip() or "It could not be measured.", "Plan without --measure.")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise TrainerdError(f"This machine could not be measured: {last}", "Plan without --measure.")

@@ -120,7 +120,8 @@ def _existing(home: Home, run: str) -> RunRecord | None:
         from trainerd.config.nearest import nearest
 
         close = nearest(run, _names(home))
-        raise UsageError(f"There is no run {run!r} in {home.root}{f'; did you mean {close!r}?' if close else '.'}")
+        message = f"There is no run {run!r} in {home.root}{f'; did you mean {close!r}?' if close else '.'}"
+        raise UsageError(message, f"`{console.program()} runs` lists them.")
     return _read(home, run)
 
 

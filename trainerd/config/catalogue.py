@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from trainerd.config.nearest import nearest
-from trainerd.contract.errors import UsageError
+from trainerd.contract.errors import UsageError, remedy
 
 _PRESETS = Path(__file__).with_name("presets")
 
@@ -109,13 +109,14 @@ def find_file_task(task: str) -> tuple[Path, str]:
     except FileNotFoundError:
         raise UsageError(f"The task file {path} does not exist.", "Name it as seen from this folder, or by its whole path.") from None
     except OSError as error:
-        raise UsageError(f"The task file {path} cannot be read: {error.strerror}.") from None
+        raise UsageError(f"The task file {path} cannot be read: {error.strerror}.", remedy(error)) from None
     except (SyntaxError, ValueError, RecursionError) as error:
         where = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
-        raise UsageError(f"The task file {path} is not Python{where}: {getattr(error, 'msg', error)}.") from None
+        message = f"The task file {path} is not Python{where}: {getattr(error, 'msg', error)}."
+        raise UsageError(message, "Correct it, and start again.") from None
     classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
     if name not in classes and not _imported_names(tree) & {name, "*"}:
-        raise UsageError(f"The task file {path} has no class {name!r}{_instead(name, classes)}")
+        raise UsageError(f"The task file {path} has no class {name!r}{_instead(name, classes)}", "Name it after a colon: FILE.py:Class.")
     return path, name
 
 

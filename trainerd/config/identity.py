@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trainerd.config.model import DataConfig, RunConfig
-from trainerd.contract.errors import UsageError
+from trainerd.contract.errors import UsageError, remedy
 
 # What may change while a run goes on; everything else that was set and differs is refused, never silently ignored.
 _MAY_CHANGE = ("train.epochs", "train.max_steps", "train.lr", "train.scheduler", "log.", "polite.", "memory.", "checkpoint.", "faults.")
@@ -63,7 +63,7 @@ def fingerprint(data: DataConfig) -> dict[str, Any]:
     except FileNotFoundError:
         raise UsageError(f"The data {path} does not exist.", "Name a file or folder with --data.") from None
     except OSError as error:
-        raise UsageError(f"The data {path} cannot be read: {error.strerror or error}.") from None
+        raise UsageError(f"The data {path} cannot be read: {error.strerror or error}.", remedy(error)) from None
     if size == 0:
         raise UsageError(f"The data {path} is empty.", "Name a file or folder with --data.")
     return {"kind": "file", "size_bytes": size, "edges_sha256": found.hexdigest()}

@@ -13,6 +13,7 @@ from ruamel.yaml.events import AliasEvent
 from trainerd.contract.errors import ConfigError
 
 _MOST_LEVELS = 32
+_HINT = "Correct it there: it is read as YAML 1.2, or as JSON."
 
 
 class _Composer(Composer):
@@ -43,10 +44,10 @@ def parse(content: bytes | str, what: str) -> Any:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark is not None and what[:2] != "--" else ""
-        raise ConfigError([f"{what}{where}: {_in_words(error)}."]) from None
+        raise ConfigError([f"{what}{where}: {_in_words(error)}."], _HINT) from None
     except (YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError([f"{what} is not YAML or JSON: {first_line}."]) from None
+        raise ConfigError([f"{what} is not YAML or JSON: {first_line}."], _HINT) from None
 
 
 def dump(document: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ TrainerdError                 4
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 
 EXIT_DONE = 0
@@ -24,6 +25,24 @@ EXIT_USAGE = 2
 EXIT_NOTHING_RUNNING = 3
 EXIT_FAILED = 4
 EXIT_REFUSED = 5
+
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT} if hasattr(errno, "EDQUOT") else {errno.ENOSPC}
+_NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
+_TOO_MUCH = {errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM}
+
+
+def remedy(error: OSError) -> str:
+    """What a person can do about what the system refused."""
+    if error.errno in _NO_SPACE:
+        return "Free some space on that disk, and try again."
+    if error.errno in _NO_RIGHT:
+        return "Check its owner and permissions, and that no other program holds it."
+    if error.errno in _TOO_MUCH:
+        return "Close some programs, and try again."
+    if error.errno == errno.ENOENT:
+        return "Check that it is there, and its name."
+    return "Try again; if it stays so, look at the disk and at the system's log."
 
 
 class TrainerdError(Exception):

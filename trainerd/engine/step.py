@@ -130,7 +130,7 @@ class Stepper:
             for name, value in metrics.items():
                 sums[name] = sums.get(name, 0.0) + _detached(value) * len(ids)
         if loss is None:
-            raise TrainerdError(f"The batch of step {window.step + 1} is empty.")
+            raise TrainerdError(f"The batch of step {window.step + 1} is empty.", "Let dataset() give at least one sample.")
         num_samples = window.num_samples
         grad_norm = self._update(lr, loss)
         means = {name: value / num_samples for name, value in sums.items()}

@@ -24,6 +24,8 @@ from trainerd.config.problems import in_words
 from trainerd.contract.errors import ConfigError, UsageError
 from trainerd.engine.task import Task
 
+_CORRECT = "The log has the traceback; correct the file, and start again."
+
 
 def load_task(config: RunConfig, folder: Path) -> Task:
     """The task of a run with its settings; `folder` holds the run's copy of a person's file. Raises UsageError."""
@@ -39,7 +41,7 @@ def load_task(config: RunConfig, folder: Path) -> Task:
         raise
     except Exception as error:
         traceback.print_exception(error)
-        raise UsageError(f"{kind.__name__} cannot be made: {_last_line(error, None)}.") from None
+        raise UsageError(f"{kind.__name__} cannot be made: {_last_line(error, None)}.", _CORRECT) from None
 
 
 def check_settings(kind: type[Task], settings: Mapping[str, Any]) -> None:
@@ -80,7 +82,7 @@ def _class_in_file(task: str, folder: Path) -> type[Task]:
         raise UsageError(f"The run's copy of the task file, {path}, is missing.", "Begin a new run with --no-resume.")
     found = getattr(_import(path), class_name, None)
     if found is None:
-        raise UsageError(f"The task file {named.name} has no class {class_name!r}.")
+        raise UsageError(f"The task file {named.name} has no class {class_name!r}.", "Name one of its classes: --task FILE.py:Class.")
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise UsageError(f"{class_name} in {named.name} is not a task.", "Write `class " + class_name + "(trainerd.engine.task.Task)`.")
     return found
@@ -100,7 +102,7 @@ def _import(path: Path) -> Any:
         raise UsageError(f"The task file {path.name} imports {error.name!r}, which is not there.", hint) from None
     except Exception as error:
         traceback.print_exception(error)
-        raise UsageError(f"The task file {path.name} cannot be loaded: {_last_line(error, path)}.") from None
+        raise UsageError(f"The task file {path.name} cannot be loaded: {_last_line(error, path)}.", _CORRECT) from None
 
 
 def _is_taken(name: str, path: Path) -> bool:

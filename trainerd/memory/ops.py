@@ -1,6 +1,6 @@
 """What torch's operations allocate, save for the way back, and allocate on the way back. Must not know any model.
 
-One function per operation, named like torch's, with the saved tensors of torch's derivatives.yaml. `tests/test_memory_ops.py`
+One function per operation, named like torch's, with the saved tensors of torch's derivatives.yaml. `tests/test_memory_tables.py`
 holds each against torch itself, to the byte. Kernels' own scratch space is not here.
 """
 

@@ -1,6 +1,6 @@
 """CADENCE's two models as a memory table: what model.py allocates, without torch. Must be changed together with model.py.
 
-tests/test_memory_cadence.py holds it against the real models, to the byte.
+tests/test_memory_tables.py holds it against the real models, to the byte.
 """
 
 from __future__ import annotations
