@@ -188,41 +188,92 @@ def test_the_planner_asks_no_setup_twice() -> None:
     assert len(asked) == len(set(asked)) <= 40
 
 
+FP32 = Setup("cpu", "fp32", 32, 32)
+
+
+def receipt(real: float, setup: Setup = FP32, told: float = 1000.0, **more: Any) -> dict[str, Any]:
+    """As the engine writes it (trainerd/engine/receipt.py)."""
+    about = {"kind": "cadence gru", "device": "cpu", "torch": "2", "setup": receipts.setup_kind(setup)}
+    return {**about, "predicted": {"ram_bytes": told}, "real": {"ram_bytes": real}, **more}
+
+
+def trusted(given: list[dict[str, Any]], setup: Setup = FP32) -> Trust:
+    return receipts.trust(given, "cadence gru", "cpu", "2", setup)
+
+
 def test_receipts_correct_the_next_estimate() -> None:
-    """Runs that needed a tenth more move the point towards it; the bound follows the worst once there are three."""
-    told = {"ram_bytes": 1000.0}
-    one = {"kind": "cadence gru", "device": "cpu", "torch": "2", "predicted": told, "real": {"ram_bytes": 1100}}
-    found = receipts.trust([one] * 3, "cadence gru", "cpu", "2").of("ram_bytes")
-    assert found.num_runs == 3 and 1.05 < found.factor < 1.1 < found.most < 1.15
-    base = estimate(GRU, Setup("cpu", "fp32", 32, 32))
-    corrected = estimate(GRU, Setup("cpu", "fp32", 32, 32), Profile(), Trust({"ram_bytes": found}, 3))
-    assert corrected.ram.point == pytest.approx(base.ram.point * found.factor)
-    assert corrected.ram.upper == pytest.approx(base.ram.point * found.most)
+    """Runs that needed a tenth more move the point towards it, and the bound is not below what they needed."""
+    found = trusted([receipt(1100)] * 3)
+    ram = found.of("ram_bytes")
+    assert ram.num_runs == 3 and 1.05 < ram.factor < 1.1 < ram.most < 1.15
+    base = estimate(GRU, FP32)
+    corrected = estimate(GRU, FP32, Profile(), found)
+    assert corrected.ram.point == pytest.approx(base.ram.point * ram.factor)
+    assert corrected.ram.upper >= base.ram.point * ram.most
     assert corrected.raw == base.raw, "the next receipt must be compared with the estimate itself, not with its correction"
+
+
+@pytest.mark.parametrize("number", [1, 3, 50])
+@pytest.mark.parametrize("real", [400, 900, 1000])
+def test_receipts_alone_never_take_the_whole_slack_away(real: float, number: int) -> None:
+    """However many runs needed no more than was foretold, half of what the bound keeps for the unknown stays: the next has other data."""
+    base = estimate(GRU, FP32).ram
+    found = estimate(GRU, FP32, Profile(), trusted([receipt(real)] * number)).ram
+    assert found.upper - found.point >= (base.upper - base.point) * 0.499
+    assert number == 1 or found.upper - found.point < base.upper - base.point
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"precision": "bf16"},
+        {"optimizer": "sgd"},
+        {"offload": "optimizer"},
+        {"checkpointing": "full"},
+        {"logits": "full"},
+        {"attention": "math"},
+        {"compiled": True},
+    ],
+    ids=lambda other: "-".join(other),
+)
+def test_a_receipt_says_nothing_about_another_kind_of_setup(other: dict[str, Any]) -> None:
+    """Among mixed receipts only those with the same kernels and states count: the bound of any other setup stays what it was. The
+    answer says how many count, and for what."""
+    setup = replace(FP32, **other)
+    mixed = [receipt(700)] * 4 + [receipt(1200, setup)] + [{**receipt(700, setup), "setup": None}, {**receipt(700), "setup": {}}]
+    assert estimate(GRU, setup, Profile(), trusted([receipt(700)] * 4, setup)).ram == estimate(GRU, setup).ram
+    assert trusted(mixed).of("ram_bytes").num_runs == 4 and trusted(mixed, setup).of("ram_bytes").num_runs == 1
+    words = trusted(mixed, setup).words("ram_bytes")
+    named = "compiled" if other == {"compiled": True} else str(next(iter(other.values())))
+    assert "1 earlier run of this kind (" in words and named in words and "6 earlier runs with another setup: not counted" in words
+
+
+def test_a_run_whose_plan_changed_while_it_ran_counts_for_nothing() -> None:
+    """Its most was another plan's than the one that is foretold; a micro-batch that was chosen is no other kind."""
+    assert not trusted([receipt(400, mixed=True)]).corrections
+    assert trusted([receipt(900, replace(FP32, micro_batch=1, effective_batch=4096))]).of("ram_bytes").num_runs == 1
 
 
 def test_receipts_of_another_model_or_machine_do_not_count() -> None:
     """Corrections do not travel; absurd and missing values are left out."""
-    good = {"kind": "a", "device": "cpu", "torch": "2", "predicted": {"ram_bytes": 100.0}, "real": {"ram_bytes": 120}}
+    good = receipt(1200)
     others = [
         {**good, "kind": "b"},
         {**good, "device": "GPU"},
         {**good, "torch": "1"},
-        {**good, "real": {"ram_bytes": 100_000}},
+        {**good, "real": {"ram_bytes": 1_000_000}},
         {**good, "real": {}},
         {**good, "predicted": "?"},
     ]
-    assert not receipts.trust(others, "a", "cpu", "2").corrections
-    assert receipts.trust([good], "a", "cpu", "2").of("ram_bytes").num_runs == 1
+    assert not trusted(others).corrections
+    assert trusted([good]).of("ram_bytes").num_runs == 1
 
 
 def test_the_upper_bound_is_never_below_the_point() -> None:
     """Whatever receipts say."""
     for factor in (0.6, 1.0, 1.8):
-        one = {"kind": "k", "device": "cpu", "torch": "2", "predicted": {"ram_bytes": 100.0}, "real": {"ram_bytes": 100 * factor}}
         for number in (1, 3, 9):
-            trust = receipts.trust([one] * number, "k", "cpu", "2")
-            found = estimate(GRU, Setup("cpu", "fp32", 8, 8), Profile(), trust)
+            found = estimate(GRU, Setup("cpu", "fp32", 8, 8), Profile(), trusted([receipt(1000 * factor)] * number))
             assert found.ram.upper >= found.ram.point
 
 

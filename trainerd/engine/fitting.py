@@ -44,11 +44,9 @@ class Forecast:
     """The name of the trace's file under the home's cache, when the model was traced."""
     splittable: bool = True
 
-    def predicted(self, plan: plans.Plan, config: RunConfig) -> Estimate | None:
-        """The estimate for this plan, without any correction by receipts."""
-        if self.table is None:
-            return None
-        setup = Setup(
+    def setup(self, plan: plans.Plan, config: RunConfig) -> Setup:
+        """Everything of this plan that memory depends on."""
+        return Setup(
             device=self.place.device,
             precision=plan["precision"],
             micro_batch=plan["micro_batch"],
@@ -57,9 +55,13 @@ class Forecast:
             logits=plan.get("logits", "chunked"),
             offload=plan["offload"],
             checkpointing=plan["activation_checkpointing"].replace("off", "none"),
+            attention=plan.get("attention", attention.AUTO),
             compiled=plan.get("compile", False),
         )
-        return estimate(self.table, setup, self.place.profile)
+
+    def predicted(self, plan: plans.Plan, config: RunConfig) -> Estimate | None:
+        """The estimate for this plan, without any correction by receipts."""
+        return None if self.table is None else estimate(self.table, self.setup(plan, config), self.place.profile)
 
 
 def foresee(

@@ -54,6 +54,7 @@ def _document(found: Forecast, plan: plans.Plan, config: RunConfig, paths: RunPa
         "system": platform.platform(),
         "ram_total_bytes": int(psutil.virtual_memory().total),
         "plan": {key: plan.get(key) for key in ("precision", "micro_batch", "grad_accum", "effective_batch", "optimizer", "threads")},
+        "setup": receipts.setup_kind(found.setup(plan, config)),
         "steps": steps,
         "trace": found.trace,
         "splittable": found.splittable,

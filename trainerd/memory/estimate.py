@@ -24,6 +24,7 @@ _PROCESS_SLACK_BYTES = 96 * _MIB
 # oneDNN keeps compiled bf16 products on a CPU: each shape forwards and twice backwards, for each of some lengths, up to a number
 # of shapes that the trainer sets; a shape took 0.4 to 1.9 MiB (docs/log.md).
 _SHAPES, _SHAPES_PER_PRODUCT, _SHAPE_BYTES, _SHAPE_MOST_BYTES = 256, 24, 1 * _MIB, 2 * _MIB
+_ENOUGH_RUNS, _KEPT_SLACK = 3, 0.5
 _MANIFEST_BYTES = 1 * _MIB
 _EFFICIENCY, _SLOWEST = 0.4, 0.1  # of the measured speed of large products
 _BYTES_PER_SECOND = 8e9  # an optimizer goes through its states at memory speed; this where it was not measured
@@ -182,12 +183,14 @@ def _seconds(timeline: Timeline, setup: Setup, profile: Profile, trust: Trust) -
 
 
 def _ranged(trust: Trust, measure: str, point: float, upper: float) -> Range:
-    """Corrected by what runs of this kind have needed; their worst replaces the general slack once there are three."""
+    """Corrected by what runs of this kind have needed. From three on their worst stands for half of the general slack; the other
+    half stays, for the next run has another batch and other data."""
     found = trust.of(measure)
     if not found.num_runs:
         return Range(point, upper)
-    seen = point * max(found.most, found.factor)
-    return Range(point * found.factor, seen if found.num_runs >= 3 else max(seen, upper * found.factor))
+    corrected, seen = point * found.factor, point * max(found.most, found.factor)
+    kept = _KEPT_SLACK if found.num_runs >= _ENOUGH_RUNS else 1.0
+    return Range(corrected, max(seen, corrected + kept * (upper - point)))
 
 
 def _assumed(profile: Profile, setup: Setup) -> list[str]:

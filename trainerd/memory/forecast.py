@@ -51,6 +51,7 @@ def question(config: RunConfig, place: Place, splittable: bool = True) -> Questi
         offload="none" if config.memory.offload == "auto" else config.memory.offload,
         compiled=train.compile,
         checkpointing="none" if train.activation_checkpointing == "auto" else train.activation_checkpointing,
+        attention=train.attention,
     )
     values: dict[str, object] = {"memory.logits": config.memory.logits, "memory.offload": config.memory.offload}
     values["train.activation_checkpointing"] = "none" if train.compile else train.activation_checkpointing
@@ -65,9 +66,10 @@ def answer(config: RunConfig, place: Place, table: Table, splittable: bool = Tru
     if wanted not in ("auto", "none", *table.offers):
         message = f"train.activation_checkpointing is {wanted}, but this task (with these settings) names no blocks to compute again."
         raise ConfigError([message], "Leave it at auto, or give the task blocks(model): a list of its layers.")
-    trust = receipts.trust(place.receipts, table.kind, place.name, place.profile.torch or None)
+    torch, given = place.profile.torch or None, tuple(place.receipts)
 
     def ask(setup: Setup) -> Estimate:
+        trust = receipts.trust(given, table.kind, place.name, torch, setup)
         return estimate(table, setup, place.profile, trust)
 
     return choose(question(config, place, splittable), table, ask)

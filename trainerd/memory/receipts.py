@@ -1,7 +1,7 @@
 """What earlier runs really needed beside what was foretold, and what that says about the next estimate. Must not measure.
 
-The engine writes runs/<run>/receipt.json; here they are read. Only receipts of the same model kind, device and torch count:
-corrections do not travel between models.
+The engine writes runs/<run>/receipt.json; here they are read. Only receipts of the same model kind, device, torch and kind of
+setup count: corrections do not travel between models, and what bf16 needs beyond its tensors fp32 does not show.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from trainerd.contract import files, runs
 from trainerd.contract.errors import Unreadable
 from trainerd.contract.paths import Home
+from trainerd.memory.timeline import Setup
 
 FILE = "receipt.json"
 MEASURES = ("allocated_bytes", "reserved_bytes", "driver_bytes", "ram_bytes", "seconds_per_step")
@@ -31,25 +32,33 @@ class Correction:
     factor: float = 1.0
     most: float = 1.0
     num_runs: int = 0
+    seen: float = 1.0
+    """The most without what is put on top for the next one."""
 
 
 @dataclass(frozen=True)
 class Trust:
-    """The corrections by measure; `num_runs` of the same kind were found."""
+    """The corrections by measure, from runs of one kind of setup (`of_setup`, in words); `num_others` of the same model had another."""
 
     corrections: Mapping[str, Correction]
-    num_runs: int = 0
+    of_setup: str = ""
+    num_others: int = 0
 
     def of(self, measure: str) -> Correction:
         return self.corrections.get(measure, Correction())
 
     def words(self, measure: str) -> str:
-        """How far the estimate of this measure can be trusted."""
-        found = self.of(measure)
+        """How far the estimate of this measure can be trusted: how many receipts count, and for what."""
+        found, kind = self.of(measure), f" ({self.of_setup})" if self.of_setup else ""
+        others = f"; {_runs(self.num_others)} with another setup: not counted" if self.num_others else ""
         if not found.num_runs:
-            return "no run of this kind has been measured here yet"
-        runs_of = f"{found.num_runs} earlier run{'s' if found.num_runs > 1 else ''} of this kind"
-        return f"corrected by {found.factor:.2f} after {runs_of}, which needed up to {found.most:.2f} of what was foretold"
+            return f"no run of this kind{kind} has been measured here yet{others}"
+        needed = f"which needed up to {found.seen:.2f} of what was foretold"
+        return f"corrected by {found.factor:.2f} after {_runs(found.num_runs)} of this kind{kind}, {needed}{others}"
+
+
+def _runs(number: int) -> str:
+    return f"{number} earlier run{'s' if number != 1 else ''}"
 
 
 NOTHING = Trust({})
@@ -66,15 +75,39 @@ def read(home: Home) -> list[dict[str, Any]]:
     return found
 
 
-def trust(receipts: Iterable[Mapping[str, Any]], kind: str, device: str, torch: str | None) -> Trust:
-    """What the receipts of this kind say."""
+def setup_kind(setup: Setup) -> dict[str, Any]:
+    """What of a setup decides which of torch's kernels and which states there are. A micro-batch only makes them larger."""
+    return {
+        "precision": setup.precision,
+        "optimizer": setup.optimizer,
+        "offload": setup.offload,
+        "checkpointing": setup.checkpointing,
+        "logits": setup.logits,
+        "attention": setup.attention,
+        "compiled": setup.compiled,
+    }
+
+
+_USUAL = {"offload": "none", "checkpointing": "none", "logits": "chunked", "attention": "auto", "compiled": False}
+
+
+def _in_words(kind: Mapping[str, Any]) -> str:
+    """Precision and optimizer always, the rest where it is not the usual."""
+    unusual = [f"{name} {value}" for name, value in kind.items() if name in _USUAL and value != _USUAL[name]]
+    return ", ".join([str(kind["precision"]), str(kind["optimizer"]), *unusual]).replace("compiled True", "compiled")
+
+
+def trust(receipts: Iterable[Mapping[str, Any]], kind: str, device: str, torch: str | None, setup: Setup) -> Trust:
+    """What the receipts of this model, machine and kind of setup say. One that does not tell its setup is of no use."""
     alike = [r for r in receipts if r.get("kind") == kind and r.get("device") == device and (torch is None or r.get("torch") == torch)]
+    wanted = setup_kind(setup)
+    counted = [receipt for receipt in alike if receipt.get("setup") == wanted and not receipt.get("mixed")]
     corrections = {}
     for measure in MEASURES:
-        ratios = [ratio for receipt in alike if (ratio := _ratio(receipt, measure)) is not None]
+        ratios = [ratio for receipt in counted if (ratio := _ratio(receipt, measure)) is not None]
         if ratios:
             corrections[measure] = _correction(ratios)
-    return Trust(corrections, len(alike))
+    return Trust(corrections, _in_words(wanted), len(alike) - len(counted))
 
 
 def _ratio(receipt: Mapping[str, Any], measure: str) -> float | None:
@@ -96,4 +129,4 @@ def _correction(ratios: list[float]) -> Correction:
     middle = statistics.median(math.log(ratio) for ratio in ratios)
     weight = len(ratios) / (len(ratios) + _DOUBT)
     most = max(ratios)
-    return Correction(math.exp(middle * weight), most * (1 + _SPREAD / math.sqrt(len(ratios))), len(ratios))
+    return Correction(math.exp(middle * weight), most * (1 + _SPREAD / math.sqrt(len(ratios))), len(ratios), most)

@@ -34,6 +34,8 @@ class Setup:
     """none, or optimizer: its state, its own copy of the weights and the gradients lie on the host."""
     checkpointing: str = "none"
     """none, selective or full: what the model's blocks compute again on the way back."""
+    attention: str = "auto"
+    """The kernel of scaled_dot_product_attention that was asked for (train.attention)."""
     compiled: bool = False
     """Whether torch.compile is on: then the estimate is that of the model without it, and says so."""
 
