@@ -52,7 +52,7 @@ class Trust:
         found, kind = self.of(measure), f" ({self.of_setup})" if self.of_setup else ""
         others = f"; {_runs(self.num_others)} with another setup: not counted" if self.num_others else ""
         if not found.num_runs:
-            return f"no run of this kind{kind} has been measured here yet{others}"
+            return f"no run has been measured here yet of this kind{kind}{others}"
         needed = f"which needed up to {found.seen:.2f} of what was foretold"
         return f"corrected by {found.factor:.2f} after {_runs(found.num_runs)} of this kind{kind}, {needed}{others}"
 
