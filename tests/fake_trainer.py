@@ -124,6 +124,7 @@ class FakeTrainer:
         self.paths.model.mkdir(parents=True, exist_ok=True)
         self.paths.result.write_text("{}", encoding="utf-8")
         self.send(wire.FINISHED)
+        time.sleep(float(str(self.script.get("wedge", 0))))
         return wire.EXIT_FINISHED
 
     def loss(self) -> float:

@@ -34,14 +34,12 @@ _MOST_STEPS = 32
 
 def follow(supervisor: Supervisor, gone: TrainerProcess, leaving: Leaving | None) -> None:
     """Bring record and state up to date with a trainer that is gone, and decide what comes next."""
-    for ident in supervisor.saves_asked:
-        supervisor.report.answer(ident, "save", "refused: the trainer ended before it had saved.")
-    supervisor.saves_asked.clear()
+    _refuse_saves(supervisor)
     at_stake = report.at_stake_in(supervisor.report.status)
     supervisor.report.trainer_gone()
     run = supervisor.journal.record.id
     if gone.said_finished or result_stamp(supervisor.home, run) not in (None, gone.result_before):
-        supervisor.end(status.COMPLETED, f"Completed. The model is in models/{run}.")
+        supervisor.end(status.COMPLETED, _completed(supervisor))
     elif leaving is not None and leaving.hang is not None and leaving.why == "hang":
         _died(supervisor, gone, Death(_hung(gone, leaving.hang)))
     elif leaving is None and gone.exit_code == wire.EXIT_NO_ROOM:
@@ -50,6 +48,21 @@ def follow(supervisor: Supervisor, gone: TrainerProcess, leaving: Leaving | None
         _left(supervisor, gone, leaving, at_stake)
     else:
         _died(supervisor, gone, _explain(supervisor, gone))
+
+
+def _refuse_saves(supervisor: Supervisor) -> None:
+    for ident in supervisor.saves_asked:
+        supervisor.report.answer(ident, "save", "refused: the trainer ended before it had saved.")
+    supervisor.saves_asked.clear()
+
+
+def _completed(supervisor: Supervisor) -> str:
+    return f"Completed. The model is in models/{supervisor.journal.record.id}."
+
+
+def _where(supervisor: Supervisor) -> str:
+    step = supervisor.journal.record.step
+    return "" if step is None else f" at step {step:,}"
 
 
 def result_stamp(home: Home, run: str) -> tuple[int, int] | None:
@@ -71,13 +84,35 @@ def _left(supervisor: Supervisor, gone: TrainerProcess, leaving: Leaving, at_sta
         supervisor.journal.note("left badly", exit_code=gone.exit_code, how=how, at_stake=at_stake)
         supervisor.report.status.trainer.last_exit = how
     if leaving.why != "pause":
-        step = supervisor.journal.record.step
-        where = "" if step is None else f" at step {step:,}"
-        supervisor.end(status.STOPPED, f"Stopped{where}; {how_to_go_on(supervisor)}{words}")
+        supervisor.end(status.STOPPED, f"Stopped{_where(supervisor)}; {how_to_go_on(supervisor)}{words}")
     elif supervisor.journal.record.wanted == runs.WANTED_RUNNING:
         supervisor.start_at = time.monotonic()  # resume came while it was leaving
     else:
         supervisor.rest_paused(words)
+
+
+def cannot_be_killed(supervisor: Supervisor, stuck: TrainerProcess, leaving: Leaving) -> None:
+    """It was killed and is still there, as a process inside a driver can be: the person is told what stands, and a stop does not wait.
+
+    No other trainer is started beside it: it holds the device, the lock of the home and, for all we know, a file half written.
+    """
+    words = f"the trainer (process {stuck.pid}) cannot be killed: it is stuck in a driver or on a disk"
+    if leaving.for_good:
+        _refuse_saves(supervisor)
+        supervisor.report.trainer_gone(stuck.pid)
+        supervisor.journal.note("cannot be killed", pid=stuck.pid, why=leaving.why, log=stuck.log_path.name)
+        if stuck.said_finished:
+            supervisor.end(status.COMPLETED, f"{_completed(supervisor)} But {words}; a reboot ends it.")
+        else:
+            supervisor.end(status.STOPPED, f"Stopped{_where(supervisor)}, but {words}; a reboot ends it. Then {how_to_go_on(supervisor)}")
+        return
+    paused = supervisor.journal.record.wanted == runs.WANTED_PAUSED
+    then = "paused" if paused else "started again"
+    reason = f"The training is {then} as soon as its trainer is gone, but {words}. A reboot ends it; `stop` does not wait for it."
+    if supervisor.report.status.reason != reason:
+        supervisor.journal.note("cannot be killed", pid=stuck.pid, why=leaving.why, log=stuck.log_path.name)
+        supervisor.report.state(status.RUNNING if paused else status.RECOVERING, reason)
+        supervisor.report.urgent()
 
 
 def _made_room(supervisor: Supervisor, gone: TrainerProcess) -> None:

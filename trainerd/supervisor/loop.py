@@ -263,7 +263,7 @@ class Supervisor:
             last = current.checkpoint.seconds if current.checkpoint else None
             limit = limit_seconds or self.timing.leave_seconds + 10 * (last or 0.0)
         before, deadline = self.leaving, time.monotonic() + limit
-        if before is not None and before.hang is not None:
+        if before is not None and (before.hang is not None or before.killed_at is not None):
             deadline = min(deadline, before.deadline)  # it was not alive before, either
         self.leaving = Leaving(why, save, deadline, before.killed_at if before else None)
         self.trainer.send(wire.LEAVE, why="pause" if why == "pause" else "stop", save=save)
@@ -299,13 +299,9 @@ class Supervisor:
             leaving.killed_at = now
             leaving.deadline = now + self.timing.unkillable_seconds
             self.trainer.kill()
-        elif not leaving.for_good:
-            leaving.deadline = now + self.timing.unkillable_seconds
-            self.report.warn(f"The trainer (process {self.trainer.pid}) cannot be killed: it is stuck in a driver.")
         else:
-            state = status.COMPLETED if leaving.why == "finished" else status.STOPPED
-            words = f"the trainer (process {self.trainer.pid}) cannot be killed: it is stuck in a driver; a reboot ends it."
-            self.end(state, f"{state.capitalize()}, but {words}")
+            leaving.deadline = now + self.timing.unkillable_seconds
+            aftermath.cannot_be_killed(self, self.trainer, leaving)
 
     # --- what is done --------------------------------------------------------------------------------------------------
 

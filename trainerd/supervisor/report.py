@@ -50,9 +50,9 @@ class Report:
         """Something changed that somebody may be waiting for."""
         self._urgent = True
 
-    def trainer_gone(self) -> None:
-        """Numbers that were the trainer's are not true any more."""
-        self.status.trainer.pid = self.status.trainer.started_at = None
+    def trainer_gone(self, left_pid: int | None = None) -> None:
+        """Numbers that were the trainer's are not true any more. `left_pid`: the process is still there, and nobody can end it."""
+        self.status.trainer.pid, self.status.trainer.started_at = left_pid, None
         self.status.phase = None
         progress, vram = self.status.progress, self.status.memory.vram
         progress.samples_per_second = progress.tokens_per_second = progress.eta_seconds = None
@@ -169,5 +169,3 @@ def keep_damaged_aside(home: Home) -> Path | None:
             files.replace(home.status, aside)
             return aside
     return None
-
-
