@@ -21,7 +21,9 @@ def warnings(home: Home, asked: Resolved) -> list[str]:
     what = "GPU memory" if found.place.device == "cuda" else "RAM"
     said = f"This training needs {size(needed.point)} of {what}, at most {size(needed.upper)}; {found.budget}."
     if found.answer.verdict == planner.TIGHT:
-        return [*notes, f"{said} It may have to repeat steps in smaller pieces."]
+        first = next((" ".join(f"--set {setting}" for setting in one.settings) for one in found.answer.proposals), None)
+        better = f" It would fit for certain with: {first}" if first else ""
+        return [*notes, f"{said} It may have to repeat steps in smaller pieces.{better}"]
     raise Refused(f"It does not fit. {said}", "\n".join([*forecast_view.remedies(found.answer), _room(found)]))
 
 

@@ -33,16 +33,19 @@ def lines(outlook: Outlook, fancy: bool, style: Style) -> list[str]:
     shown += _listed("How far to trust it", [found.trust])
     shown += _listed("Assumed", found.assumed)
     shown += _listed("Not in the estimate", found.not_modelled)
-    if answer.verdict not in _SAID:
-        shown += ["", *remedies(answer)]
-    return shown
+    return [*shown, *_changes(answer)]
 
 
 def short(outlook: Outlook, fancy: bool, style: Style) -> list[str]:
     """What is trained, what it needs, and whether that fits."""
     answer = outlook.answer
     shown = [*_heading(answer.estimate, outlook, style), *_verdict(answer, outlook, fancy, style)]
-    return [*shown, "", *remedies(answer)] if answer.verdict not in _SAID else shown
+    return [*shown, *_changes(answer)]
+
+
+def _changes(answer: Answer) -> list[str]:
+    """Where something could be done about it."""
+    return ["", *remedies(answer)] if answer.verdict not in _SAID or answer.proposals else []
 
 
 def unknown(found: Unknown, style: Style) -> list[str]:
@@ -52,11 +55,12 @@ def unknown(found: Unknown, style: Style) -> list[str]:
 
 
 def remedies(answer: Answer) -> list[str]:
-    """What would make it fit; each has been estimated with the change made."""
+    """What would make it fit, for certain where it is tight; each has been estimated with the change made."""
     if not answer.proposals:
         needed = answer.estimate.needed
         return _wrapped(f"Nothing the engine can change makes it fit: at best it needs {size(needed.point)}. A smaller model would.", _WIDE)
-    return ["It would fit with:", *(line for proposal in answer.proposals for line in _proposed(proposal))]
+    certainly = " for certain" if answer.verdict == TIGHT else ""
+    return [f"It would fit{certainly} with:", *(line for proposal in answer.proposals for line in _proposed(proposal))]
 
 
 def _proposed(proposal: Proposal) -> list[str]:

@@ -157,6 +157,18 @@ def test_a_machine_is_measured_once_and_then_a_steps_time_is_foretold(person: Pe
     assert "bare trainer" in person.types("memory", "profile").stdout
 
 
+def test_a_tight_plan_says_what_would_make_it_fit_for_certain(person: Person) -> None:
+    """Exit 0, amber, and the changes with which the bar would be green; typed as printed, it is."""
+    fixed = ("--device", "cpu", "--set", "train.batch_size=65536", "--set", "train.micro_batch=65536", "--set", "train.precision=fp32")
+    needed = planned(person, "--budget", "1TB", *fixed)["estimate"]["ram"]
+    tight = ("--budget", f"{(needed['point'] + needed['upper']) // 2}B", *fixed)
+    assert planned(person, *tight)["verdict"] == "tight"
+    shown = person.types("plan", *tight).stdout
+    assert "It would fit for certain with:" in shown, shown
+    setting = shown.split("--set ", 1)[1].split()[0]
+    assert planned(person, *tight, "--set", setting)["verdict"] == "fits"
+
+
 def test_training_in_the_terminal_refuses_what_does_not_fit_too(person: Person) -> None:
     """optimized_train.py: exit 5 with the same words, and nothing is begun."""
     words = ["--set", "train.batch_size=65536", "--set", "train.micro_batch=65536", "--set", "memory.ram_limit=3GB"]

@@ -176,6 +176,21 @@ def test_every_proposal_fits_when_it_is_applied(budget: int, batch: int, fixed: 
         assert again.verdict == FITS, proposal.settings
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_what_is_tight_is_told_what_would_make_it_fit_for_certain(device: str) -> None:
+    """Amber, not red: it is tried as it is, and the smallest changes are proposed all the same; each fits when it is applied."""
+    config: dict[str, Any] = {"batch_size": 4096, "micro_batch": 4096, "precision": "fp32"}
+    needed = estimate(GRU, Setup(device, "fp32", 4096, 4096)).needed
+    budget = int((needed.point + needed.upper) / 2)
+    answer = plan(config, budget, device=device)
+    assert answer.verdict == TIGHT and answer.setup.micro_batch == 4096 and answer.used == ()
+    assert answer.proposals and answer.proposals[0].settings[0].startswith("train.micro_batch=")
+    for proposal in answer.proposals:
+        changed = config | {key.removeprefix("train."): value for key, _, value in (one.partition("=") for one in proposal.settings)}
+        changed["micro_batch"] = int(changed["micro_batch"])
+        assert plan(changed, budget, device=device).verdict == FITS, proposal.settings
+
+
 def test_the_planner_asks_no_setup_twice() -> None:
     """An estimate costs milliseconds; the search is a bisection."""
     asked: list[Setup] = []

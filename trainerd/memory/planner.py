@@ -45,7 +45,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Answer:
-    """The setup to train with, what it needs, and whether that fits; when not, the smallest changes that would."""
+    """The setup to train with, what it needs, and whether that fits; unless it does for certain, the smallest changes with which it would."""
 
     estimate: Estimate
     verdict: str
@@ -86,7 +86,8 @@ def choose(question: Question, table: Table, estimating: Estimating) -> Answer:
         if found:
             best, used = _fastest(found)
             taken = used if best.setup.micro_batch == question.setup.micro_batch else (*used, "smaller micro-batch")
-            return Answer(best, judge(best, question.budget_bytes, question.ram_bytes), question.budget_bytes, taken, ())
+            better = _proposals(question, table, ask) if wanted == TIGHT else ()
+            return Answer(best, judge(best, question.budget_bytes, question.ram_bytes), question.budget_bytes, taken, better)
     smallest = ask(ways[-1][0].with_micro_batch(1)) if _may_split(question) else ask(ways[-1][0])
     return Answer(smallest, TOO_LARGE, question.budget_bytes, (), _proposals(question, table, ask))
 
