@@ -11,6 +11,8 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import TYPE_CHECKING
 
+from trainerd.memory import alike
+
 if TYPE_CHECKING:
     from trainerd.memory.tape import Node, Tensor
 
@@ -18,17 +20,16 @@ if TYPE_CHECKING:
 def run(roots: list[tuple[Node, int, Tensor]]) -> None:
     """The engine: nodes in order, each when all that lead to it have run. `roots` is emptied: nobody else may hold those."""
     leaves = _dependencies([node for node, _, _ in roots])
-    ready: list[tuple[int, int, Node]] = []
+    if not roots:
+        return
+    tape = roots[0][2].tape
+    before = tape.turn
     turn = count()  # of leaves, the one that was complete first
-    for node, output, grad in roots:
-        node.grads = node.grads or [None] * node.num_outputs
-        node.grads[output] = grad
-        if not node.waiting:
-            heappush(ready, (-node.order if node.order >= 0 else -sys.maxsize, next(turn), node))
-    roots.clear()
-    grad = None  # type: ignore[assignment]
+    ready = _first(roots, turn)
     while ready:
         node = heappop(ready)[2]
+        if node.turn is not tape.turn and node.order >= 0:
+            tape.cut(node.turn, alike.BACKWARD)
         grads, node.grads = node.grads or [None], None
         outputs = list(node.backward(node, grads))
         del grads
@@ -51,8 +52,23 @@ def run(roots: list[tuple[Node, int, Tensor]]) -> None:
             target.waiting -= 1
             if not target.waiting:
                 heappush(ready, (-target.order if target.order >= 0 else -sys.maxsize, next(turn), target))
+    if tape.turn is not before:
+        tape.cut(before, alike.BACKWARD)
     for leaf, waiting, kept in leaves:
         leaf.waiting, leaf.grads = waiting, kept
+
+
+def _first(roots: list[tuple[Node, int, Tensor]], turn: count[int]) -> list[tuple[int, int, Node]]:
+    """The roots that nothing else leads to, with their gradients; the list they came in is emptied."""
+    ready: list[tuple[int, int, Node]] = []
+    while roots:
+        node, output, grad = roots.pop(0)
+        node.grads = node.grads or [None] * node.num_outputs
+        node.grads[output] = grad
+        del grad
+        if not node.waiting:
+            heappush(ready, (-node.order if node.order >= 0 else -sys.maxsize, next(turn), node))
+    return ready
 
 
 def _dependencies(roots: list[Node]) -> list[tuple[Node, int, list[Tensor | None] | None]]:

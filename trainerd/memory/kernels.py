@@ -20,7 +20,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     weight, x = low(weight, weight=True), low(x)  # C++ evaluates arguments from the last: the way back begins with x
     tape, rows = x.tape, prod(x.shape[:-1])
     flops = 2.0 * rows * weight.numel
-    tape.products.add((rows, *weight.shape))
+    tape.multiplied.append((rows, *weight.shape))
     shape = (*x.shape[:-1], weight.shape[0])
     if x.contiguous or len(x.shape) == 2:
         made = tape.product(shape, x.dtype, flops)
@@ -60,7 +60,7 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
         x, y = contiguous(x), y if y.contiguous or len(y.shape) < 4 else clone(y)
     tape = x.tape
     made = tape.product((*x.shape[:-1], y.shape[-1]), x.dtype, 2.0 * x.numel * y.shape[-1])
-    tape.products.add((*x.shape, y.shape[-1]))
+    tape.multiplied.append((*x.shape, y.shape[-1]))
     saved = (x.detach() if y.requires_grad else None, y.detach() if x.requires_grad else None)
     tape.record([made], [x, y], _matmul_back, saved)
     return made

@@ -13,42 +13,32 @@ from trainerd.memory.allocator import Peaks, segment_bytes
 
 _UNIT = 9  # all sizes are counted in 512 bytes
 _SMALL = (1 << 20) >> _UNIT
-_FAR = 40  # bits for an address
+_FAR = 34  # bits for an address
 _ADDRESS = (1 << _FAR) - 1
 
 
 def peaks(sizes: Sequence[int], events: Sequence[int]) -> Peaks:
     """The peaks after these events: n is the birth of storage n, ~n its end."""
     units = [(size + 511) >> _UNIT for size in sizes]
-    least = [size << _FAR for size in units]
-    # Of each pool the free blocks: size and address as one number, sorted.
-    small: list[int] = []
-    large: list[int] = []
-    # The size of a free block, by where it begins, and by where it ends.
-    begins: dict[int, int] = {}
-    ends: dict[int, int] = {}
+    # Of each pool the free blocks: size and address as one number, sorted; and their sizes by where they begin, and where they end.
+    small, large, begins, ends = list[int](), list[int](), dict[int, int](), dict[int, int]()
     places = [0] * len(sizes)
     allocated = reserved = most = address = 0
     for event in events:
         if event >= 0:
             size = units[event]
-            if size <= _SMALL:
-                if not size:
-                    continue
-                keys, spare = small, 0
-            else:
-                keys, spare = large, _SMALL
-            at = bisect_left(keys, least[event])
+            if not size:
+                continue
+            keys, spare = (small, 0) if size <= _SMALL else (large, _SMALL)
+            at = bisect_left(keys, size << _FAR)
             if at < len(keys):
                 key = keys.pop(at)
-                place = key & _ADDRESS
-                whole = key >> _FAR
+                place, whole = key & _ADDRESS, key >> _FAR
                 del begins[place]
             else:
                 whole = segment_bytes(size << _UNIT) >> _UNIT
                 reserved += whole
-                place = address
-                address += whole + 1  # segments never touch
+                place, address = address, address + whole + 1  # segments never touch
             rest = whole - size
             if rest > spare:
                 start = place + size
@@ -56,31 +46,24 @@ def peaks(sizes: Sequence[int], events: Sequence[int]) -> Peaks:
                 insort(keys, rest << _FAR | start)
             else:
                 ends.pop(place + whole, None)
-                if rest:
-                    units[event] = size = whole
+                units[event] = size = whole
             places[event] = place
             allocated += size
             if allocated > most:
                 most = allocated
-        else:
-            event = ~event
-            size = units[event]
-            if not size:
-                continue
+        elif size := units[~event]:
             allocated -= size
             keys = small if size <= _SMALL else large
-            place = places[event]
+            place = places[~event]
             end = place + size
             if end in begins:
                 more = begins.pop(end)
                 del keys[bisect_left(keys, more << _FAR | end)]
                 end += more
-                size += more
             if place in ends:
                 more = ends.pop(place)
                 place -= more
                 del keys[bisect_left(keys, more << _FAR | place)]
-                size += more
-            begins[place] = ends[end] = size
+            begins[place] = ends[end] = size = end - place
             insort(keys, size << _FAR | place)
     return Peaks(most << _UNIT, reserved << _UNIT)

@@ -45,7 +45,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Answer:
-    """The setup to train with, what it needs, and whether that fits; unless it does for certain, the smallest changes with which it would."""
+    """The setup to train with, what it needs, and whether that fits; unless it does for certain, the smallest changes that would."""
 
     estimate: Estimate
     verdict: str

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, count
 from math import prod
+from operator import invert, neg
 from typing import Any
 
-from trainerd.memory import backward
+from trainerd.memory import alike, backward
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
 WEIGHTS, ADAPTERS, BUFFERS, OPTIMIZER = "weights", "adapters", "buffers", "optimizer"
@@ -76,7 +77,7 @@ Backward = Callable[["Node", "list[Tensor | None]"], "Sequence[Tensor | None]"]
 class Node:
     """One step of the way back. `saved` are the tensors it needs, let go as soon as it has run."""
 
-    __slots__ = ("about", "backward", "edges", "grads", "num_outputs", "order", "saved", "shapes", "variable", "waiting")
+    __slots__ = ("about", "backward", "edges", "grads", "num_outputs", "order", "saved", "shapes", "turn", "variable", "waiting")
     backward: Backward
     order: int
     edges: list[tuple[Node, int] | None]
@@ -88,6 +89,7 @@ class Node:
     waiting: int
     """While the way back is gone: so many edges have not brought their gradient yet."""
     grads: list[Tensor | None] | None
+    turn: alike.Turn | None
 
     def needs(self, place: int) -> bool:
         return self.edges[place] is not None
@@ -99,7 +101,7 @@ def _node(backward: Backward, order: int, edges: list[tuple[Node, int] | None]) 
     made.saved = made.about = ()
     made.shapes = []
     made.num_outputs, made.waiting = 1, 0
-    made.variable = made.grads = None
+    made.variable = made.grads = made.turn = None
     return made
 
 
@@ -125,12 +127,17 @@ class Tape:
         self._ended = self.events.append
         self._live = self._peak = self._peak_event = self._counted = 0
         self.given: list[tuple[int, int, str]] = []
-        """Gradients that leaves took as they were: when, which storage, and of which kind it was until then."""
+        """Gradients that leaves took as they were: when, which storage, and of which kind it had been."""
         self.flops = 0.0
         self.keeping: Any = None
         """While a selective checkpoint's block is run: what keeps its products (checkpointing.py)."""
-        self.products: set[tuple[int, ...]] = set()
-        """The different shapes that were multiplied, forwards."""
+        self.multiplied: list[tuple[int, ...]] = []
+        """The shapes of all products, forwards."""
+        self.skips = False
+        """Whether places() may leave out places that are like others: then write_out() must follow."""
+        self.turn: alike.Turn | None = None
+        self.cuts: list[alike.Cut] = []
+        self.loops: list[int] = []
         self.parameters: list[Tensor] = []
         self.buffers: list[Tensor] = []
         self._order = count()
@@ -213,6 +220,27 @@ class Tape:
         """A part of the batch."""
         return self.new(shape, dtype)
 
+    def places(self, number: int) -> Sequence[int]:
+        """Which of so many places of a recurrent layer are played: all, or some of those that are alike."""
+        return alike.played(number) if self.skips else range(number)
+
+    def turns(self, number: int) -> Iterator[int]:
+        """The same, one after the other."""
+        if not self.skips:
+            yield from range(number)
+            return
+        before, loop = self.turn, len(self.loops)
+        self.loops.append(number)
+        for place, label in enumerate(alike.played(number)):
+            self.cut((loop, place), alike.FORWARD)
+            yield label
+        self.cut(before, alike.FORWARD)
+
+    def cut(self, turn: alike.Turn | None, way: int) -> None:
+        """From here on, events belong to this turn of a loop."""
+        self.turn = turn
+        self.cuts.append(alike.Cut(len(self.events), len(self.sizes), self.flops, len(self.multiplied), turn, way))
+
     def mark(self, phase: str) -> None:
         """From here on, this phase."""
         self.marks.append((len(self.events), phase))
@@ -271,7 +299,7 @@ class Tape:
         node = Node()
         node.backward, node.order, node.edges = backward, next(self._order), edges
         node.saved, node.about, node.num_outputs, node.shapes = saved, about, len(made), shapes
-        node.waiting = 0
+        node.waiting, node.turn = 0, self.turn
         node.variable = node.grads = None
         for place, tensor in enumerate(made):
             tensor.node, tensor.output = node, place
@@ -287,61 +315,60 @@ class Tape:
         """The way back from these nodes' outputs, with these gradients; see backward.py."""
         backward.run(roots)
 
-    def repeat(self, began: int) -> None:
-        """The events since `began` once more, but for what was made in them and is still there."""
-        self._count()
-        self._play(self.events[began:], {})
-        self._counted = len(self.events)  # no higher than the first time
+    def here(self) -> tuple[int, int]:
+        """The next event, and the next storage."""
+        return len(self.events), len(self.sizes)
 
-    def follow(self, began: int) -> None:
+    def repeat(self, began: tuple[int, int]) -> None:
+        """The events since `began` once more, but for what was made in them and is still there."""
+        self._play(began, {})
+
+    def follow(self, began: tuple[int, int]) -> None:
         """A second micro-batch after that since `began`: where leaves took their gradients, it is added to those and ends there."""
         ends: dict[int, list[tuple[int, str]]] = {}
         for at, number, kind in self.given:
-            if at >= began:
-                ends.setdefault(at - began, []).append((number, kind))
-        self._play(self.events[began:], ends)
+            if at >= began[0]:
+                ends.setdefault(at - began[0], []).append((number, kind))
+        self._play(began, ends)
 
-    def _play(self, played: list[int], ends: Mapping[int, list[tuple[int, str]]]) -> None:
+    def _play(self, began: tuple[int, int], ends: Mapping[int, list[tuple[int, str]]]) -> None:
         """These events with storages of their own. `ends`: what does not stay this time, by its place, and of which kind it is."""
-        ended = {~event for event in played if event < 0}
+        at, low = began
+        played, events, shift = self.events[at:], self.events, len(self.sizes) - low
+        stays = set(range(low, len(self.sizes))).difference(map(invert, played))
         for some in ends.values():
-            ended.update(number for number, _ in some)
-        born = [event for event in played if event in ended]
-        first = len(self.sizes)
-        again = dict(zip(born, range(first, first + len(born)), strict=True))
-        again |= {~event: ~number for event, number in again.items()}
-        self.sizes += [self.sizes[event] for event in born]
-        self.kinds += [self.kinds[event] for event in born]
+            stays.difference_update(number for number, _ in some)
+        self.sizes += self.sizes[low:]
+        self.kinds += self.kinds[low:]
         begin = 0
-        for at, some in sorted(ends.items()):
-            self.events += [again[event] for event in played[begin:at] if event in again]
-            for number, kind in some:
-                self.events.append(again[~number])
-                self.kinds[again[number]] = kind
-            begin = at
-        self.events += [again[event] for event in played[begin:] if event in again]
+        for end in sorted({*ends, len(played)}):
+            part = played[begin:end]
+            events += [e + shift if e >= 0 else e - shift for e in part if e not in stays and (e >= 0 or ~e >= low)]
+            for number, kind in ends.get(end, ()):
+                events.append(~(number + shift))
+                self.kinds[number + shift] = kind
+            begin = end
 
     def close(self) -> None:
         """Let go of the parameters: each holds its node, and that the parameter."""
         for parameter in self.parameters:
             parameter.node = parameter.grad = None
 
-    def breakdown(self) -> dict[str, int]:
-        """Bytes by kind at the peak."""
-        self._count()
-        before = self.events[: self._peak_event]
-        ended = {~event for event in before if event < 0}
+    def breakdown(self, at: int | None = None) -> dict[str, int]:
+        """Bytes by kind at the peak, or after so many events."""
+        if at is None:
+            self._count()
+        before = self.events[: self._peak_event if at is None else at]
         found: dict[str, int] = {}
-        for number in before:
-            if number >= 0 and number not in ended:
-                found[self.kinds[number]] = found.get(self.kinds[number], 0) + self.sizes[number]
+        for number in sorted({event for event in before if event >= 0}.difference(map(invert, before))):
+            found[self.kinds[number]] = found.get(self.kinds[number], 0) + self.sizes[number]
         return found
 
 
 def levels(sizes: Sequence[int], events: Sequence[int], before: int = 0) -> list[int]:
     """What is held before the first event, and after each."""
     # An end is looked up from the back: sizes[n] for n, -sizes[n] for ~n.
-    changes = [*sizes, *(-size for size in reversed(sizes))]
+    changes = [*sizes, *map(neg, reversed(sizes))]
     return list(accumulate(map(changes.__getitem__, events), initial=before))
 
 

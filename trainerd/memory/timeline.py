@@ -7,10 +7,13 @@ a step on the host together; gradients live from the first micro-batch of a step
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
+from trainerd.memory import alike
+from trainerd.memory.alike import NotAlike
 from trainerd.memory.optimizers import Optimizer
 from trainerd.memory.tape import ACTIVATIONS, STAGING, Tape, Tensor, levels
 
@@ -112,9 +115,17 @@ class Built(Protocol):
 
 def of_model(build: Callable[[Tape], Built], setup: Setup) -> Timeline:
     """The timeline of the model that `build` puts on a tape."""
+    try:
+        return _of_model(build, setup, skips=True)
+    except NotAlike:
+        return _of_model(build, setup, skips=False)
+
+
+def _of_model(build: Callable[[Tape], Built], setup: Setup, *, skips: bool) -> Timeline:
     collecting = gc.isenabled()
     gc.disable()  # nothing here is circular but the leaves, and thousands of small objects come and go
     tape = Tape(setup.device, None if setup.precision == "fp32" else setup.precision)
+    tape.skips = skips
     try:
         return _played(tape, build, setup)
     finally:
@@ -146,33 +157,37 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup) -> Timelin
         host_bytes += staging
     tape.kind = ACTIVATIONS
     tape.mark(STEP)
-    began, made = len(tape.events), len(tape.sizes)
+    began = tape.here()
     flops = _step(tape, model, optimizer, setup)
-    operations = (len(tape.sizes) - made) / (1 if setup.device == "cpu" else min(2, setup.accumulation))
+    operations = sum(map((-1).__lt__, tape.events[began[0] :])) / (1 if setup.device == "cpu" else min(2, setup.accumulation))
     if setup.device != "cpu":
         tape.mark(STEP)
         tape.repeat(began)
     worst = _evaluation(tape, model, setup)
+    events = list(tape.events)
+    held = levels(tape.sizes, events)
+    once = len(tape.marks) - 2 if setup.device != "cpu" else None  # the second step is no higher than the first, but for what that left
+    highest, at_peak = _highest(tape.marks, held, leaving_out=once)
     found = Timeline(
         sizes=tape.sizes,
         kinds=tape.kinds,
-        events=list(tape.events),
+        events=events,
         marks=tape.marks,
-        peak=tape.peak,
-        breakdown=tape.breakdown(),
+        peak=highest,
+        breakdown=tape.breakdown(at_peak),
         flops=flops,
         weight_bytes=sum(saved),
         state_bytes=state_bytes,
         host_bytes=host_bytes,
         pinned_bytes=pinned,
-        resting_bytes=tape.live,
+        resting_bytes=held[-1],
         worst_evaluation_bytes=worst,
         operations=operations,
-        num_products=len(tape.products),
+        num_products=len(set(tape.multiplied)),
         num_parameters=sum(p.numel for p in tape.parameters),
         num_trainable=sum(p.numel for p in trainable),
+        peaks=_by_phase(tape.marks, held),
     )
-    found.peaks = peaks(found)
     del copies, kept
     return found
 
@@ -184,13 +199,14 @@ def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup) -> float
     window = [model.micro_batch(tape, setup.micro_batch) for _ in range(min(setup.accumulation, _WINDOW))] if on_cpu else []
     if on_cpu and several:
         optimizer.give_gradients()
-    began = len(tape.events)
+    began = tape.here()
     batch = window[0] if window else model.micro_batch(tape, setup.micro_batch)
     with tape.autocast():
         loss = model.loss(batch)
     del batch
     tape.backward(loss)
     del loss
+    alike.write_out(tape, began[0])
     if several and not on_cpu:
         tape.follow(began)
     optimizer.clip()
@@ -202,11 +218,13 @@ def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup) -> float
 def _evaluation(tape: Tape, model: Built, setup: Setup) -> int:
     """Losses over held-out micro-batches, and what the task adds; the worst of the latter is returned, not played."""
     tape.mark(EVALUATING)
+    began = tape.here()
     with tape.no_grad(), tape.autocast():
         batch = model.micro_batch(tape, setup.micro_batch)
         loss = model.loss(batch)
         del batch, loss
         model.evaluate(tape, setup.micro_batch, worst=False)
+    alike.write_out(tape, began[0])
     aside = Tape(setup.device, tape.precision)
     with aside.no_grad(), aside.autocast():
         model.evaluate(aside, setup.micro_batch, worst=True)
@@ -215,9 +233,26 @@ def _evaluation(tape: Tape, model: Built, setup: Setup) -> int:
 
 def peaks(timeline: Timeline) -> dict[str, int]:
     """The highest point of every phase."""
+    return _by_phase(timeline.marks, levels(timeline.sizes, timeline.events))
+
+
+def _by_phase(marks: Sequence[tuple[int, str]], held: list[int]) -> dict[str, int]:
     found: dict[str, int] = {}
-    borders = [at for at, _ in timeline.marks] + [len(timeline.events)]
-    live = levels(timeline.sizes, timeline.events)
-    for (at, phase), end in zip(timeline.marks, borders[1:], strict=True):
-        found[phase] = max(found.get(phase, 0), max(live[at : end + 1]))
+    for (_, phase), some in zip(marks, _spans(marks, held), strict=True):
+        found[phase] = max(found.get(phase, 0), max(some))
     return found
+
+
+def _spans(marks: Sequence[tuple[int, str]], held: list[int]) -> Iterator[list[int]]:
+    borders = [at for at, _ in marks] + [len(held) - 1]
+    return (held[at : end + 1] for at, end in pairwise(borders))
+
+
+def _highest(marks: Sequence[tuple[int, str]], held: list[int], leaving_out: int | None) -> tuple[int, int]:
+    """The most that was held, and after how many events it was first held; `leaving_out` the phase of this number."""
+    best = (0, 0)
+    for number, some in enumerate(_spans(marks, held)):
+        highest = max(some)
+        if highest > best[0] and number != leaving_out:
+            best = highest, marks[number][0] + some.index(highest)
+    return best

@@ -131,7 +131,10 @@ class MemoryLayer:
         tape, width = given.tape, self.hidden
         states = tape.new((samples, 0, width), given.dtype)
         keys, recall = tape.new((samples, 0, self.attention), given.dtype), tape.new((samples, self.attention), given.dtype)
-        for place, here in enumerate(ops.pieces(given, (samples, given.shape[-1]), places)):
+        pieces = ops.pieces(given, (samples, given.shape[-1]), len(tape.places(places)))
+        for place, here in zip(tape.turns(places), pieces, strict=True):
+            if place != states.shape[1]:
+                states, keys = ops.stretched(states, samples, place, width), ops.stretched(keys, samples, place, self.attention)
             past = self._recalled(here, states, keys, recall) if place else tape.new((samples, width), given.dtype)
             read = self.from_past(past)
             state = self._gates(here, read, past)
@@ -152,7 +155,8 @@ class MemoryLayer:
         samples, places, _ = given.shape
         past = given.tape.new((samples, self.hidden), given.dtype)
         states = []
-        for here in ops.pieces(given, (samples, given.shape[-1]), places):
+        pieces = ops.pieces(given, (samples, given.shape[-1]), len(given.tape.places(places)))
+        for _, here in zip(given.tape.turns(places), pieces, strict=True):
             past = self._gates(here, self.from_past(past), past)
             states.append(past)
         return ops.cat(states, samples, places, self.hidden)
