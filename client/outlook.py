@@ -56,8 +56,6 @@ class Unknown:
 
 def look(home: Home, asked: Resolved, budget: str | None = None, device: str | None = None) -> Outlook | Unknown:
     """What training `asked` would need here, or within `budget` ("3.5GB") on a "gpu" or "cpu". Raises UsageError."""
-    if asked.config.memory.offload == "base":
-        return Unknown("With memory.offload=base nothing is foretold: how much of a base is streamed is known when its model is built.")
     found = table_of(home, asked)
     place, where, words = _place(home, asked.config, budget, device)
     notes = () if budget is not None or device is not None else unused_gpu()

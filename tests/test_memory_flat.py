@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from trainerd.engine.process import CACHES
+
 _CODE = """
 import json, sys
 from pathlib import Path
@@ -50,11 +52,11 @@ print(json.dumps(seen))
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library's heap is looked at")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_long_training_stays_as_large_as_it_was(precision: str, tmp_path: Path) -> None:
-    """After the first quarter, 2,000 steps of rows of any length with 20 evaluations and 40 checkpoints add less than 2 % and 8 MB.
-    oneDNN's cache of compiled shapes is made small for it, so that it is full by then: it grows to its own limit, and no further."""
+    """After the first quarter, 2,000 steps of rows of any length with 20 evaluations and 40 checkpoints add less than 2 % and 8 MB, with
+    the limits a trainer's process sets for what is kept compiled."""
     steps = int(os.environ.get("TRAINERD_FLAT_STEPS", "2000"))
     command = [sys.executable, "-c", _CODE, str(tmp_path), str(steps), precision]
-    environment = {**os.environ, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, **CACHES, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     seen = json.loads(done.stdout.splitlines()[-1])
     early = max(rss for step, rss in seen if step <= steps // 4)

@@ -83,10 +83,6 @@ def foresee(
     place = _place(config, plan, home)
     table: Table | None = None
     name: str | None = None
-    if plan["offload"] == plans.BASE_ON_HOST:
-        plan.pop("open", None)
-        send(wire.NOTE, kind="no_memory_estimate", text="a base that is streamed from the host is not in the estimate")
-        return Forecast(None, place, None, task.splittable)
     try:
         table = task.memory_table()
         if table is None and traces:

@@ -162,6 +162,23 @@ class Stream:
                 self._pinned.append(weight.home.data)
 
 
+def streamed_bytes(model: nn.Module, blocks: Sequence[nn.Module]) -> int:
+    """What of the model would stay on the host."""
+    return sum(_size(weight.home) for block in blocks for weight in _frozen(model, block))
+
+
+@contextmanager
+def streamed(model: nn.Module, blocks: Sequence[nn.Module], *, ahead: bool) -> Iterator[None]:
+    """A model on the CPU that computes for a while as if its base were streamed, `ahead` as to a GPU: for a trace of what that holds."""
+    copies = Copies()
+    copies.ahead = ahead
+    stream = Stream(model, blocks, torch.device("cpu"), copies)
+    try:
+        yield
+    finally:
+        stream.close()
+
+
 class _Streamed:
     """A block's forward with its weights there."""
 

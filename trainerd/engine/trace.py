@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -18,14 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from trainerd.engine import checkpointing, dropout, rng
+from trainerd.engine import checkpointing, dropout, rng, streaming
 from trainerd.engine.loader import Fetch, lengths_of
 from trainerd.engine.precision import Precision
 from trainerd.engine.step import weighted
 from trainerd.engine.task import MapDataset, Task
-from trainerd.memory.traced import Trace, TracedTable, Traces
+from trainerd.memory.traced import Trace, TracedTable, Traces, mode
 
 _MOST_BYTES = 1 << 30  # of weights: a larger model would need minutes, and its RAM twice
+_AGAIN = (checkpointing.SELECTIVE, checkpointing.FULL)
 _LOOK_AT = 2048  # samples whose length is asked where the dataset does not tell
 
 
@@ -37,7 +39,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.sizes: list[int] = []
         self.events: list[int] = []
         self.flops = 0.0
+        self.complete: list[tuple[int, int]] = []
         self._seen: dict[int, Any] = {t.untyped_storage()._cdata: None for t in known}
+        self._numbers: dict[int, int] = {}
         self._on = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,13 +67,21 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.events.append(~number)
 
         self._seen[key] = weakref.ref(storage, gone)
+        self._numbers[key] = number
         self.sizes.append(storage.nbytes())
         self.events.append(number)
 
     def trace(self, samples: int) -> Trace:
         """What was recorded so far; later ends do not belong to it."""
         self._on = False
-        return Trace(samples, list(self.sizes), list(self.events), self.flops)
+        return Trace(samples, list(self.sizes), list(self.events), self.flops, list(self.complete))
+
+    def completes(self, weight: Tensor) -> None:
+        """The weight's gradient is complete: an optimizer on the host would take it now."""
+        grad = weight.grad
+        number = None if grad is None else self._numbers.get(grad.untyped_storage()._cdata)
+        if number is not None:
+            self.complete.append((len(self.events), number))
 
 
 def trace(task: Task, model: nn.Module, dataset: MapDataset, precision: Precision, effective_batch: int) -> TracedTable | None:
@@ -81,19 +93,27 @@ def trace(task: Task, model: nn.Module, dataset: MapDataset, precision: Precisio
     found: dict[str, Traces] = {}
     with _undisturbed(task, model) as copied:
         longest, blocks = _longest(task, dataset), task.blocks(copied)
-        for mode in (checkpointing.NONE, checkpointing.SELECTIVE, checkpointing.FULL) if blocks else (checkpointing.NONE,):
-            found[mode] = Traces([], [])
-            with checkpointing.wrapped(copied, blocks, mode):
+
+        def traced(name: str, again: str) -> None:
+            found[name] = Traces([], [])
+            with checkpointing.wrapped(copied, blocks, again):
                 for samples in numbers:
-                    for traces in (found[mode].first, found[mode].later):
+                    for traces in (found[name].first, found[name].later):
                         batch = Fetch(task, dataset)[0, 0, [longest] * samples]
                         traces.append(_one(task, copied, batch, precision, samples, longest))
                     copied.zero_grad(set_to_none=True)
+
+        for again in (checkpointing.NONE, *_AGAIN) if blocks else (checkpointing.NONE,):
+            traced(again, again)
+        streamed = streaming.streamed_bytes(copied, blocks)
+        for again, ahead in itertools.product(_AGAIN, (False, True)) if streamed else ():
+            with streaming.streamed(copied, blocks, ahead=ahead):
+                traced(mode(again, streams=True, ahead=ahead), again)
     trainable = [list(p.shape) for p in weights if p.requires_grad]
     frozen = sum(p.numel() * p.element_size() for p in weights if not p.requires_grad)
     buffers = sum(b.numel() * b.element_size() for b in model.buffers())
     kind = f"{type(task).__name__} {type(model).__name__} {sum(p.numel() for p in weights)}"
-    return TracedTable(kind, precision.name, trainable, frozen, buffers, found)
+    return TracedTable(kind, precision.name, trainable, frozen, buffers, found, streamed)
 
 
 def _one(task: Task, model: nn.Module, batch: Any, precision: Precision, samples: int, longest: int) -> Trace:
@@ -102,12 +122,19 @@ def _one(task: Task, model: nn.Module, batch: Any, precision: Precision, samples
     counts = task.counts(batch)
     known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
     recorder = _Recorder(known)
+    hooks = [
+        p.register_post_accumulate_grad_hook(recorder.completes)  # type: ignore[no-untyped-call]
+        for p in model.parameters()
+        if p.requires_grad
+    ]
     with recorder:
         with _autocast(precision):
             losses, metrics = task.loss(model, batch, task.ctx)
         total = weighted(losses, counts)
         total.backward()  # type: ignore[no-untyped-call]
         del losses, metrics, total
+    for hook in hooks:
+        hook.remove()
     return recorder.trace(samples)
 
 

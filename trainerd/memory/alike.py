@@ -91,9 +91,7 @@ class _Writing:
         first = Cut(began, cuts[0].storage - sum(event >= 0 for event in tape.events[began : cuts[0].at]), 0.0, 0, None, FORWARD)
         last = Cut(len(tape.events), len(tape.sizes), tape.flops, len(tape.multiplied), None, FORWARD)
         borders = [first, *cuts, last]
-        self.parts = [
-            _Part(cut, tape.events[cut.at : end.at], end.storage - cut.storage) for cut, end in pairwise(borders)
-        ]
+        self.parts = [_Part(cut, tape.events[cut.at : end.at], end.storage - cut.storage) for cut, end in pairwise(borders)]
         self.ends = {id(part): end for part, end in zip(self.parts, borders[1:], strict=True)}
         self.patterns: dict[tuple[int, int], _Pattern] = {}
         self.homes: dict[int, _Home] = {}

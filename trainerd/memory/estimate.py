@@ -27,6 +27,7 @@ _SHAPES, _SHAPES_PER_PRODUCT, _SHAPE_BYTES, _SHAPE_MOST_BYTES = 256, 24, 1 * _MI
 _ENOUGH_RUNS, _KEPT_SLACK = 3, 0.5
 _MANIFEST_BYTES = 1 * _MIB
 _EFFICIENCY, _SLOWEST = 0.4, 0.1  # of the measured speed of large products
+_BUS_BYTES_PER_SECOND = 6e9
 _BYTES_PER_SECOND = 8e9  # an optimizer goes through its states at memory speed; this where it was not measured
 
 _NOT_MODELLED = {
@@ -178,8 +179,10 @@ def _seconds(timeline: Timeline, setup: Setup, profile: Profile, trust: Trust) -
         return None, {}
     best = timeline.flops / (speed * 1e9)
     passing = timeline.state_bytes * 3 / ((profile.ram_bytes_per_second if setup.device == "cpu" else None) or _BYTES_PER_SECOND)
-    point = best / _EFFICIENCY + passing
-    return _ranged(trust, "seconds_per_step", point, best / _SLOWEST + passing), {"seconds_per_step": point}
+    # What is streamed comes while something else is computed, at best.
+    coming = 2 * timeline.streamed_bytes * setup.accumulation / (profile.to_device_bytes_per_second or _BUS_BYTES_PER_SECOND)
+    point = max(best / _EFFICIENCY, coming) + passing
+    return _ranged(trust, "seconds_per_step", point, best / _SLOWEST + coming + passing), {"seconds_per_step": point}
 
 
 def _ranged(trust: Trust, measure: str, point: float, upper: float) -> Range:

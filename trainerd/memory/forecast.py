@@ -41,6 +41,9 @@ def question(config: RunConfig, place: Place, splittable: bool = True) -> Questi
     """What this configuration leaves open. A micro-batch larger than the batch is the batch."""
     train = config.train
     whole = train.batch_size
+    again = "none" if train.activation_checkpointing == "auto" else train.activation_checkpointing
+    if config.memory.offload == "base" and again == "none":
+        again = "full"  # as the engine takes it (trainerd/engine/plan.py)
     setup = Setup(
         device=place.device,
         precision=place.precision if train.precision == "auto" else train.precision,
@@ -50,7 +53,7 @@ def question(config: RunConfig, place: Place, splittable: bool = True) -> Questi
         logits="full" if config.memory.logits == "full" else "chunked",
         offload="none" if config.memory.offload == "auto" else config.memory.offload,
         compiled=train.compile,
-        checkpointing="none" if train.activation_checkpointing == "auto" else train.activation_checkpointing,
+        checkpointing=again,
         attention=train.attention,
     )
     values: dict[str, object] = {"memory.logits": config.memory.logits, "memory.offload": config.memory.offload}
@@ -66,6 +69,9 @@ def answer(config: RunConfig, place: Place, table: Table, splittable: bool = Tru
     if wanted not in ("auto", "none", *table.offers):
         message = f"train.activation_checkpointing is {wanted}, but this task (with these settings) names no blocks to compute again."
         raise ConfigError([message], "Leave it at auto, or give the task blocks(model): a list of its layers.")
+    if config.memory.offload == "base" and "base" not in table.offers:
+        message = "memory.offload = base: the blocks of this task's model have no frozen weight that can be streamed."
+        raise ConfigError([message], "It is for a base that is not trained, under adapters that are. Set memory.offload=auto.")
     torch, given = place.profile.torch or None, tuple(place.receipts)
 
     def ask(setup: Setup) -> Estimate:

@@ -19,6 +19,7 @@ _WATCHED = 2  # under selective checkpointing Python looks at each operation, wh
 _WEIGHT_PASSES = 4  # read on both ways; its gradient is read and written
 _BUS_BYTES_PER_SECOND = 6e9
 _AWAY_BYTES = 24  # a weight's gradient there, itself back, and the optimizer's step on the CPU
+_THERE_AND_BACK = 2  # a streamed block comes for the way there, and once more for the way back
 
 
 def seconds(timeline: Timeline, setup: Setup, measured_gigaflops: Mapping[str, float]) -> float:
@@ -27,5 +28,6 @@ def seconds(timeline: Timeline, setup: Setup, measured_gigaflops: Mapping[str, f
     products = timeline.flops / (speed * 1e9 * _EFFICIENCY)
     passing = timeline.num_trainable * 4 * _WEIGHT_PASSES / _BYTES_PER_SECOND[setup.device]
     starting = timeline.operations * _OPERATION_SECONDS[setup.device] * (_WATCHED if setup.checkpointing == "selective" else 1)
-    away = timeline.num_trainable * _AWAY_BYTES / _BUS_BYTES_PER_SECOND if setup.offload != "none" else 0.0
+    moved = timeline.num_trainable * _AWAY_BYTES if setup.offload == "optimizer" else _THERE_AND_BACK * timeline.streamed_bytes
+    away = moved / _BUS_BYTES_PER_SECOND
     return products + setup.accumulation * (passing + starting + away)

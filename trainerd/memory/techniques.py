@@ -65,6 +65,13 @@ def _optimizer_on_host(setup: Setup, table: Table) -> Setup | None:
     return replace(setup, offload="optimizer")
 
 
+def _base_on_host(setup: Setup, table: Table) -> Setup | None:
+    """Only where blocks are computed again: else each block's weights would be kept until the way back."""
+    if setup.device == "cpu" or setup.offload != "none" or setup.checkpointing == "none" or "base" not in table.offers:
+        return None
+    return replace(setup, offload="base")
+
+
 TECHNIQUES = (
     Technique(
         "smaller micro-batch",
@@ -110,6 +117,15 @@ TECHNIQUES = (
         lambda setup: f"memory.offload={setup.offload}",
         True,
         "its state, its own copy of the weights and the gradients lie in RAM, 16 bytes per weight; each step waits for the bus and the CPU",
+    ),
+    Technique(
+        "frozen base on the CPU",
+        EXACT,
+        "memory.offload",
+        _base_on_host,
+        lambda setup: f"memory.offload={setup.offload}",
+        True,
+        "the blocks' frozen weights lie in RAM, and a block's come to the GPU while it computes, twice for each micro-batch",
     ),
     Technique(
         "bf16 autocast",

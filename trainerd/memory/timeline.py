@@ -34,7 +34,7 @@ class Setup:
     logits: str = "chunked"
     """chunked or full: the loss over many words, of a table that offers it."""
     offload: str = "none"
-    """none, or optimizer: its state, its own copy of the weights and the gradients lie on the host."""
+    """none; optimizer: its state, its own copy of the weights and the gradients lie on the host; base: frozen weights of the blocks do."""
     checkpointing: str = "none"
     """none, selective or full: what the model's blocks compute again on the way back."""
     attention: str = "auto"
@@ -87,6 +87,8 @@ class Timeline:
     """Optimizer state that lives in RAM, and the staging copy of a checkpoint when the device is a GPU."""
     pinned_bytes: int = 0
     """The part of it that a GPU copies from and to by itself."""
+    streamed_bytes: int = 0
+    """Frozen weights that come from the host for every micro-batch, twice."""
     resting_bytes: int = 0
     """Between steps: weights, optimizer, and what stays."""
     worst_evaluation_bytes: int = 0

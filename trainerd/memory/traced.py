@@ -17,17 +17,22 @@ from trainerd.memory.tape import ACTIVATIONS, GRADIENTS, OPTIMIZER, STAGING, WEI
 from trainerd.memory.timeline import EVALUATING, LOADING, SAVING, STEP, Setup, Timeline, peaks
 from trainerd.memory.timeline import OPTIMIZER as MAKING_OPTIMIZER
 
-FORMAT = 2
+FORMAT = 3
+_LANDINGS, _MASTERS = 2, 2  # of an optimizer on the host, as in optimizers.py
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One micro-batch's forward and backward pass: n is the birth of storage n, ~n its end; gradients are what stays."""
+    """One micro-batch's forward and backward pass: n is the birth of storage n, ~n its end; gradients are what stays.
+
+    `complete`: after so many events, this storage is the complete gradient of a weight.
+    """
 
     samples: int
     sizes: Sequence[int]
     events: Sequence[int]
     flops: float = 0.0
+    complete: Sequence[Sequence[int]] = ()
 
     @property
     def peak(self) -> int:
@@ -48,7 +53,7 @@ class Traces:
 
 @dataclass(frozen=True)
 class TracedTable:
-    """What the planner asks, from traces: `modes` by what the model's blocks compute again."""
+    """What the planner asks, from traces: `modes` by what the model's blocks compute again, and how their frozen weights come (mode())."""
 
     kind: str
     precision: str
@@ -57,46 +62,66 @@ class TracedTable:
     frozen_bytes: int
     buffer_bytes: int
     modes: Mapping[str, Traces]
+    streamed_bytes: int = 0
+    """Of the frozen weights, what can stay on the host: that of the blocks."""
     assumed: tuple[str, ...] = ("every sample as large as the largest that was found",)
     format: int = field(default=FORMAT)
 
     @property
     def offers(self) -> tuple[str, ...]:
-        return tuple(mode for mode in self.modes if mode != "none")
+        return (*(name for name in ("selective", "full") if name in self.modes), *(("base",) if self.streamed_bytes else ()))
 
     def timeline(self, setup: Setup) -> Timeline:
         """Load, optimizer, a step of one or two micro-batches, an evaluation no larger than the forward pass."""
+        on_cpu, on_host = setup.device == "cpu", setup.offload == "optimizer"
         learned = [_numbers(shape) * 4 for shape in self.trainable]
         states = [n * (1 if dtype == "uint8" else 4) for shape in self.trainable for n, dtype in state_of(setup.optimizer, shape)]
+        streamed = self.streamed_bytes if setup.offload == "base" and not on_cpu else 0
+        moving = _MASTERS * sum(learned) if on_host else 0
         played = _Player()
         played.phase(LOADING)
-        played.hold(WEIGHTS, [*learned, self.frozen_bytes, self.buffer_bytes])
+        played.hold(WEIGHTS, [*learned, self.frozen_bytes - streamed, self.buffer_bytes])
         played.phase(MAKING_OPTIMIZER)
-        zeros = played.hold(GRADIENTS, learned)
-        played.hold(OPTIMIZER, states)
-        played.drop(zeros)
+        if on_cpu or not on_host:
+            zeros = played.hold(GRADIENTS, [] if on_host else learned)
+            played.hold(OPTIMIZER, [*states, moving])
+            played.drop(zeros)
         saved = sum(learned) + sum(states) + self.buffer_bytes
-        if setup.device == "cpu":
+        if on_cpu:
             played.phase(SAVING)
             played.hold(STAGING, [saved])
-        traces = self.modes[setup.checkpointing]
-        first, later = (_at(some, setup.micro_batch) for some in (traces.first, traces.later))
-        for _ in range(1 if setup.device == "cpu" else 2):
-            played.phase(STEP)
-            left = played.run(first)
-            if setup.accumulation > 1:
-                left += played.run(later)
-            played.drop(left)
+        work = self._steps(played, setup)
         played.phase(EVALUATING)
+        pinned = streamed + (moving + _LANDINGS * max(learned, default=0) if on_host and not on_cpu else 0)
         return played.timeline(
-            flops=first.flops * setup.effective_batch / setup.micro_batch,
+            flops=work.flops * setup.effective_batch / setup.micro_batch,
             weight_bytes=sum(learned) + self.buffer_bytes,
             state_bytes=sum(states),
-            host_bytes=0 if setup.device == "cpu" else saved,
-            operations=len(first.sizes),
+            host_bytes=0 if on_cpu else saved + pinned + (sum(states) if on_host else 0),
+            pinned_bytes=pinned,
+            streamed_bytes=streamed,
+            operations=len(work.sizes),
             num_parameters=(sum(learned) + self.frozen_bytes) // 4,
             num_trainable=sum(learned) // 4,
         )
+
+    def _steps(self, played: _Player, setup: Setup) -> Trace:
+        """One step, on a GPU two; returned is the first micro-batch, which meets no gradients."""
+        traces = self.modes[mode(setup.checkpointing, streams=setup.offload == "base", ahead=setup.device != "cpu")]
+        first, later = (_at(some, setup.micro_batch) for some in (traces.first, traces.later))
+        leave = setup.offload == "optimizer"
+        for _ in range(1 if setup.device == "cpu" else 2):
+            played.phase(STEP)
+            left = played.run(first, leave=leave)
+            if setup.accumulation > 1:
+                left += played.run(first if leave else later, leave=leave)
+            played.drop(left)
+        return first
+
+
+def mode(checkpointing: str, *, streams: bool = False, ahead: bool = False) -> str:
+    """What the traces of a way to train are called. `streams`: the blocks' frozen weights are copies, made one block `ahead` on a GPU."""
+    return f"{checkpointing}, base{' ahead' if ahead else ''}" if streams else checkpointing
 
 
 class _Player:
@@ -125,13 +150,20 @@ class _Player:
                 self.events.append(~number)
                 del self.alive[number]
 
-    def run(self, trace: Trace) -> list[int]:
-        """What is left alive afterwards: the gradients."""
+    def run(self, trace: Trace, *, leave: bool = False) -> list[int]:
+        """What is left alive afterwards: the gradients, unless they `leave` as soon as they are complete."""
         here: dict[int, int] = {}
-        for event in trace.events:
+        leaving: dict[int, list[int]] = {}
+        for at, number in trace.complete if leave else ():
+            leaving.setdefault(at, []).append(number)
+        for at, event in enumerate([*trace.events, None]):
+            for number in leaving.get(at, ()):
+                self.drop([here.pop(number)] if number in here else [])
+            if event is None:
+                break
             if event >= 0:
                 here[event] = self._birth(ACTIVATIONS, trace.sizes[event])
-            else:
+            elif ~event in here:
                 self.drop([here.pop(~event)])
         for number in here.values():
             self.kinds[number] = GRADIENTS
@@ -181,7 +213,7 @@ def _at(traces: Sequence[Trace], samples: int) -> Trace:
 
     flops = float(between(round(low.flops), round(high.flops)))
     if list(low.events) == list(high.events):
-        return Trace(samples, [between(a, b) for a, b in zip(low.sizes, high.sizes, strict=True)], low.events, flops)
+        return Trace(samples, [between(a, b) for a, b in zip(low.sizes, high.sizes, strict=True)], low.events, flops, low.complete)
     kept = [sum(t.sizes) - sum(t.sizes[~e] for e in t.events if e < 0) for t in (low, high)]
     staying, peak = between(*kept), between(low.peak, high.peak)
     return Trace(samples, [staying, max(0, peak - staying)], [0, 1, ~1], flops)
