@@ -81,7 +81,7 @@ def look(home: Home) -> Facts:
             "numa_nodes": cpu.numa_nodes(),
             "features": sorted(cpu.features()),
         },
-        ram={"total_bytes": memory.total_bytes, "used_bytes": memory.used_bytes},
+        ram={**asdict(memory), "limited": memory.limited},
         swap={"total_bytes": swapped.total_bytes, "used_bytes": swapped.used_bytes},
         disk={
             "home": str(home.root),

@@ -26,6 +26,8 @@ def lines(facts: Facts, plan: str, style: Style) -> Iterator[str]:
     if processor["features"]:
         yield _row("", ", ".join(processor["features"]))
     yield _row("RAM", f"{size(facts.ram['total_bytes'])}, {size(facts.ram['used_bytes'])} in use")
+    if facts.ram["limited"]:
+        yield _row("", str(facts.ram["limited"]))
     swap = facts.swap
     yield _row("swap", f"{size(swap['total_bytes'])}, {size(swap['used_bytes'])} in use" if swap["total_bytes"] else "none")
     disk = facts.disk

@@ -109,7 +109,9 @@ class FakeTrainer:
         if self.script.get("at") == "start":
             self.do()
         self.send(wire.PHASE, name=str(self.script.get("phase", "training")))
-        self.send(wire.PLAN, device="cpu", threads=1, record={"threads": 1})
+        plan = self.script.get("plan")
+        more = plan if isinstance(plan, dict) else {}
+        self.send(wire.PLAN, device=str(self.script.get("device", "cpu")), threads=1, record={"threads": 1, **more})
         while self.step < self.total:
             self.act()
             self.obey()

@@ -12,6 +12,7 @@ import pytest
 
 from trainerd.contract import status, wire
 from trainerd.contract.status import Phase, Status
+from trainerd.machine import memory
 from trainerd.memory.limits import resolve_limit
 from trainerd.supervisor import death, events, opening, report
 from trainerd.supervisor.restart import MAX_DEATHS, Restart, RestartPolicy
@@ -105,10 +106,12 @@ def test_a_death_is_explained_in_words(code: int, log: str, words: str) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_the_out_of_memory_killer_is_named(tmp_path: Path) -> None:
     """SIGKILL with a new entry in the kernel's count is the out-of-memory killer, and the remedy is named."""
-    assert "out-of-memory killer" in death.explain(-signal.SIGKILL, None, "", out_of_memory_killed=True).words
+    found = death.explain(-signal.SIGKILL, None, "", out_of_memory_killed=True)
+    assert "out-of-memory killer" in found.words and found.no_memory
+    assert not death.explain(-signal.SIGSEGV, None, "", out_of_memory_killed=True).no_memory, "somebody else was killed"
     (tmp_path / "vmstat").write_text("pgfault 1\noom_kill 7\n", encoding="ascii")
-    assert death.out_of_memory_kills(tmp_path / "vmstat") == 7
-    assert death.out_of_memory_kills(tmp_path / "none") is None
+    assert memory.kills(vmstat=tmp_path / "vmstat").machine == 7
+    assert memory.kills(vmstat=tmp_path / "none").machine is None
 
 
 def test_windows_codes_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +121,7 @@ def test_windows_codes_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "console was closed" in death.explain(0xC000013A - 2**32, None, "").words
     assert "ValueError: x" in death.explain(1, None, "ValueError: x\n").words
     assert "taskkill" in death.explain(1, None, "").words
+    assert death.explain(0xC0000017, None, "").no_memory and not death.explain(0xC0000005, None, "").no_memory
 
 
 def test_the_trainers_own_words_count_most_and_decide_what_is_permanent() -> None:

@@ -46,6 +46,9 @@ class RunRecord:
     slowest: dict[str, float] = field(default_factory=dict)
     """The longest time without a sign of life of a trainer that went on, by phase: what limits of silence are learned from."""
 
+    too_large_micro_batch: int | None = None
+    """The smallest micro-batch with which the system ended a trainer for want of RAM: the next one takes half of it."""
+
     not_finite_steps: list[int] = field(default_factory=list)
     """Steps at which a number was none, once: the second time at one of them is the end. So that a supervisor's death forgets none."""
 

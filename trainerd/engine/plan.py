@@ -114,6 +114,16 @@ def set_micro_batch(plan: Plan, micro_batch: int) -> None:
     plan["grad_accum"] = -(-plan["effective_batch"] // micro_batch)
 
 
+def halve_after_kill(plan: Plan, too_large: int | None, task: Task) -> str | None:
+    """Half the micro-batch that the system has ended a trainer with, for want of RAM; why, in words. None: this plan's is smaller, or
+    cannot be halved."""
+    if too_large is None or plan["micro_batch"] < too_large or plan["micro_batch"] <= 1 or not task.splittable:
+        return None
+    set_micro_batch(plan, max(1, -(-too_large // 2)))
+    plan.pop("open", None)  # what fits by the estimate did not
+    return f"the system ended the trainer because RAM was full; the micro-batch is now {plan['micro_batch']}"
+
+
 def device_of(plan: Plan) -> torch.device:
     """The device, checked to be there. Raises DeviceLost: a driver may come back, so a later try may work."""
     device = torch.device(plan["device"])

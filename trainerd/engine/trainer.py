@@ -68,7 +68,7 @@ class Trainer:
 
     `home`: a folder; by default TRAINERD_HOME, else the current folder. The process entry passes what only it knows: the
     run's name, its link to the supervisor, the recorded plan, the prepared cache_dir, the fingerprint of the data the run began
-    with, the last step it acknowledged, and that it holds the trainer's lock.
+    with, the last step it acknowledged, the micro-batch it was ended with for want of RAM, and that it holds the trainer's lock.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Trainer:
         cache_dir: Path | None = None,
         data: provenance.Fingerprint | None = None,
         reached_step: int | None = None,
+        too_large_micro_batch: int | None = None,
         holds_lock: bool = False,
         traces: bool = False,
     ) -> None:
@@ -98,6 +99,7 @@ class Trainer:
         self._cache_dir = cache_dir
         self._data = data
         self._reached_step = reached_step
+        self._too_large_micro_batch = too_large_micro_batch
         self._training: Training | None = None
         self._began_at = 0
         self._holds_lock = holds_lock
@@ -126,6 +128,7 @@ class Trainer:
                 self._link.send(wire.WARNING, text=text)
             plan = dict(state["plan"] if state else self._plan or plans.resolve(self.config, self.task))
             plans.follow(plan, self.config)
+            halved = plans.halve_after_kill(plan, self._too_large_micro_batch, self.task)
             self._tell_plan(plan)
             if plan["device"] != "cpu":
                 arrange_cublas(plan["deterministic"])
@@ -138,6 +141,9 @@ class Trainer:
             del found, state  # as large as the model
             self._training, self._began_at = training, training.step
             self._make_room(training, store)
+            if halved is not None:
+                training.exact.lost(training.step + 1, halved)
+                self._link.send(wire.NOTE, kind="halved", step=training.step + 1, micro_batch=plan["micro_batch"], text=halved)
             training.exact.tell()
             stack.enter_context(deterministic(plan["deterministic"], training.lost_by))
             stack.enter_context(cleaning.settled())

@@ -50,6 +50,7 @@ def work(process: TrainerProcess, run: entry.Run) -> int:
         cache_dir=cache_dir,
         data=provenance.of_identity(run.record.identity),
         reached_step=run.record.step,
+        too_large_micro_batch=run.record.too_large_micro_batch,
         holds_lock=True,
         traces=True,
     )

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import psutil
 
+from trainerd.machine import _cgroups_linux
+
 assert sys.platform != "win32"
 
 _NICE = 10
@@ -57,9 +59,10 @@ def raise_process(pid: int) -> None:
 def wrap(command: list[str], level: str, name: str) -> list[str]:
     """`command` so that it runs in a cgroup of idle weight, where this user's systemd can make one; else unchanged.
 
-    A scope, not a service: it is the same process with the same pipes. systemd-run replaces itself by the command.
+    A scope, not a service: it is the same process with the same pipes. systemd-run replaces itself by the command. Not out of a
+    group whose memory somebody has limited: in a scope of its own the limit would not hold.
     """
-    if level != "idle" or not _user_systemd_answers():
+    if level != "idle" or _cgroups_linux.is_limited() or not _user_systemd_answers():
         return command
     return [*_scope(f"{_SCOPE_PREFIX}{name}.scope"), *command]
 

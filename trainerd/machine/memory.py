@@ -1,11 +1,23 @@
-"""How much RAM is used, by the whole machine and by one tree of processes. Must not judge it against a limit."""
+"""How much RAM is used, by the whole machine and by one tree of processes. Must not judge it against a limit of ours.
+
+The machine is what we may have of it: in a container, or under a service's MemoryMax, that is less than there is.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
+
+if sys.platform.startswith("linux"):
+    from trainerd.machine import _cgroups_linux as _cgroups
+else:
+    _cgroups = None
+
+_VMSTAT = Path("/proc/vmstat")
 
 
 @dataclass(frozen=True)
@@ -14,12 +26,55 @@ class RamFacts:
 
     used_bytes: int
     total_bytes: int
+    machine_bytes: int | None = None
+    """What the machine has, where a container or a service may hold less of it; None: nothing limits it."""
+
+    @property
+    def limited(self) -> str:
+        """That it is limited, in words; "" when it is not."""
+        if self.machine_bytes is None:
+            return ""
+        return f"limited by a container to {self.total_bytes / 1e9:.1f} GB of the machine's {self.machine_bytes / 1e9:.1f} GB"
 
 
-def ram() -> RamFacts:
-    """The machine's RAM now."""
+def ram(pid: int | None = None) -> RamFacts:
+    """The RAM now that this process may have, or the process `pid`: the machine's, or its container's where that is less."""
     memory = psutil.virtual_memory()
-    return RamFacts(int(memory.total - memory.available), int(memory.total))
+    machine_bytes = total_bytes = int(memory.total)
+    available_bytes = int(memory.available)
+    for group in _cgroups.limits(pid) if _cgroups is not None else ():
+        if group.limit_bytes < machine_bytes:
+            total_bytes = min(total_bytes, group.limit_bytes)
+            available_bytes = min(available_bytes, max(0, group.limit_bytes - group.used_bytes))
+    available_bytes = min(available_bytes, total_bytes)
+    return RamFacts(total_bytes - available_bytes, total_bytes, machine_bytes if total_bytes < machine_bytes else None)
+
+
+@dataclass(frozen=True)
+class Kills:
+    """How many processes the system's out-of-memory killer has ended: on the machine, and in our own group. None: unknown."""
+
+    machine: int | None = None
+    group: int | None = None
+
+    def since(self, before: Kills) -> bool:
+        """Whether it was at work in between. The group's count knows about us; the machine's is also that of others."""
+        if self.group is not None and before.group is not None:
+            return self.group > before.group
+        return self.machine is not None and before.machine is not None and self.machine > before.machine
+
+
+def kills(*, in_our_group: bool = True, vmstat: Path = _VMSTAT) -> Kills:
+    """The counts now; `in_our_group`: those who are watched are in the same group as we."""
+    return Kills(_counted(vmstat), _cgroups.kills() if _cgroups is not None and in_our_group else None)
+
+
+def _counted(vmstat: Path) -> int | None:
+    try:
+        match = re.search(r"^oom_kill (\d+)$", vmstat.read_text("ascii"), re.MULTILINE)
+    except OSError:
+        return None
+    return int(match[1]) if match else None
 
 
 def swap() -> RamFacts:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from trainerd.contract import phases, runs, status, wire
 from trainerd.contract.paths import Home
-from trainerd.supervisor import death, journal, logs, opening, report
+from trainerd.machine import memory
+from trainerd.supervisor import death, journal, logs, opening, report, smaller
 from trainerd.supervisor.death import Death
 from trainerd.supervisor.hang import Hang
 from trainerd.supervisor.restart import MAX_DEATHS
@@ -36,6 +37,7 @@ def follow(supervisor: Supervisor, gone: TrainerProcess, leaving: Leaving | None
     """Bring record and state up to date with a trainer that is gone, and decide what comes next."""
     _refuse_saves(supervisor)
     at_stake = report.at_stake_in(supervisor.report.status)
+    supervisor.room.left(gone.pid, supervisor.report.status)
     supervisor.report.trainer_gone()
     run = supervisor.journal.record.id
     if gone.said_finished or result_stamp(supervisor.home, run) not in (None, gone.result_before):
@@ -172,6 +174,8 @@ def _died(supervisor: Supervisor, gone: TrainerProcess, why: Death) -> None:
     supervisor.journal.save_record(slowest=supervisor.vigil.hang.learned())
     if why.device_lost and _waits_for_device(supervisor, gone, why):
         return
+    if why.no_memory and smaller.goes_on(supervisor, gone, why):
+        return
     if gone.not_finite_again:  # the first time the last checkpoint helps, if it was an accident of the hardware
         why = Death(f"the second time at the same step: {why.words}", permanent=True)
     restart = None if why.permanent else supervisor.policy.died(opening.committed_steps(supervisor.home.run(run).checkpoints))
@@ -217,6 +221,5 @@ def not_finite(supervisor: Supervisor, sender: TrainerProcess, message: dict[str
 
 
 def _explain(supervisor: Supervisor, gone: TrainerProcess) -> Death:
-    before, now = gone.out_of_memory_kills, death.out_of_memory_kills()
-    killer = before is not None and now is not None and now > before
+    killer = memory.kills(in_our_group=gone.is_our_group).since(gone.kills_before)
     return death.explain(gone.exit_code or 0, gone.last_words.get(wire.EXCEPTION), logs.tail(gone.log_path), out_of_memory_killed=killer)

@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from trainerd.contract import wire
@@ -40,6 +39,7 @@ _WINDOWS_CODES = {
     0xC0000142: "the system was shutting down or out of resources (0xC0000142)",
     0xC0000409: "a fatal error in native code (0xC0000409)",
 }
+_NO_MEMORY_ON_WINDOWS = (0xC0000017, 0xC000012D)
 _CUDA = re.compile(
     r"(CUDA (?:driver )?error: [^\n]*|CUDA unknown error[^\n]*|CUDA driver initialization failed[^\n]*|CUDA out of memory[^\n]*"
     r"|(?i:cudnn)[^\n]*STATUS[^\n]*|CUBLAS_STATUS_\w+)"
@@ -58,16 +58,17 @@ _LOST = re.compile(
 )
 _PYTHON = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Warning|Iteration)\b.*$")
 _FATAL = re.compile(r"^(Fatal Python error: .*|terminate called .*)$", re.MULTILINE)
-_VMSTAT = Path("/proc/vmstat")
 
 
 @dataclass(frozen=True)
 class Death:
-    """`permanent`: no restart can mend it. `device_lost`: none can before the device is back."""
+    """`permanent`: no restart can mend it. `device_lost`: none can before the device is back. `no_memory`: the system had no RAM left
+    for it, and ended it."""
 
     words: str
     permanent: bool = False
     device_lost: bool = False
+    no_memory: bool = False
 
 
 def explain(code: int, exception: Mapping[str, Any] | None, log_tail: str, *, out_of_memory_killed: bool = False) -> Death:
@@ -92,16 +93,13 @@ def explain(code: int, exception: Mapping[str, Any] | None, log_tail: str, *, ou
         by_code = f"{by_code}: {_with_meaning(detail)}" if detail else by_code
     silent = "somebody ended it (exit code 1, as taskkill does), or it failed without a word" if code == 1 else f"exit code {code}"
     words = by_code or _with_meaning(last) or silent
-    return Death(words, device_lost=_LOST.search(words) is not None)
+    return Death(words, device_lost=_LOST.search(words) is not None, no_memory=_had_no_memory(code, out_of_memory_killed))
 
 
-def out_of_memory_kills(vmstat: Path = _VMSTAT) -> int | None:
-    """How many processes the out-of-memory killer has ended since boot; None where the system does not tell."""
-    try:
-        match = re.search(r"^oom_kill (\d+)$", vmstat.read_text("ascii"), re.MULTILINE)
-    except OSError:
-        return None
-    return int(match[1]) if match else None
+def _had_no_memory(code: int, out_of_memory_killed: bool) -> bool:
+    if sys.platform == "win32":
+        return code & 0xFFFFFFFF in _NO_MEMORY_ON_WINDOWS
+    return out_of_memory_killed and code in (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
 def _by_code(code: int, out_of_memory_killed: bool) -> str | None:
@@ -110,7 +108,7 @@ def _by_code(code: int, out_of_memory_killed: bool) -> str | None:
     number = -code if code < 0 else code - 128 if 128 < code < 192 else 0
     if number == signal.SIGKILL:
         if out_of_memory_killed:
-            return "the out-of-memory killer: the machine's RAM was full; lower memory.ram_limit or close programs"
+            return "the out-of-memory killer: RAM was full; lower memory.ram_limit, close programs, or give the container more"
         return "somebody or something killed it (SIGKILL)"
     try:
         name = signal.Signals(number).name

@@ -1,13 +1,12 @@
-"""How a trainer is started: command, environment, priority, log. Must not decide when.
-"""
+"""How a trainer is started: command, environment, priority, log. Must not decide when."""
 
 from __future__ import annotations
 
 from trainerd.contract import ground, interpreter
 from trainerd.contract.paths import Home
 from trainerd.contract.runs import RunRecord
-from trainerd.machine import priority
-from trainerd.supervisor import death, logs
+from trainerd.machine import memory, priority
+from trainerd.supervisor import logs
 from trainerd.supervisor.aftermath import result_stamp
 from trainerd.supervisor.trainer import Inbox, TrainerProcess
 
@@ -28,14 +27,16 @@ class Starter:
         command = [*self._command, "--home", str(self._home.root), "--run", record.id]
         if before_step is not None:
             command += ["--before-step", str(before_step)]
+        plain = command
         if self.can_wrap:
             level = str((record.config.get("polite") or {}).get("priority", priority.IDLE))
             command = priority.wrap(command, level, f"{self._instance[:8]}-{self._starts}")
-        stamp, kills = result_stamp(self._home, record.id), death.out_of_memory_kills()
+        ours = command == plain
+        stamp, kills = result_stamp(self._home, record.id), memory.kills(in_our_group=ours)
         log = logs.open_new(self._home)
         with log[1]:
             started = TrainerProcess(command, environment(record), self._home, log, inbox)
-        started.result_before, started.out_of_memory_kills = stamp, kills
+        started.result_before, started.kills_before, started.is_our_group = stamp, kills, ours
         return started
 
 

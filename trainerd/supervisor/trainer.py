@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from trainerd.contract import clock, wire
 from trainerd.contract.paths import Home
-from trainerd.machine import priority
+from trainerd.machine import memory, priority
 from trainerd.machine.process_group import ProcessGroup
 
 _READ_BYTES = 64 * 1024
@@ -44,7 +44,10 @@ class TrainerProcess:
         self.said_hello = self.said_finished = self.has_trained = False
         self.latest: dict[str, dict[str, Any]] = {}
         self.result_before: tuple[int, int] | None = None
-        self.out_of_memory_kills: int | None = None
+        self.kills_before = memory.Kills()
+        """What the system's out-of-memory killer had counted when it was started."""
+        self.is_our_group = True
+        """Whether it lives in our own container or service, and not in one made for it."""
         self.exit_code: int | None = None
         self._inbox = inbox
         self._group = ProcessGroup(command, environment=environment, folder=home.root, log=log[1])
