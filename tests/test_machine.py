@@ -108,24 +108,32 @@ def test_the_driver_is_asked_only_while_the_trainer_uses_the_gpu(monkeypatch: py
     monkeypatch.setattr("trainerd.supervisor.sensors._SECOND", 0.0)
     nvml, shown = FakeNvml("GPU-a", "GPU-b"), Status()
     sensors = Sensors({"vram_limit": "50%", "ram_limit": "1GB"}, gpu.GpuReader(nvml))
+
+    def sample() -> None:
+        """A look, and one more with the answer to what it asked."""
+        sensors.sample(shown)
+        wait_for(lambda: not sensors._driver.is_open, 5, "the driver's answer")
+        sensors.sample(shown)
+        wait_for(lambda: not sensors._driver.is_open, 5, "the driver's answer")
+
     sensors.sample(shown)
     shown.trainer.pid, shown.plan.device = os.getpid(), "cpu"
-    sensors.sample(shown)
+    sample()
     assert nvml.inits == 0 and shown.gpu.name is None
     assert shown.memory.ram.limit_bytes == 10**9
     shown.plan.device = "cuda:1"
     for _ in range(5):
-        sensors.sample(shown)
+        sample()
     assert (nvml.inits, nvml.open, shown.gpu.name, shown.gpu.temperature_c) == (1, True, "GPU number 1", 61.0)
     assert (shown.memory.vram.used_bytes, shown.memory.vram.limit_bytes, shown.gpu.power_w) == (2 * GB, 2 * GB, 35.5)
     nvml.refuse = ("count",)  # it falls off the bus: unknown, not what it was; and it is found again when it is back
-    sensors.sample(shown)
+    sample()
     assert (nvml.open, shown.gpu.temperature_c, shown.gpu.power_w, shown.memory.vram.used_bytes) == (False, None, None, None)
     nvml.refuse = ()
-    sensors.sample(shown)
+    sample()
     assert (nvml.open, shown.gpu.temperature_c) == (True, 61.0)
     shown.trainer.pid = None
-    sensors.sample(shown)
+    sample()
     assert (nvml.open, shown.gpu.temperature_c) == (False, None)
 
 

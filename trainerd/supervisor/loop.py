@@ -93,7 +93,7 @@ class Supervisor:
         self.starter = Starter(home, instance, command)
         self.policy = RestartPolicy(self.timing.backoff_seconds)
         self.device = DeviceWait(self.timing.device_seconds)
-        self.room = Room(self.timing.room_seconds)
+        self.room = Room(self.timing.room_seconds, note=self.journal.note)
         self.start_at: float | None = time.monotonic()  # when the next trainer is due; None: not at all
         self.before_step: int | None = None  # it shall go back before this step
         self.lacking = ""  # what the machine has too little of to start one
