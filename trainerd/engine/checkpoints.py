@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import torch
 
 from trainerd.contract import clock, files
-from trainerd.contract.errors import NoGoodCheckpoint
+from trainerd.contract.errors import NoGoodCheckpoint, Unreadable
 from trainerd.engine import manifest as manifests
 from trainerd.engine.manifest import BadCheckpoint, Manifest
 
@@ -145,7 +145,8 @@ class CheckpointStore:
         """The newest good checkpoint, only those before `before_step` if given; bad ones are set aside and noted.
 
         None when there has never been one. Going back renames newer ones *.superseded-<n>, so that the steps are made
-        anew. Raises NoGoodCheckpoint when there are or were checkpoints and none is good.
+        anew. Raises NoGoodCheckpoint when there are or were checkpoints and none is good, and Unreadable, with nothing touched,
+        when a newer trainerd wrote the one to go on from.
         """
         self._tidy()
         for manifest_path in reversed(self._manifests()):
@@ -177,6 +178,8 @@ class CheckpointStore:
                     return self._read(manifest_path)[0]
                 except BadCheckpoint as error:
                     self._set_aside(manifest_path, str(error))
+                except Unreadable:
+                    continue
         return None
 
     def _read(self, manifest_path: Path) -> tuple[State, Manifest]:
@@ -218,8 +221,8 @@ class CheckpointStore:
         for path in self._manifests():
             try:
                 found.append(manifests.read(path))
-            except (BadCheckpoint, FileNotFoundError):
-                continue  # load() sets it aside
+            except (BadCheckpoint, FileNotFoundError, Unreadable):
+                continue  # load() sets it aside, or refuses it
         return found
 
     def prune(self) -> None:

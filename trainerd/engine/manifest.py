@@ -1,6 +1,7 @@
 """The manifest of a checkpoint: what commits it, and vouches for its bytes. Must not import torch or open a state.
 
-It carries a checksum of its own, and is compared as text: a flipped bit in a manifest must be noticed as well.
+It carries a checksum of its own, and is compared as text: a flipped bit in a manifest must be noticed as well. A later format
+keeps `schema` and `check` as they are: so one that is newer is told from one that is damaged.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainerd.contract import files
+from trainerd.contract.errors import Unreadable
 
 NAME = re.compile(r"checkpoint_epoch_(\d+)_step_(\d+)\.json")
 _MOST_BYTES = 1 << 20
@@ -69,7 +71,8 @@ def signed(document: dict[str, Any]) -> bytes:
 
 
 def read(path: Path) -> Manifest:
-    """Raises FileNotFoundError, or BadCheckpoint when it is not a whole manifest of the checkpoint it is named after."""
+    """Raises FileNotFoundError, BadCheckpoint when it is not a whole manifest of the checkpoint it is named after, and Unreadable
+    for a whole one of a format that is not known here yet."""
     if not stat.S_ISREG(path.lstat().st_mode):
         raise BadCheckpoint("its manifest is not a plain file")
     with open(path, "rb") as file:
@@ -80,7 +83,11 @@ def read(path: Path) -> Manifest:
         document = json.loads(content)
         document.pop("check")
         # Compared as text: a flip in the last digit of a number may be the same number.
-        whole = signed(document) == content and all(document[key] == value for key, value in expected.items())
+        whole = signed(document) == content
+        if whole and isinstance(schema := document.get("schema"), int) and schema > files.SCHEMA:
+            newer = f"The checkpoint {expected['file']} has schema {schema}; this trainerd reads up to {files.SCHEMA}, and leaves it alone."
+            raise Unreadable(newer, "Go on with the newer trainerd that wrote it, or begin anew with --no-resume.")
+        whole = whole and all(document[key] == value for key, value in expected.items())
         values = {name: document[name] for name in _FIELDS if name in document or name not in _LATER_FIELDS}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole, values = False, {}
