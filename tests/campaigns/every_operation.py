@@ -1,7 +1,8 @@
 """`python -m tests.campaigns.every_operation FOLDER EVERY`: SIGKILL at the file operations of a trainer's whole life. No tests here.
 
 A program of its own because lives are forked from a process with one thread. Every point of every file is listed first,
-by an undisturbed life: start, load, setting aside, commit, retention, metrics, export. Then each EVERYth is died at.
+by an undisturbed life: start, load, setting aside, commit, retention, metrics, export; or one that is asked to leave, while it
+trains or in the middle of an evaluation (these are short, and died at three times as densely). Then each EVERYth is died at.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.disks import WatchedDisk
-from trainerd.contract import files, wire
+from trainerd.contract import files, phases, wire
 from trainerd.contract.paths import Home, RunPaths
 from trainerd.engine.selftest import damage, oracle, small_run
 from trainerd.engine.selftest.life import ForkedLife
@@ -74,6 +75,27 @@ def watch(disk: Watching) -> None:
     export.save_file = lambda stored, path, **more: disk.at("write", Path(path), lambda: save(stored, path, **more))  # type: ignore[assignment]
 
 
+def leave_in(phase: str, times: int) -> None:
+    """From here on this process is asked to leave when it looks for commands in that phase for the `times`th time."""
+    from trainerd.engine.loop import Asked
+
+    looks, to_leave = [0], Asked.to_leave
+
+    def asked(self: Asked) -> bool:
+        looks[0] += self._pulse.phase == phase
+        if looks[0] == times and self.leave is None:
+            self.leave = {"do": wire.LEAVE, "why": "stop", "save": True}
+        return to_leave(self)
+
+    Asked.to_leave = asked  # type: ignore[method-assign]
+
+
+LEAVING = {
+    "leaving": (phases.TRAINING, 33),  # between two micro-batches: there is a step to be given up
+    "leaving-evaluation": (phases.EVALUATING, 3),  # its second: the step is saved with and without it
+}
+
+
 class Stage:
     """The home the lives live in, and how one of them is lived."""
 
@@ -82,14 +104,22 @@ class Stage:
         self.home.logs.mkdir(parents=True)
         self.log = self.home.logs / "lives.log"
 
-    def live(self, paths: RunPaths, disk: Watching | None = None, until_step: int | None = None) -> tuple[int | None, set[int]]:
-        """(how it ended, the steps it acknowledged); killed once it has acknowledged `until_step`."""
+    def live(
+        self, paths: RunPaths, disk: Watching | None = None, until_step: int | None = None, leaves: tuple[str, int] | None = None
+    ) -> tuple[int | None, set[int]]:
+        """(how it ended, the steps it acknowledged); killed once it has acknowledged `until_step`, asked to leave in a phase."""
         acknowledged: set[int] = set()
 
         def hear(events: list[dict[str, Any]]) -> None:
             acknowledged.update(event["step"] for event in events if event["event"] == wire.CHECKPOINT)
 
-        life = ForkedLife(paths, self.log, (lambda: watch(disk)) if disk else lambda: None)
+        def first() -> None:
+            if disk is not None:
+                watch(disk)
+            if leaves is not None:
+                leave_in(*leaves)
+
+        life = ForkedLife(paths, self.log, first)
         while not life.ended():
             hear(life.events(0.001))
             if until_step is not None and max(acknowledged, default=0) >= until_step:
@@ -132,8 +162,9 @@ def campaign(stage: Stage, name: str, make: Callable[[str], RunPaths], every: in
     for part in parts:
         if part.exists():
             shutil.copytree(part, kept / part.parent.name)
-    code, _ = stage.live(origin, Watching(seen))
-    assert code == wire.EXIT_FINISHED, code
+    leaves = LEAVING.get(name)
+    code, _ = stage.live(origin, Watching(seen), leaves=leaves)
+    assert code == (wire.EXIT_LEFT if leaves else wire.EXIT_FINISHED), code
     points = points_of(seen)[::every]
     reached = 0
     for point, when in points:
@@ -142,11 +173,11 @@ def campaign(stage: Stage, name: str, make: Callable[[str], RunPaths], every: in
             if (kept / part.parent.name).exists():
                 shutil.copytree(kept / part.parent.name, part)
         ledger = Ledger(origin)
-        code, acknowledged = stage.live(origin, Watching(None, point, when))
+        code, acknowledged = stage.live(origin, Watching(None, point, when), leaves=leaves)
         ledger.acknowledged |= acknowledged
         reached += code == -signal.SIGKILL
         try:
-            if name == "fresh":
+            if name != "damaged":
                 ledger.look()
             code, _ = stage.live(origin)
             if code != wire.EXIT_FINISHED:
@@ -170,7 +201,8 @@ def main() -> None:
     expected = oracle.outcome(whole)
     fresh = campaign(stage, "fresh", stage.begin, every, expected)
     after_damage = campaign(stage, "damaged", stage.damaged, every, expected)
-    print(json.dumps({"fresh": fresh, "damaged": after_damage}))
+    leaving = {name: campaign(stage, name, stage.begin, max(1, every // 3), expected) for name in LEAVING}
+    print(json.dumps({"fresh": fresh, "damaged": after_damage, **leaving}))
 
 
 if __name__ == "__main__":

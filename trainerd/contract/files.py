@@ -362,12 +362,13 @@ def sha256_of(path: Path) -> str:
 
 def append_line(path: Path, line: str) -> None:
     """Append one whole line; a line torn by an earlier crash is closed first, so that it spoils no other."""
-    with open(path, "ab+", opener=_no_link) as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(line.encode("utf-8", "replace") + b"\n")
+    with disk.open_to_append(path) as file:
+        content = line.encode("utf-8", "replace") + b"\n"
+        size = os.fstat(file.fileno()).st_size
+        if size > 0:
+            file.seek(size - 1)
+            content = content if file.read(1) == b"\n" else b"\n" + content
+        disk.write(file, content)
 
 
 def remove(path: Path) -> None:

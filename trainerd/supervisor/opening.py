@@ -61,7 +61,9 @@ def open_run(home: Home, arguments: dict[str, Any]) -> Opening:
     for folder in (home.control, home.logs, paths.folder):
         files.make_folder(folder)  # lasting: what is acknowledged later lies in them
     files.tidy(home.root, STATUS_FILE)
-    files.tidy(paths.folder)
+    for folder in (paths.folder, paths.task):
+        files.tidy(folder)
+    files.tidy(home.control, home.ballast.name)
     resume = bool(arguments.get("resume"))
     if resume:
         record = runs.read(home, name)
