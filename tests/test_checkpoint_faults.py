@@ -155,6 +155,7 @@ def test_without_the_hash_half_written_states_would_be_loaded(tmp_path: Path, mo
 
 FAILURES = {
     errno.ENOSPC: ("write", "create", "sync"),
+    errno.EDQUOT: ("write", "create", "sync"),
     errno.EIO: ("sync", "sync_folder", "rename"),
     errno.EFBIG: ("write",),
 }
@@ -162,7 +163,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("code", FAILURES, ids=errno.errorcode.get)
 def test_a_failing_disk_leaves_no_torn_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    """ENOSPC, EIO or EFBIG at each operation of a commit: the error is told with its errno, only our own temporary is gone,
+    """ENOSPC, EDQUOT, EIO or EFBIG at each operation of a commit: the error is told with its errno, only our own temporary is gone,
     what was there is there, and the next commit succeeds."""
     store = CheckpointStore(tmp_path, keep=2)
     commit(store, 1)

@@ -153,9 +153,11 @@ def test_on_a_small_file_system(tmp_path: Path, scenario: str, size: str) -> Non
     on_a_small_disk(tmp_path / "small", globals()[scenario], size)
 
 
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT], ids=errno.errorcode.get)
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
-def test_full_once_at_any_operation_of_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
-    """ENOSPC at (each fifth, each single) write, creation and sync from a run's beginning to its result: it finishes, the same run."""
+def test_full_once_at_any_operation_of_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, code: int) -> None:
+    """The disk, or the quota, is full at (each fifth, each single) write, creation and sync from a run's beginning to its result: it
+    finishes, the same run."""
     asked = config({"epochs": 1}, checkpoint=OFTEN)
     recording = RecordingDisk()
     monkeypatch.setattr(files, "disk", recording)
@@ -163,9 +165,9 @@ def test_full_once_at_any_operation_of_a_whole_run(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(space.Wait, "until_room", lambda self, need, to_leave=None: True)
     places = [n for n, (kind, _) in enumerate(recording.seen, 1) if kind in ("open", "create", "write", "sync", "make_folder")]
     assert len(places) > 30
-    for place in places[::every]:
+    for place in places[every // 2 if code == errno.EDQUOT else 0 :: every]:
         home = tmp_path / f"full-{place}"
-        monkeypatch.setattr(files, "disk", FailingDisk(lambda number, kind, name, place=place: number == place, errno.ENOSPC))
+        monkeypatch.setattr(files, "disk", FailingDisk(lambda number, kind, name, place=place: number == place, code))
         assert run(home, asked).outcome == "finished"
         assert lines(home) == lines(tmp_path / "whole"), f"operation {place}: {recording.seen[place - 1]}"
         assert all(torch.equal(value, weights(home)[name]) for name, value in weights(tmp_path / "whole").items())
@@ -231,12 +233,14 @@ assert loaded_step(store) == 2
     ("error", "full"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), True),
-        (SafetensorError('Error while serializing: I/O error: No space left on device (os error 28)'), True),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), True),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (SafetensorError("Error while serializing: I/O error: Disk quota exceeded (os error 122)"), True),
         (RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0"), False),
         (OSError("4096 requested and 12 written"), False),
         (OSError(errno.EIO, "Input/output error"), False),
     ],
-    ids=["errno", "safetensors", "torch, with room", "numpy, with room", "another error"],
+    ids=["errno", "quota", "safetensors", "safetensors, quota", "torch, with room", "numpy, with room", "another error"],
 )
 def test_a_full_disk_is_known_in_every_disguise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, full: bool) -> None:
     """By its code, by what Rust says of it, and, when a library only says that it could not write, by the room there is."""
@@ -247,6 +251,15 @@ def test_a_full_disk_is_known_in_every_disguise(tmp_path: Path, monkeypatch: pyt
         assert space.is_full(wrapped, tmp_path) is full
     monkeypatch.setattr(space, "free_bytes", lambda path: 5000)
     assert space.is_full(error, tmp_path) is (full or ("I/O" not in str(error) and "Input" not in str(error)))
+
+
+def test_a_quota_is_not_told_as_missing_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is room on the disk, and not for us: what is waited for is told as that, and not as "1 bytes are missing"."""
+    monkeypatch.setattr(space, "free_bytes", lambda path: 10**12)
+    told: list[str] = []
+    space.Wait(tmp_path, "Writing the finished model", lambda event, reason: told.append(reason)).until_room(10**6, lambda: len(told) > 0)
+    where = f"The disk has room, but your quota is used up where {tmp_path} is."
+    assert told == [f"{where} Writing the finished model goes on when there is room for you."]
 
 
 # before the start

@@ -82,4 +82,6 @@ class Wait:
 
     def _reason(self, need_bytes: int, free: int | None) -> str:
         missing = max(1, need_bytes - (free or 0))
+        if free is not None and free >= need_bytes:
+            return f"The disk has room, but your quota is used up where {self._folder} is. {self._what} goes on when there is room for you."
         return f"The disk is full: {missing:,} bytes are missing where {self._folder} is. {self._what} goes on when they are free."
