@@ -210,7 +210,8 @@ class Trainer:
         free, there = free_bytes(store.folder), len(store.committed())
         if free is None:
             return
-        one, result = training.states.size_bytes(), weights_bytes(training.model)
+        one = training.states.size_bytes()
+        result = weights_bytes(training.model) + disk.metrics_bytes(training.total_steps - training.step)
         found = disk.room(free, one, result, store.keep, store.keep_best, there=there)
         if found.missing_bytes and training.step == 0:
             raise Refused(disk.too_little(str(self.home.root), found, one), disk.WHAT_TO_DO)

@@ -1,7 +1,7 @@
 """What a run needs on the disk, and how many checkpoints fit: pure arithmetic. Must not look at any disk.
 
-The rule: room for all checkpoints that are kept, the best one, the one being written, and the result, plus 5 %. With less, fewer
-are kept; below two checkpoints (one kept, one being written) and the result, a run is not begun.
+The rule: room for all checkpoints that are kept, the best one, the one being written, the result, and a line of metrics for each
+step to come, plus 5 %. With less, fewer are kept; below two checkpoints (one kept, one being written) and the rest, a run is not begun.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def _need(checkpoints: int, checkpoint_bytes: int, result_bytes: int) -> int:
 
 WHAT_TO_DO = "Free some space, use another --home, or make the model smaller."
 _PER_WEIGHT_BYTES = 4
+_PER_STEP_BYTES = 200
 # How many numbers each optimizer keeps beside every weight.
 _STATE_PER_WEIGHT = {"adamw": 2.0, "adam": 2.0, "sgd": 1.0, "adafactor": 0.0, "adamw8bit": 0.51, "paged_adamw8bit": 0.51}
 
@@ -51,6 +52,11 @@ def weights_bytes(num_parameters: int) -> int:
     return num_parameters * _PER_WEIGHT_BYTES
 
 
+def metrics_bytes(num_steps: int) -> int:
+    """What metrics.jsonl will grow by, at most: each step has its line in it for good."""
+    return max(0, num_steps) * _PER_STEP_BYTES
+
+
 def checkpoint_bytes(num_parameters: int, optimizer: str) -> int:
     """Of one checkpoint: the weights and what the optimizer keeps."""
     return int(weights_bytes(num_parameters) * (1 + _STATE_PER_WEIGHT.get(optimizer, 2.0)))
@@ -58,5 +64,6 @@ def checkpoint_bytes(num_parameters: int, optimizer: str) -> int:
 
 def too_little(where: str, found: Room, checkpoint_bytes: int) -> str:
     """The refusal, in words."""
-    least = f"{found.missing_bytes:,} bytes are missing where {where} is for two checkpoints of {checkpoint_bytes:,} bytes and the result"
-    return f"The disk is too full to begin: {least}; for everything that is kept, {found.need_bytes:,} bytes are needed."
+    least = f"two checkpoints of {checkpoint_bytes:,} bytes, the result and the metrics"
+    missing = f"{found.missing_bytes:,} bytes are missing where {where} is for {least}"
+    return f"The disk is too full to begin: {missing}; for everything that is kept, {found.need_bytes:,} bytes are needed."
