@@ -13,6 +13,7 @@ import pytest
 
 from tests.campaigns import size
 from tests.campaigns.daemon import Run, compare
+from tests.scope import Scope
 from trainerd.contract import status
 from trainerd.engine.selftest.oracle import Outcome
 
@@ -30,6 +31,8 @@ class Campaign:
     folder: Path
     whom: str
     kills: int
+    scope: Scope | None = None
+    """Everybody is killed by the kernel at one instant."""
     done: int = 0
     inside: int = 0
     runs: int = 0
@@ -68,7 +71,11 @@ class Campaign:
             killed = seen.trainer.pid
             pids = {"trainer": [killed], "supervisor": [seen.supervisor.pid]}.get(self.whom, [killed, seen.supervisor.pid])
             chance.shuffle(pids)
-            run.kill(*pids)
+            if self.scope is not None:
+                self.scope.take(process.pid for process in run.processes())
+                self.scope.kill()
+            else:
+                run.kill(*pids)
             self.inside += bool(run.torn()) and killed in pids
             self.done += 1
             if self.whom != "trainer" and not self._goes_on(run, chance):
@@ -109,3 +116,14 @@ def test_both_are_killed_at_once(tmp_path: Path) -> None:
     found = Campaign(tmp_path, "both", kills).go()
     share = f"{found.inside / kills:.0%} inside a commit"
     size.tell(f"both at once: {kills} kills ({share}) in {found.runs} runs: nothing lost, all identical")
+
+
+def test_a_whole_unit_is_killed_again_and_again(tmp_path: Path) -> None:
+    """100 kills of everything that lives for the home at one instant, by the kernel, as a unit or a container that is ended."""
+    kills, scope = size.of("UNIT_KILLS", 100), Scope()
+    try:
+        found = Campaign(tmp_path, "unit", kills, scope).go()
+    finally:
+        scope.close()
+    share = f"{found.inside / kills:.0%} inside a commit"
+    size.tell(f"a whole unit: {kills} kills ({share}) in {found.runs} runs: nothing lost, all identical")
