@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -251,6 +253,24 @@ def test_what_torch_was_set_to_is_set_again(tmp_path):
     run(tmp_path, config({"epochs": 1, "threads": 2}), task=Looks())
     assert set(seen) == {(2, True)}
     assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
+
+
+@pytest.mark.parametrize("loaded", ["before", "meanwhile"])
+def test_what_torch_compiles_meanwhile_is_deterministic_too(monkeypatch, loaded):
+    """The compiler is not loaded for it; loaded by somebody else, it is deterministic for as long as the training is."""
+    compiler = types.SimpleNamespace(deterministic=False)
+    monkeypatch.delenv("TORCHINDUCTOR_DETERMINISTIC", raising=False)
+    monkeypatch.delitem(sys.modules, "torch._inductor.config", raising=False)
+    if loaded == "before":
+        monkeypatch.setitem(sys.modules, "torch._inductor.config", compiler)
+    with deterministic("auto", print):
+        assert torch.get_deterministic_debug_mode() == 1
+        if loaded == "meanwhile":  # as its file does
+            compiler.deterministic = os.environ.get("TORCHINDUCTOR_DETERMINISTIC") == "1"
+            monkeypatch.setitem(sys.modules, "torch._inductor.config", compiler)
+        assert compiler.deterministic is True
+    assert compiler.deterministic is False and "TORCHINDUCTOR_DETERMINISTIC" not in os.environ
+    assert torch.get_deterministic_debug_mode() == 0
 
 
 # Exactness

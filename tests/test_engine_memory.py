@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.toy import LEAVE, Script, Toy, ToyModel, config, lines, run, same, weights
+from trainerd.engine import eager
 from trainerd.engine.guard import is_out_of_memory
 
 ERRORS = {
@@ -141,7 +142,7 @@ def test_gradients_of_a_broken_window_are_not_counted_twice(tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_optimizer_may_run_out_of_memory_too(precision, tmp_path, monkeypatch):
     """Before it has changed a weight the step is tried again; the run loses nothing, and the scaler is not confused."""
-    original, calls = torch.optim.AdamW.step, []
+    original, calls = eager.plain(torch.optim.AdamW).step, []
 
     def step(self, closure=None):
         calls.append(1)
@@ -150,7 +151,7 @@ def test_the_optimizer_may_run_out_of_memory_too(precision, tmp_path, monkeypatc
         return original(self, closure)
 
     run(tmp_path / "ample", config())
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    monkeypatch.setattr(eager.plain(torch.optim.AdamW), "step", step)
     link = Script()
     assert run(tmp_path / "tight", config({"precision": precision}), link).outcome == "finished"
     assert len(_plain_losses(tmp_path / "ample")) == len(_plain_losses(tmp_path / "tight"))
@@ -159,7 +160,7 @@ def test_the_optimizer_may_run_out_of_memory_too(precision, tmp_path, monkeypatc
 
 def test_an_optimizer_that_failed_half_way_is_not_retried(tmp_path, monkeypatch):
     """Once a weight has changed only a checkpoint is safe: the error is raised, and a restart begins from there."""
-    original, calls = torch.optim.AdamW.step, []
+    original, calls = eager.plain(torch.optim.AdamW).step, []
 
     def step(self, closure=None):
         calls.append(1)
@@ -170,7 +171,7 @@ def test_an_optimizer_that_failed_half_way_is_not_retried(tmp_path, monkeypatch)
 
     run(tmp_path / "ample", config())
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
-        patch.setattr(torch.optim.AdamW, "step", step)
+        patch.setattr(eager.plain(torch.optim.AdamW), "step", step)
         run(tmp_path / "tight", config())
     run(tmp_path / "tight", config())
     assert same(tmp_path / "ample", tmp_path / "tight")

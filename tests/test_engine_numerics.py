@@ -12,7 +12,7 @@ from torch import nn
 from tests.toy import Script, Toy, ToyModel, config, lines, run, weights
 from trainerd.config.model import TrainConfig
 from trainerd.contract.errors import ConfigError, TrainerdError
-from trainerd.engine import dropout, optimizers, precision, rng, schedules
+from trainerd.engine import dropout, eager, optimizers, precision, rng, schedules
 from trainerd.engine.batches import Batches, split
 from trainerd.engine.dropout import SampleDropout
 from trainerd.engine.step import weighted
@@ -275,7 +275,7 @@ def test_allocating_the_optimizers_state_changes_nothing(name):
     built = optimizers.build(models[0], Toy(), asked)
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
     assert len(built.state) == 4
-    bare = type(built)(_groups(models[1]), lr=0.01)
+    bare = getattr(torch.optim, type(built).__name__)(_groups(models[1]), lr=0.01)
     for model, optimizer in zip(models, (built, bare), strict=True):
         for group in optimizer.param_groups:
             group["weight_decay"] = 0.1 if group["params"][0].ndim == 2 else 0.0
@@ -287,6 +287,27 @@ def test_allocating_the_optimizers_state_changes_nothing(name):
             optimizer.zero_grad()
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adafactor])
+def test_an_optimizer_without_the_compiler_is_torchs_own(kind):
+    """Bit for bit the same steps and state, its state loaded into the other kind included, under a name of its own."""
+    results = []
+    for made, other in ((kind, eager.plain(kind)), (eager.plain(kind), kind)):
+        rng.seed(3)
+        model, state = nn.Linear(5, 5), {}
+        for part in (made, other):  # the second goes on from the first one's state
+            optimizer = part(model.parameters(), lr=0.1)
+            assert type(optimizer).__name__ == kind.__name__ and isinstance(optimizer, kind)
+            if part is other:
+                optimizer.load_state_dict(state)
+            for _ in range(3):
+                model(torch.rand(2, 5)).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            state = optimizer.state_dict()
+        results.append((model.weight.clone(), state))
+    assert torch.equal(results[0][0], results[1][0]) and str(results[0][1]) == str(results[1][1])
 
 
 def _groups(model):

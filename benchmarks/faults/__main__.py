@@ -17,18 +17,16 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.hangs import HANGS, hang_once, supervisor_of
+from benchmarks.faults import restart as restarts
+from tests.hangs import HANGS, hang_once
 from tests.supervised import Daemon, journal
-from tests.trainers import new_run
 from trainerd.contract import status
 from trainerd.contract.paths import Home
 from trainerd.contract.status import Reading
-from trainerd.supervisor.loop import Supervisor
 
 _LONG = {"steps": 10**7, "every": 5, "pause": 0.005}
 _LIMIT_SECONDS = 2.0
@@ -66,28 +64,16 @@ def deaths(folder: Path, count: int) -> int:
 
 def restart(folder: Path, count: int) -> int:
     """From SIGKILL of a real trainer to the first step nobody had done, beside what importing torch costs a fresh process."""
-    imports = []
-    for _ in range(count):
-        began = time.monotonic()
-        subprocess.run([sys.executable, "-c", "import torch, accelerate"], check=True)
-        imports.append(time.monotonic() - began)
-    os.environ["TINY_PAUSE"] = "0.005"
-    paths = new_run(folder / "home", train={"epochs": 100_000})
-    supervisor = supervisor_of(paths)
-    thread = threading.Thread(target=supervisor.run, daemon=True)
-    thread.start()
-    reading, seconds = _until(paths.home, lambda r: _step(r) > 20, 60), []
-    for _ in range(count):
-        pid, step = _pid(reading), _step(reading)
-        began = time.monotonic()
-        os.kill(pid, signal.SIGKILL)
-        reading = _until(paths.home, lambda r, gone=pid, least=step: _pid(r) not in (gone, 0) and _step(r) > least + 10, 60)  # type: ignore[misc]
-        seconds.append(time.monotonic() - began)
-    _end(supervisor, thread)
-    over = [total - sum(imports) / len(imports) for total in seconds]
+    imports = restarts.imports(count)
+    seconds, parts = restarts.restarts(folder, count)
+    imports += restarts.imports(count)
+    mean = sum(imports) / len(imports)
+    over = [total - mean for total in seconds]
     print(f"{count} restarts: to the first new step {_spread(seconds)}; beyond the mean import {_spread(over)}")
+    for name, values in zip((*restarts.PHASES, "to the first new step"), zip(*parts, strict=True), strict=True):
+        print(f"  {name}: {_spread(values)}")
     print(f"import torch, accelerate: {_spread(imports)}")
-    return 0 if _at(over, 0.5) <= 2.0 else 1
+    return 0 if max(over) <= 2.0 else 1
 
 
 def hangs(folder: Path, count: int) -> int:
@@ -192,12 +178,6 @@ def _until(home: Home, condition: Callable[[Reading], bool], seconds: float = 15
             raise TimeoutError(f"{reading}")
         time.sleep(0.002)
     return reading
-
-
-def _end(supervisor: Supervisor, thread: threading.Thread) -> None:
-    supervisor.stop_wanted = True
-    supervisor.signals += 1
-    thread.join(60)
 
 
 def _pid(reading: Reading) -> int:

@@ -6,6 +6,7 @@ Exact means: bit for bit the run that nothing ever interrupted, with the same pl
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+_INDUCTOR, _INDUCTOR_CONFIG = "TORCHINDUCTOR_DETERMINISTIC", "torch._inductor.config"
 # What torch says about an operation without a deterministic kernel, when it only warns.
 _MARK = "does not have a deterministic implementation"
 
@@ -58,23 +60,47 @@ def deterministic(mode: bool | str, on_operation: Callable[[str], None]) -> Iter
         yield
         return
     before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.get_deterministic_debug_mode(),
         torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
         torch.backends.cudnn.deterministic,
         torch.backends.cudnn.benchmark,
     )
-    torch.use_deterministic_algorithms(True, warn_only=mode is not True)
+    torch.set_deterministic_debug_mode("error" if mode is True else "warn")
     # Filling every new tensor with NaN finds programs that read uninitialised memory; it costs every step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     try:
-        with _named_operations(on_operation):
+        with _deterministic_compiler(), _named_operations(on_operation):
             yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = before[2]  # type: ignore[attr-defined]
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before[3], before[4]
+        torch.set_deterministic_debug_mode(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before[2], before[3]
+
+
+@contextmanager
+def _deterministic_compiler() -> Iterator[None]:
+    """torch.compile, too: by its setting where it is loaded, else by the variable it reads when it is.
+
+    torch.use_deterministic_algorithms() would load it for that: a second of every restart, and most trainings compile nothing.
+    """
+    given = os.environ.get(_INDUCTOR)
+    before = getattr(sys.modules.get(_INDUCTOR_CONFIG), "deterministic", given == "1")
+    os.environ[_INDUCTOR] = "1"
+    _tell_inductor(True)
+    try:
+        yield
+    finally:
+        _tell_inductor(before)
+        os.environ.pop(_INDUCTOR)
+        if given is not None:
+            os.environ[_INDUCTOR] = given
+
+
+def _tell_inductor(deterministic: bool) -> None:
+    loaded = sys.modules.get(_INDUCTOR_CONFIG)
+    if loaded is not None:
+        loaded.deterministic = deterministic  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -85,8 +85,10 @@ def _workspace_of(torch: Any, device: Any) -> int:
 
 def _take_a_step(torch: Any, device: Any) -> None:
     """A step of a tiny model: kernels and libraries that are loaded when first used belong to the bare trainer."""
+    from trainerd.engine import eager
+
     layer, tiny = torch.nn.GRU(16, 16, batch_first=True).to(device), torch.randn(4, 8, 16, device=device)
-    optimizer = torch.optim.AdamW(layer.parameters())
+    optimizer = eager.plain(torch.optim.AdamW)(layer.parameters())
     low = torch.float16 if device.type == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
     with torch.autocast(device.type, low):
         layer(tiny)[0].float().sum().backward()

@@ -12,6 +12,7 @@ from torch import nn
 
 from trainerd.config.model import TrainConfig
 from trainerd.contract.errors import ConfigError, TrainerdError
+from trainerd.engine import eager
 from trainerd.engine.lanes import lane_of
 from trainerd.engine.offload import Offload
 from trainerd.engine.task import Task
@@ -104,12 +105,12 @@ def _make(config: TrainConfig, groups: list[dict[str, Any]], kernel_choice: dict
     groups = [dict(group) for group in groups]
     lr, decay = config.lr, config.weight_decay
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, weight_decay=decay, **kernel_choice)
+        return eager.plain(torch.optim.AdamW)(groups, lr=lr, weight_decay=decay, **kernel_choice)
     if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=lr, weight_decay=decay, **kernel_choice)
+        return eager.plain(torch.optim.Adam)(groups, lr=lr, weight_decay=decay, **kernel_choice)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=lr, weight_decay=decay, momentum=_MOMENTUM, **kernel_choice)
-    return torch.optim.Adafactor(groups, lr=lr, weight_decay=decay)
+        return eager.plain(torch.optim.SGD)(groups, lr=lr, weight_decay=decay, momentum=_MOMENTUM, **kernel_choice)
+    return eager.plain(torch.optim.Adafactor)(groups, lr=lr, weight_decay=decay)
 
 
 def _allocate_state(optimizer: torch.optim.Optimizer) -> None:

@@ -5,6 +5,7 @@ import torch: that comes with engine/training.py, after the locks, so that a per
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from trainerd.contract import phases, wire
@@ -41,6 +43,8 @@ class TrainerProcess:
         """The preparing process while there is one: it must not outlive us."""
         self.has_stepped: Callable[[], bool] = lambda: False
         """Whether a step of this process's life was finished."""
+        self.in_first_evaluation: Callable[[], bool] = lambda: False
+        """Whether it is at an evaluation, and none was ever whole."""
         self._home = home
         self._name = run
         self._device_lock: DeviceLock | None = None
@@ -60,9 +64,7 @@ class TrainerProcess:
             self._take_locks(run)
             _set_environment(run)
             arenas.keep_large_blocks()
-            from trainerd.engine import training  # torch, from here on
-
-            return training.work(self, run)
+            return _training().work(self, run)
         except BaseException as error:  # the one place where everything ends, SystemExit of a user's task too
             return self._failed(error)
 
@@ -122,9 +124,9 @@ class TrainerProcess:
         if isinstance(error, entry.PreparingFailed) and error.told:
             return error.code
         # With a checkpoint there is one before it to try, should this one be poisoned. Without one, and without a single step
-        # that went well, the same would happen again.
+        # that went well, the same would happen again; so it would in an evaluation where none ever went well.
         begun = self.has_stepped() or any(Home(self._home).run(self._name).checkpoints.glob("checkpoint_*.json"))
-        code, fields = entry.verdict(error, retry_helps=begun)
+        code, fields = entry.verdict(error, retry_helps=begun and not self.in_first_evaluation())
         self.reporter.send(wire.EXCEPTION, **fields)
         return code
 
@@ -137,6 +139,18 @@ class TrainerProcess:
         atexit._run_exitfuncs()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _training() -> ModuleType:
+    """engine/training.py, and with it torch. Nothing of 150,000 new objects is garbage: looking for some, again and again while
+    they come, is a sixth of the import, and they are not looked at later either."""
+    gc.disable()
+    try:
+        from trainerd.engine import training
+    finally:
+        gc.freeze()
+        gc.enable()
+    return training
 
 
 def _hurry() -> None:
