@@ -5,6 +5,7 @@ Same identity and unfinished: resume it. Other identity: a new run, and that is 
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 from collections.abc import Mapping
@@ -41,6 +42,8 @@ class Choice:
     only_if_wanted: bool = False
     """Refuse when the run is stopped, paused or over by the time the supervisor holds the lock: a revival is no `resume`."""
     warnings: list[str] = field(default_factory=list)
+    mended: bool = False
+    """Take the task file over into a run that has one: all is trained, and only its export() failed."""
 
     def arguments(self) -> dict[str, Any]:
         return {
@@ -51,6 +54,7 @@ class Choice:
             "task_file": str(self.task_file) if self.task_file else None,
             "changes": self.changes,
             "only_if_wanted": self.only_if_wanted,
+            "mended": self.mended,
         }
 
 
@@ -69,7 +73,7 @@ def choose(home: Home, asked: Resolved, resume: bool) -> Choice:
 def _by_identity(home: Home, asked: Resolved, wanted: dict[str, Any], resume: bool) -> Choice:
     config = asked.config
     unfinished = [record for record in _records(home) if not record.finished]
-    same = next((record for record in unfinished if record.identity == wanted), None) if resume and config.name is None else None
+    same = next((record for record in unfinished if _is_same(record, wanted)), None) if resume and config.name is None else None
     if same is not None:
         return _go_on(home, same, asked)
     told = ""
@@ -132,7 +136,7 @@ def _named(home: Home, name: str, asked: Resolved, wanted: Mapping[str, Any], re
     if not resume:
         raise Refused(f"The name {name!r} is taken by an earlier run; --no-resume begins a new one.", other)
     unlike = differences(record.identity, wanted)
-    if unlike:
+    if unlike and not _is_same(record, wanted):
         raise Refused(f"The run {name} is another one: {'; '.join(unlike)}.", other)
     if record.finished:
         raise Refused(f"The run {name} is completed.", other)
@@ -150,10 +154,30 @@ def _go_on(home: Home, record: RunRecord, asked: Resolved) -> Choice:
             "Go on without it, or begin a new run with --no-resume.",
         )
     _refuse_the_past(home, record.id, resumption.config)
+    mended = asked.task_file is not None and _is_edited(record, asked.task_file)
+    if mended and any(change.startswith("train.") for change in resumption.changes):
+        message = f"The task file was edited since the run {record.id} was trained, and {'; '.join(resumption.changes)} would train it on."
+        raise Refused(message, "Write its result first: start without it. Or begin a new run with --no-resume.")
     changed = f" Changed: {'; '.join(resumption.changes)}." if resumption.changes else ""
     at = f" from step {record.step:,}" if record.step else ""
     told = f"Going on with the unfinished run {record.id}{at}.{changed} (--no-resume begins a new one.)"
-    return Choice(record.id, True, resumption.config, record.identity, None, resumption.changes, told)
+    if mended:
+        told = f"The run {record.id} is trained: the edited task file only writes its result.{changed} (--no-resume begins a new run.)"
+    task_file = asked.task_file if mended else None
+    return Choice(record.id, True, resumption.config, record.identity, task_file, resumption.changes, told, mended=mended)
+
+
+def _is_edited(record: RunRecord, task_file: Path) -> bool:
+    """Whether the run goes on with another content of the task file."""
+    copied = record.sources.get(task_file.name)
+    return copied is not None and copied != hashlib.sha256(task_file.read_bytes()).hexdigest()
+
+
+def _is_same(record: RunRecord, wanted: Mapping[str, Any]) -> bool:
+    """Whether a record is of the run that is wanted; once all is trained, the task file may be edited to write the result."""
+    if record.identity == wanted:
+        return True
+    return record.trained and {**record.identity, "task_source": None} == {**wanted, "task_source": None}
 
 
 def _refuse_the_past(home: Home, run: str, config: RunConfig) -> None:

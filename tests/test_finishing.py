@@ -13,9 +13,9 @@ from tests.disks import FailingDisk, RecordingDisk
 from tests.toy import LEAVE, Script, Toy, config, lines, run, same, weights
 from tests.trainers import TASK, RunningTrainer, new_run, newest_step
 from trainerd.contract import files, wire
-from trainerd.contract.errors import NotExported
+from trainerd.contract.errors import ExportFailed, NotExported
 from trainerd.contract.paths import Home
-from trainerd.engine import finishing
+from trainerd.engine import finishing, space
 from trainerd.engine.checkpoints import CheckpointStore
 
 OFTEN = {"every_steps": 4, "exact": True}
@@ -165,14 +165,44 @@ def lines_of(trainer: RunningTrainer) -> list[int]:
     return [told["step"] for told in trainer.of(wire.PROGRESS) if told["step"] != 60]
 
 
-def test_an_error_of_the_tasks_own_is_none_of_the_disks(tmp_path: Path) -> None:
-    """What export() of a task raises is not waited for: it is the task's to mend."""
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (KeyError("classes"), "KeyError: 'classes'"),
+        (FileNotFoundError(2, "No such file or directory", "template.json"), "template.json"),
+        (SystemExit("no good"), "SystemExit: no good"),
+    ],
+    ids=["program", "no such file", "exit"],
+)
+def test_an_error_of_the_tasks_own_is_none_of_the_disks(tmp_path: Path, error: BaseException, words: str) -> None:
+    """What export() of a task raises is not waited for: it is the task's to mend, in whichever step of the run it comes."""
+
+    class Broken(Toy):
+        def export(self, model: Any, folder: Path) -> None:
+            raise error
+
+    link = Script()
+    with pytest.raises(ExportFailed, match=rf"(?s)export\(\) failed: line \d+: .*{words}.*saved \(step 7\).*Mend export"):
+        run(tmp_path, config(SHORT), link, Broken())
+    assert link.of(wire.WAITING) == [] and lines(tmp_path)
+
+
+def test_no_error_of_the_tasks_own_gives_up_what_is_only_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the last steps cannot be saved it waits with them, export() or not; once they are saved it ends."""
 
     class Broken(Toy):
         def export(self, model: Any, folder: Path) -> None:
             raise KeyError("classes")
 
+    left = [6]
+
+    def fails(number: int, kind: str, name: str) -> bool:
+        left[0] -= kind == "create" and "step_7" in name
+        return kind == "create" and "step_7" in name and left[0] >= 0
+
+    monkeypatch.setattr(files, "disk", FailingDisk(fails, errno.ENOSPC))
+    monkeypatch.setattr(space, "_LOOK_SECONDS", 0.001)
     link = Script()
-    with pytest.raises(KeyError):
-        run(tmp_path, config(SHORT), link, Broken())
-    assert link.of(wire.WAITING) == [] and lines(tmp_path)
+    with pytest.raises(ExportFailed):
+        run(tmp_path, config(SHORT, checkpoint={"every_steps": 100}), link, Broken())
+    assert link.of(wire.WAITING) and last_weights(tmp_path)[0] == 7

@@ -49,6 +49,31 @@ def test_nothing_of_torch_before_hello() -> None:
     assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[1], check=False).returncode == 0
 
 
+_TELLS = """
+import sys
+
+class Tells(Tiny):
+    def loss(self, model, batch, ctx):
+        if ctx.step == 12:
+            print("torch's compiler is loaded:", "torch._dynamo" in sys.modules, flush=True)
+        return super().loss(model, batch, ctx)
+"""
+
+
+@pytest.mark.parametrize("train", [{}, {"precision": "fp16"}, {"optimizer": "sgd", "deterministic": False}], ids=str)
+def test_what_compiles_nothing_loads_no_compiler(tmp_path: Path, train: dict[str, Any]) -> None:
+    """Neither a first life nor a resumed one loads torch's compiler: it would be a second of each start, and 70 MB of RAM."""
+    paths = new_run(tmp_path, source=TASK + _TELLS, class_name="Tells", train=train, checkpoint={"every_steps": 3})
+    trainer = RunningTrainer(paths, **SLOW)
+    trainer.wait_for_step(13)
+    trainer.kill()
+    first = newest_step(paths)
+    again = RunningTrainer(paths)
+    assert again.exit_code() == wire.EXIT_FINISHED, again.text()
+    told = [line.rpartition(" ")[2] for line in again.text().splitlines() if line.startswith("torch's compiler")]
+    assert told and set(told) == {"False"} and first > 0
+
+
 def test_kill_save_leave_and_a_vanished_supervisor_change_no_bit(tmp_path: Path, undisturbed: tuple[RunningTrainer, Outcome]) -> None:
     """SAVE is acknowledged by id; kill -9 loses nothing of it; the end of the command pipe and LEAVE commit before the exit;
     and after all of that, every number and the model are those of the undisturbed run."""
@@ -206,6 +231,29 @@ def test_an_error_is_told_and_permanent_only_when_a_restart_cannot_help(tmp_path
     (event,) = trainer.of(wire.EXCEPTION)
     assert words in event["text"] and event["permanent"] is (code == wire.EXIT_PERMANENT)
     assert "Traceback" in trainer.text() and words in trainer.text()
+
+
+_EVALUATES = """
+class Evaluates(Tiny):
+    def dataset(self, split):
+        return super().dataset("train")
+
+    def evaluate(self, model, ctx, losses):
+        if ctx.step >= int(os.environ.get("FAILS_FROM", 10**9)):
+            raise KeyError("recall")
+        return losses
+"""
+
+
+@pytest.mark.parametrize(("first", "code"), [(5, wire.EXIT_PERMANENT), (11, 1)])
+def test_an_evaluation_that_never_went_well_is_not_tried_again(tmp_path: Path, first: int, code: int) -> None:
+    """Like a first step: whatever checkpoint it begins from, it would fail again. After a good one it is restarted."""
+    train = {"eval_every_steps": 10}
+    paths = new_run(tmp_path, source=TASK + _EVALUATES, class_name="Evaluates", train=train)
+    trainer = RunningTrainer(paths, FAILS_FROM=str(first))
+    assert trainer.exit_code() == code and newest_step(paths) >= 5
+    (event,) = trainer.of(wire.EXCEPTION)
+    assert "recall" in event["text"] and event["permanent"] is (code == wire.EXIT_PERMANENT)
 
 
 def test_a_broken_task_file_is_permanent(tmp_path: Path) -> None:

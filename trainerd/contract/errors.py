@@ -8,7 +8,8 @@ TrainerdError                 4
 ├── RunFailed                 4   the run ended in failure
 │   ├── DeviceLost            4   the GPU a run was planned for does not answer
 │   ├── NotFinite             4   a loss, gradient or weight is no number any more
-│   └── NotExported           4   all is trained and saved, and the disk does not take the result
+│   ├── NotExported           4   all is trained and saved, and the disk does not take the result
+│   └── ExportFailed          4   all is trained and saved, and the task's own export() cannot write its part
 ├── NoGoodCheckpoint          4   checkpoints exist and none can be loaded
 ├── OutputLost                4   the standard output takes nothing
 └── Refused                   5   possible in principle, not now: already running, does not fit, disk too full
@@ -105,6 +106,10 @@ class NotFinite(RunFailed):
 
 class NotExported(RunFailed):
     """All is trained and saved, and the disk does not take the result."""
+
+
+class ExportFailed(RunFailed):
+    """All is trained and saved, and the task's own export() raises: the same again, whenever it is called."""
 
 
 class NoGoodCheckpoint(TrainerdError):

@@ -111,6 +111,11 @@ class RunPaths:
         return self.folder / "task"
 
     @property
+    def trained_task(self) -> Path:
+        """The copy the run was trained with, once the file was edited to mend its export()."""
+        return self.folder / "trained_task"
+
+    @property
     def checkpoints(self) -> Path:
         return self.home.checkpoints / self.name
 

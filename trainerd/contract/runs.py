@@ -43,6 +43,8 @@ class RunRecord:
     """sha256 of the user's task files, by name, as copied into the run."""
     step: int | None = None
     """The last acknowledged step, for lists of runs."""
+    trained: bool = False
+    """All its steps are done and saved, and only the task's own export() failed: an edited task file may still write the result."""
     slowest: dict[str, float] = field(default_factory=dict)
     """The longest time without a sign of life of a trainer that went on, by phase: what limits of silence are learned from."""
 
@@ -126,6 +128,8 @@ def _fits(declared: str, value: Any) -> bool:
         return "None" in declared
     if declared.startswith("str"):
         return isinstance(value, str)
+    if declared == "bool":
+        return isinstance(value, bool)
     if declared.startswith("int"):
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
     if declared.startswith("float"):

@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from trainerd.contract import runs, wire
-from trainerd.contract.errors import ConfigError, NoGoodCheckpoint, NotExported, NotFinite, Refused, TrainerdError, Unreadable, UsageError
+from trainerd.contract.errors import (
+    ConfigError,
+    ExportFailed,
+    NoGoodCheckpoint,
+    NotExported,
+    NotFinite,
+    Refused,
+    TrainerdError,
+    Unreadable,
+    UsageError,
+)
 from trainerd.contract.paths import Home, RunPaths
 from trainerd.contract.runs import RunRecord
 
@@ -120,7 +130,8 @@ class PreparingFailed(TrainerdError):
         """Whether its own EXCEPTION event was passed on."""
 
 
-def _of_the_moment(error: BaseException) -> bool:
+def of_the_moment(error: BaseException) -> bool:
+    """Whether another try may go better: it was the disk, the memory or the device, and not the program."""
     if isinstance(error, _OF_THE_MOMENT) or not isinstance(error, Exception):
         return True
     return _OF_THE_DEVICE.search(f"{type(error).__name__}: {error}") is not None
@@ -136,7 +147,7 @@ def verdict(error: BaseException, *, retry_helps: bool) -> tuple[int, dict[str, 
         code = wire.EXIT_NO_CHECKPOINT
     elif isinstance(error, NotFinite):
         code = wire.EXIT_PERMANENT if error.for_good else _EXIT_CRASHED
-    elif isinstance(error, (UsageError, Unreadable, Refused, NotExported)) or not (retry_helps or _of_the_moment(error)):
+    elif isinstance(error, (UsageError, Unreadable, Refused, NotExported, ExportFailed)) or not (retry_helps or of_the_moment(error)):
         code = wire.EXIT_PERMANENT
     else:
         code = _EXIT_CRASHED

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from trainerd.contract.errors import TrainerdError
+from trainerd.contract.errors import UsageError
 from trainerd.engine import cleaning, guard, rng
 from trainerd.engine.batches import Ids, split
 from trainerd.engine.loader import Fetch, move
@@ -154,7 +154,7 @@ class Evaluation:
     def _remember(self, step: int, values: dict[str, float]) -> bool:
         name = self._task.best_metric
         if name not in values:
-            raise TrainerdError(f"evaluate() gave no {name!r}, which decides what is best.", f"It gave: {', '.join(values) or 'nothing'}.")
+            raise UsageError(f"evaluate() gave no {name!r}, which decides what is best.", f"It gave: {', '.join(values) or 'nothing'}.")
         value = values[name]
         better = math.isfinite(value) and (self.best_value is None or value < self.best_value)
         self.last_step, self.values = step, values

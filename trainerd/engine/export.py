@@ -5,6 +5,7 @@ Everything else is durable before result.json is: with it the run is finished, w
 
 from __future__ import annotations
 
+import inspect
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,15 @@ from torch import Tensor, nn
 
 from trainerd.config.model import RunConfig
 from trainerd.contract import clock, files
+from trainerd.contract.errors import ExportFailed, TrainerdError
 from trainerd.contract.paths import RunPaths
+from trainerd.engine import entry, space, taskfile
 from trainerd.engine.task import Task
 
 WEIGHTS = "model.safetensors"
 _SMALL_FILES_BYTES = 1 << 20
+_MISNAMED = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError)
+_MEND = "Mend export() in the task file and `start` as before: that writes the result and trains nothing again."
 
 
 def export(task: Task, model: nn.Module, config: RunConfig, paths: RunPaths, *, frozen: dict[str, str], facts: dict[str, Any]) -> None:
@@ -40,11 +45,31 @@ def export(task: Task, model: nn.Module, config: RunConfig, paths: RunPaths, *, 
     if paths.task.is_dir():
         for source in sorted(paths.task.glob("*.py")):
             files.write_atomic(folder / source.name, source.read_bytes(), durable=True)
-    task.export(model, folder)
+    _by_task(task, model, folder, facts["exported_step"])
     written = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(".tmp"))
     digests = {p.relative_to(folder).as_posix(): _durable_sha256(p) for p in written}
     record = {"schema": files.SCHEMA, "run": paths.name, "task": config.task, "outcome": "completed", "finished_at": clock.wall()}
     files.write_json(paths.result, {**record, **facts, "files": digests}, durable=True)
+
+
+def _by_task(task: Task, model: nn.Module, folder: Path, step: int) -> None:
+    """The task's own part. Raises ExportFailed for an error of its program; what the disk, the memory or the device says, as it is."""
+    try:
+        task.export(model, folder)
+    except (Exception, SystemExit) as error:
+        # With the result's folder in its place, a file that is looked for in vain is looked for in the wrong place.
+        own = isinstance(error, (SystemExit, TrainerdError)) or (isinstance(error, _MISNAMED) and folder.is_dir())
+        if not own and (space.is_of_the_disk(error) or entry.of_the_moment(error)):
+            raise
+        said = f"The task's own export() failed: {taskfile.last_line(error, _file_of(task))}."
+        raise ExportFailed(f"{said} All that was trained is saved (step {step:,}).", _MEND) from error
+
+
+def _file_of(task: Task) -> Path | None:
+    try:
+        return Path(inspect.getfile(type(task)))
+    except (TypeError, OSError):  # typed into an interpreter
+        return None
 
 
 def _write_weights(model: nn.Module, path: Path) -> dict[str, str]:

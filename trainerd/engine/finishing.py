@@ -6,12 +6,11 @@ without a result only when everything is in a checkpoint, and then the next star
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 
 from trainerd.contract import files, wire
-from trainerd.contract.errors import NotExported
+from trainerd.contract.errors import ExportFailed, NotExported
 from trainerd.contract.paths import RunPaths
 from trainerd.engine import guard, loop, space
 from trainerd.engine.export import export, weights_bytes
@@ -20,13 +19,11 @@ from trainerd.engine.loop import Result, Training
 _PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0)
 """Between attempts on a disk that fails: three minutes, in which a cable is put back and a file system mounted again."""
 _LOOK_SECONDS = 0.25
-# safetensors (Rust) keeps the system's code only in its text, numpy and torch's zip writer not even that.
-_SAYS_FAILED = re.compile(r"\(os error \d+\)|requested and \d+ written|file write failed|unexpected pos|failed writing file")
 
 
 def finish(training: Training, result: Result, paths: RunPaths) -> Result:
-    """Write the result; asked to leave meanwhile, leave. Raises NotExported when the disk does not take it, and whatever else
-    the task's own export raises."""
+    """Write the result; asked to leave meanwhile, leave. Raises NotExported when the disk does not take it, ExportFailed when the
+    task's own export() raises; neither before everything is in a checkpoint."""
     t, root = training, paths.home.root
     room = space.Wait(root, "Writing the finished model", t.link.send)
     failures = 0
@@ -43,7 +40,8 @@ def finish(training: Training, result: Result, paths: RunPaths) -> Result:
                 t.with_room("while writing the finished model", write)
             return result
         except Exception as error:
-            if not space.is_full(error, root) and not _is_of_the_disk(error):
+            by_task = isinstance(error, ExportFailed)
+            if (by_task and t.saver.failure is None) or not (by_task or space.is_full(error, root) or space.is_of_the_disk(error)):
                 raise
             problem = error
         full = space.is_full(problem, root)
@@ -102,18 +100,6 @@ def _export(t: Training, result: Result, paths: RunPaths) -> None:
             step = _best_step(t)
     facts = {**result.metrics, "exported_step": step, "exact": t.exact.document()}
     export(t.task, t.model, t.config, paths, frozen=t.states.frozen, facts=facts)
-
-
-def _is_of_the_disk(error: BaseException) -> bool:
-    """Whether writing failed, and not the task's own export."""
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
-        if (isinstance(cause, OSError) and cause.errno is not None) or _SAYS_FAILED.search(str(cause)):
-            return True
-        cause = cause.__cause__ or cause.__context__
-    return False
 
 
 def _why(error: BaseException, t: Training, paths: RunPaths) -> str:

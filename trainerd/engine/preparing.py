@@ -45,10 +45,10 @@ _LAST_WORDS_SECONDS = 2.0
 _SIGBUS = getattr(signal, "SIGBUS", 0)  # what writing to a memory map on a full disk ends in
 
 
-def cache_folder(home: Home, task: Task, config: RunConfig, fingerprint: Mapping[str, Any]) -> Path:
-    """Where this task's prepared data lies: another data, settings, seed or source is another folder."""
+def cache_folder(home: Home, task: Task, config: RunConfig, fingerprint: Mapping[str, Any], trained: Path | None = None) -> Path:
+    """Where this task's prepared data lies: another data, settings, seed or source is another folder. `trained`: see source_hash()."""
     parts = {
-        "source": taskfile.source_hash(type(task)),
+        "source": taskfile.source_hash(type(task), trained),
         "settings": task.settings.model_dump(mode="json"),
         "data": {**config.data.model_dump(mode="json", exclude={"path"}), **fingerprint},
         "seed": config.seed,
@@ -303,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
         run = entry.read_run(asked.home, asked.run)
         faults |= run.config.faults.model_dump()
         task = taskfile.load_task(run.config, run.paths.task)
-        cache_dir = cache_folder(run.home, task, run.config, run.record.identity.get("data", {}))
+        cache_dir = cache_folder(run.home, task, run.config, run.record.identity.get("data", {}), run.paths.trained_task)
         prepare_here(task, run.config, cache_dir, send, provenance.of_identity(run.record.identity))
     except Exception as error:
         traceback.print_exception(error)

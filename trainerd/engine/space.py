@@ -9,7 +9,7 @@ import errno
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trainerd.contract import wire
@@ -20,8 +20,9 @@ _CODES = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _CODES_ON_WINDOWS = (39, 112)
 # safetensors (Rust) keeps the system's code only in its text.
 _SAYS_FULL = re.compile(r"No space left on device|[Qq]uota exceeded|os error (28|122|112|39)\b|not enough space on the disk")
-# numpy and torch's zip writer say only that a write failed: it counts when there is hardly room for anything.
+# numpy and torch's zip writer say only that a write failed: it counts as full when there is hardly room for anything.
 _SAYS_FAILED = re.compile(r"requested and \d+ written|file write failed|unexpected pos|failed writing file")
+_SAYS_SYSTEM = re.compile(r"\(os error \d+\)")
 _HARDLY_ANY_BYTES = 1 << 20
 _LOOK_SECONDS = 0.25
 _TELL_SECONDS = 5.0
@@ -30,17 +31,31 @@ _LONGEST_PAUSE_SECONDS = 60.0
 
 def is_full(error: BaseException, folder: Path) -> bool:
     """Whether `error`, met while writing in `folder`, means that the disk or the quota is full."""
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
+    for cause in _causes(error):
         if isinstance(cause, OSError) and (cause.errno in _CODES or getattr(cause, "winerror", None) in _CODES_ON_WINDOWS):
             return True
         text = str(cause)
         if _SAYS_FULL.search(text) or (_SAYS_FAILED.search(text) and has_hardly_any(folder)):
             return True
-        cause = cause.__cause__ or cause.__context__
     return False
+
+
+def is_of_the_disk(error: BaseException) -> bool:
+    """Whether the system or a library says that reading or writing failed, rather than the program that asked for it."""
+    for cause in _causes(error):
+        text = str(cause)
+        if (isinstance(cause, OSError) and cause.errno is not None) or _SAYS_SYSTEM.search(text) or _SAYS_FAILED.search(text):
+            return True
+    return False
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def has_hardly_any(folder: Path) -> bool:

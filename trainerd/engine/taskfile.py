@@ -41,7 +41,7 @@ def load_task(config: RunConfig, folder: Path) -> Task:
         raise
     except Exception as error:
         traceback.print_exception(error)
-        raise UsageError(f"{kind.__name__} cannot be made: {_last_line(error, None)}.", _CORRECT) from None
+        raise UsageError(f"{kind.__name__} cannot be made: {last_line(error, None)}.", _CORRECT) from None
 
 
 def check_settings(kind: type[Task], settings: Mapping[str, Any]) -> None:
@@ -62,14 +62,16 @@ def _strict(model: type[BaseModel]) -> type[BaseModel]:
     return Strict
 
 
-def source_hash(kind: type[Task]) -> str:
-    """sha256 of the code a task is made of: its package's modules, or its file."""
+def source_hash(kind: type[Task], trained: Path | None = None) -> str:
+    """sha256 of the code a task is made of: its package's modules, or its file; of the file's copy in the folder `trained` if there."""
     digest = hashlib.sha256(f"{kind.__module__}:{kind.__qualname__}".encode())
     try:
         file = Path(inspect.getfile(kind))
     except (TypeError, OSError):  # typed into an interpreter
         return digest.hexdigest()
     in_package = bool(getattr(sys.modules.get(kind.__module__), "__package__", ""))
+    if trained is not None and not in_package and (trained / file.name).is_file():
+        file = trained / file.name
     for path in sorted(file.parent.glob("*.py")) if in_package else [file]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
@@ -102,7 +104,7 @@ def _import(path: Path) -> Any:
         raise UsageError(f"The task file {path.name} imports {error.name!r}, which is not there.", hint) from None
     except Exception as error:
         traceback.print_exception(error)
-        raise UsageError(f"The task file {path.name} cannot be loaded: {_last_line(error, path)}.", _CORRECT) from None
+        raise UsageError(f"The task file {path.name} cannot be loaded: {last_line(error, path)}.", _CORRECT) from None
 
 
 def _is_taken(name: str, path: Path) -> bool:
@@ -119,7 +121,7 @@ def _is_taken(name: str, path: Path) -> bool:
     return spec is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(spec.origin or "").parts)
 
 
-def _last_line(error: BaseException, path: Path | None) -> str:
+def last_line(error: BaseException, path: Path | None) -> str:
     """Type and message, and the line of the person's file it happened in."""
     text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
     line = error.lineno if isinstance(error, SyntaxError) else None

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from trainerd.config.model import RunConfig
-from trainerd.contract import clock, files, wire
-from trainerd.contract.errors import Refused
+from trainerd.contract import clock, files, phases, wire
+from trainerd.contract.errors import Refused, UsageError
 from trainerd.contract.paths import Home, RunPaths
 from trainerd.engine import cleaning, compiling, finishing, guard, loop, optimizers, precision, preparing, provenance, receipt
 from trainerd.engine import plan as plans
@@ -135,6 +135,7 @@ class Trainer:
             stack.enter_context(_threads(plan["threads"]))
             with guard.worded("build the model, its optimizer and what the run had saved"):
                 training = build(self.task, self.config, plan, self.paths, cache_dir, self._link, store, state, stack, traces=self._traces)
+            self._refuse_other_code(training)
             self._vouch_for_data(training, cache_dir, state)
             if found is not None:
                 training.saver.schedule.go_on(found[1].spent_bytes, clock.wall() - found[1].at)
@@ -160,6 +161,12 @@ class Trainer:
     def has_stepped(self) -> bool:
         """Whether train() has finished a step of its own: then what fails later may go better from a checkpoint."""
         return self._training is not None and self._training.step > self._began_at
+
+    @property
+    def in_first_evaluation(self) -> bool:
+        """Whether train() is at an evaluation and none of this run was ever whole: what fails there fails again from any checkpoint."""
+        t = self._training
+        return t is not None and t.pulse.phase == phases.EVALUATING and t.evaluation.last_step == 0
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
@@ -223,6 +230,12 @@ class Trainer:
         text = f"The disk has no room for all checkpoints that were asked for ({found.need_bytes:,} bytes): {kept} will be kept."
         self._link.send(wire.WARNING, text=text)
         self._link.send(wire.NOTE, kind="keep_lowered", keep=store.keep, keep_best=store.keep_best, free_bytes=free, checkpoint_bytes=one)
+
+    def _refuse_other_code(self, training: Training) -> None:
+        """A task file that was edited to mend its export() may write the result, and train no step. Raises UsageError."""
+        if training.step < training.total_steps and not training.evaluation.should_stop and self.paths.trained_task.is_dir():
+            text = f"The task file was edited after step {training.step:,}, and there are steps left: they would be trained by other code."
+            raise UsageError(text, f"`start` with the file as it is in {self.paths.trained_task}; edit it again when all is trained.")
 
     def _vouch_for_data(self, training: Training, cache_dir: Path, state: dict[str, Any] | None) -> None:
         """Every checkpoint names the data it was trained on. What was opened meanwhile must still be that."""

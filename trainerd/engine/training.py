@@ -54,7 +54,7 @@ def work(process: TrainerProcess, run: entry.Run) -> int:
         holds_lock=True,
         traces=True,
     )
-    process.has_stepped = lambda: trainer.has_stepped
+    process.has_stepped, process.in_first_evaluation = lambda: trainer.has_stepped, lambda: trainer.in_first_evaluation
     outcome = trainer.train().outcome
     if outcome != FINISHED:
         return wire.EXIT_NO_ROOM if outcome == MADE_ROOM else wire.EXIT_LEFT
@@ -65,7 +65,7 @@ def work(process: TrainerProcess, run: entry.Run) -> int:
 def _prepare(process: TrainerProcess, run: entry.Run, task: Task) -> Path:
     """The folder of the prepared data, after what is missing there has been done in a process of its own. Raises UsageError
     when data.path holds other data than the run began with."""
-    cache_dir = preparing.cache_folder(run.home, task, run.config, run.record.identity.get("data", {}))
+    cache_dir = preparing.cache_folder(run.home, task, run.config, run.record.identity.get("data", {}), run.paths.trained_task)
     send = process.reporter.send
     record = preparing.verified(cache_dir, send) if preparing.has_prepare(task) else None
     if preparing.has_prepare(task) and record is None:

@@ -171,7 +171,7 @@ def _died(supervisor: Supervisor, gone: TrainerProcess, why: Death) -> None:
     supervisor.starter.can_wrap &= gone.said_hello  # systemd-run may have failed in place of the trainer
     supervisor.report.status.trainer.last_exit = why.words
     run = supervisor.journal.record.id
-    supervisor.journal.save_record(slowest=supervisor.vigil.hang.learned())
+    supervisor.journal.save_record(slowest=supervisor.vigil.hang.learned(), trained=why.trained)
     if why.device_lost and _waits_for_device(supervisor, gone, why):
         return
     if why.no_memory and smaller.goes_on(supervisor, gone, why):
@@ -183,7 +183,8 @@ def _died(supervisor: Supervisor, gone: TrainerProcess, why: Death) -> None:
     supervisor.journal.note("death", exit_code=gone.exit_code, why=why.words, log=gone.log_path.name, deaths=deaths)
     if restart is None:
         often = "" if why.permanent else f" {deaths} times without a new checkpoint"
-        supervisor.end(status.FAILED, f"The trainer died{often}: {why.words.rstrip('.?!')}.")
+        died = "" if why.trained else f"The trainer died{often}: "
+        supervisor.end(status.FAILED, f"{died}{why.words.rstrip('.?!')}.")
         return
     supervisor.report.status.trainer.restarts += 1
     supervisor.before_step = restart.before_step

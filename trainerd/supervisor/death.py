@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainerd.contract import wire
-from trainerd.contract.errors import DeviceLost
+from trainerd.contract.errors import DeviceLost, ExportFailed
 
 _MAX_WORDS = 300
 _SIGNALS = {
@@ -63,17 +63,20 @@ _FATAL = re.compile(r"^(Fatal Python error: .*|terminate called .*)$", re.MULTIL
 @dataclass(frozen=True)
 class Death:
     """`permanent`: no restart can mend it. `device_lost`: none can before the device is back. `no_memory`: the system had no RAM left
-    for it, and ended it."""
+    for it, and ended it. `trained`: nothing but the task's own export() is left to do."""
 
     words: str
     permanent: bool = False
     device_lost: bool = False
     no_memory: bool = False
+    trained: bool = False
 
 
 def explain(code: int, exception: Mapping[str, Any] | None, log_tail: str, *, out_of_memory_killed: bool = False) -> Death:
     """The death of a trainer with exit code `code` (negative: a signal) and its last EXCEPTION event, if any."""
     if exception is not None:
+        if exception.get("type") == ExportFailed.__name__:
+            return Death(_shorten(str(exception.get("text"))), permanent=True, trained=True)
         permanent = bool(exception.get("permanent")) or code in (wire.EXIT_PERMANENT, wire.EXIT_NO_CHECKPOINT)
         lost = exception.get("type") == DeviceLost.__name__ or _LOST.search(str(exception.get("text"))) is not None
         return Death(_exception(exception), permanent, lost and not permanent)

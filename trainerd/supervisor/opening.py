@@ -75,8 +75,13 @@ def open_run(home: Home, arguments: dict[str, Any]) -> Opening:
         record = RunRecord(name, "", clock.wall(), config={}, identity={})
     if record.outcome is not None or arguments.get("changes"):
         record.not_finite_steps = []  # somebody has looked at it, or changed something: it may go better
+    if any(str(change).startswith("train.") for change in arguments.get("changes") or []):
+        record.trained = False  # it may have more to do now
     _take_over(record, arguments)
-    warnings = _copy_task(paths, record, arguments.get("task_file"))
+    if arguments.get("mended"):
+        warnings = _renew_task(paths, record, Path(str(arguments.get("task_file"))))
+    else:
+        warnings = _copy_task(paths, record, arguments.get("task_file"))
     record.wanted, record.outcome, record.reason, record.ended_at = runs.WANTED_RUNNING, None, "", None
     runs.write(home, record)
     files.write_atomic(paths.config, to_yaml(record.config).encode("utf-8"), durable=True)
@@ -146,6 +151,26 @@ def _copy_task(paths: RunPaths, record: RunRecord, task_file: Any) -> list[str]:
     files.make_folder(paths.task)
     files.write_atomic(paths.task / source.name, content, durable=True)
     record.sources[source.name] = digest
+    return []
+
+
+def _renew_task(paths: RunPaths, record: RunRecord, source: Path) -> list[str]:
+    """Take an edited task file over into a run that is trained, and keep what trained it; or the file as it was, whenever it is back.
+    Raises Refused."""
+    content = _read_task(source)
+    digest = None if content is None else hashlib.sha256(content).hexdigest()
+    original = digest is not None and digest == record.identity.get("task_source")
+    if content is None or source.name not in record.sources or not (record.trained or original):
+        raise Refused(f"{source} cannot take the place of the file that the run {record.id} goes on with.", "Begin a new run: --no-resume.")
+    kept, current = paths.trained_task / source.name, paths.task / source.name
+    if not kept.exists() and not original:
+        files.make_folder(paths.trained_task)
+        files.write_atomic(kept, current.read_bytes(), durable=True)
+    files.write_atomic(current, content, durable=True)
+    if original and paths.trained_task.is_dir():
+        files.remove(kept)
+        paths.trained_task.rmdir()
+    record.sources[source.name] = str(digest)
     return []
 
 
