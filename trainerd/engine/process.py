@@ -64,7 +64,8 @@ class TrainerProcess:
             self._take_locks(run)
             _set_environment(run)
             arenas.keep_large_blocks()
-            return _training().work(self, run)
+            code: int = _training().work(self, run)
+            return code
         except BaseException as error:  # the one place where everything ends, SystemExit of a user's task too
             return self._failed(error)
 
