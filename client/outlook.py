@@ -23,7 +23,8 @@ from trainerd.memory import forecast, profile, receipts, traced
 from trainerd.memory.limits import resolve_limit
 from trainerd.memory.planner import Answer
 from trainerd.memory.profile import Profile
-from trainerd.memory.timeline import Table
+from trainerd.memory.timeline import Setup, Table, tells
+from trainerd.memory.traced import TracedTable
 
 from . import diagnosis, packages
 
@@ -56,8 +57,8 @@ class Unknown:
 
 def look(home: Home, asked: Resolved, budget: str | None = None, device: str | None = None) -> Outlook | Unknown:
     """What training `asked` would need here, or within `budget` ("3.5GB") on a "gpu" or "cpu". Raises UsageError."""
-    found = table_of(home, asked)
     place, where, words = _place(home, asked.config, budget, device)
+    found = table_of(home, asked, forecast.question(asked.config, place).setup)
     notes = () if budget is not None or device is not None else unused_gpu()
     if isinstance(found, Unknown):
         return replace(found, will=_what_it_will_do(asked.config, place, where, words), notes=notes)
@@ -95,23 +96,43 @@ def _what_it_will_do(config: RunConfig, place: forecast.Place, where: str, budge
     return (*said, "From then on `plan` knows it.")
 
 
-def table_of(home: Home, asked: Resolved) -> tuple[Table, bool] | Unknown:
-    """The memory table of the task's model, and whether its batch can be split."""
+def table_of(home: Home, asked: Resolved, setup: Setup) -> tuple[Table, bool] | Unknown:
+    """The memory table of the task's model that can answer for this setup, and whether its batch can be split."""
     if asked.task_file is None:
         entry = catalogue.find_task(asked.config.task)
         settings = entry.settings_model.model_validate(asked.config.settings)
         found: Table = entry.blocks_module.table(settings, asked.config.data)
         return found, True
     wanted = _model_of(identity(asked.config, {}, asked.task_file))
+    others: list[TracedTable] = []
     for name in reversed(runs.names(home)):
         try:
             record = runs.read(home, name)
         except (OSError, Unreadable):
             continue
-        if _model_of(record.identity) == wanted and (known := _trace_of(home, name)) is not None:
+        known = _trace_of(home, name) if _model_of(record.identity) == wanted else None
+        if known is not None and tells(known[0], setup):
             return known
+        others += [known[0]] if known is not None else []
     name = f"{asked.task_file.name}:{asked.config.task.rpartition(':')[2]}"
-    return Unknown(f"{name} has not been trained in this home yet: what its model needs is not known.")
+    if not others:
+        return Unknown(f"{name} has not been trained in this home yet: what its model needs is not known.")
+    return Unknown(f"{name} was last trained here {_traced_as(others[0])}: what its model needs {_asked_as(setup)} is not known.")
+
+
+def _traced_as(table: TracedTable) -> str:
+    steps = table.modes["none"].steps
+    alone = f", its batch of {steps[0].samples:,} whole" if len(steps) == 1 else ""
+    return f"in {table.precision}, {_of_model(table.logits, table.attention)}{alone}"
+
+
+def _asked_as(setup: Setup) -> str:
+    return f"in {setup.precision}, {_of_model(setup.logits, setup.attention)}, in micro-batches of {setup.micro_batch:,}"
+
+
+def _of_model(logits: str, attention: str) -> str:
+    """The two settings that the model itself may follow."""
+    return f"with memory.logits={logits} and train.attention={attention}"
 
 
 def _model_of(known: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +142,7 @@ def _model_of(known: Mapping[str, Any]) -> dict[str, Any]:
     return {**chosen, "columns": data.get("columns") if isinstance(data, Mapping) else None}
 
 
-def _trace_of(home: Home, run: str) -> tuple[Table, bool] | None:
+def _trace_of(home: Home, run: str) -> tuple[TracedTable, bool] | None:
     from trainerd.contract import files
 
     try:

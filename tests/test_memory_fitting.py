@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from trainerd.engine.trace import trace
 from trainerd.engine.trainer import Trainer
 from trainerd.memory import forecast, traced
 from trainerd.memory.estimate import estimate
-from trainerd.memory.timeline import Setup
+from trainerd.memory.timeline import Setup, tells
 
 CPU = torch.device("cpu")
 
@@ -73,7 +74,7 @@ def test_a_traced_model_is_stretched_to_other_micro_batches(tmp_path: Path, prec
     task = WideToy()
     model, mixed = bound(task, tmp_path, precision)
     found = trace(task, model, task.train_samples, mixed, 32)
-    assert found is not None and [t.samples for t in found.modes["none"].first] == [2, 4]
+    assert found is not None and [t.samples for t in found.modes["none"].steps] == [2, 4]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     for samples in (1, 8, 32):
         # A second micro-batch, with the gradients of the first: what counted() counts.
@@ -143,6 +144,32 @@ def test_an_open_plan_takes_up_checkpointing_by_itself(tmp_path: Path, monkeypat
     assert predicted is not None and predicted.ram.upper == pytest.approx(needs[1])
 
 
+def setup_of(table: traced.TracedTable, **more: Any) -> Setup:
+    return replace(Setup("cpu", table.precision, 8, 8), **more)
+
+
+def test_a_trace_answers_only_for_what_was_traced(tmp_path: Path) -> None:
+    """Another precision, another attention, other logits: unknown. A batch that cannot be split, or of one: its own alone; of two and
+    more: any, stretched. No bf16 is proposed by a trace of fp32."""
+    task = WideToy()
+    model, mixed = bound(task, tmp_path)
+    found = trace(task, model, task.train_samples, mixed, 32, "math")
+    assert found is not None and tells(found, setup_of(found, attention="math"))
+    for other in ({"precision": "bf16"}, {"logits": "full"}, {"attention": "auto"}):
+        assert not tells(found, setup_of(found, **{"attention": "math", **other})), other
+    for batch, expected in ((1, [1]), (2, [1, 2]), (3, [1, 3]), (32, [2, 4])):
+        found = trace(task, model, task.train_samples, mixed, batch)
+        assert found is not None and [t.samples for t in found.modes["none"].steps] == expected
+        assert tells(found, setup_of(found, micro_batch=64, effective_batch=64)) is (len(expected) > 1)
+    task.splittable = False
+    whole = trace(task, model, task.train_samples, mixed, 32)
+    assert whole is not None and tells(whole, setup_of(whole, micro_batch=32, effective_batch=32))
+    assert not tells(whole, setup_of(whole, micro_batch=64, effective_batch=64))
+    asked = config({"batch_size": 32, "micro_batch": 32, "optimizer": "sgd"})
+    answer = forecast.answer(asked, forecast.Place("cpu", 1000, "fp32"), whole, False)
+    assert not any("precision" in setting for proposal in answer.proposals for setting in proposal.settings)
+
+
 def test_tracing_leaves_no_trace(tmp_path: Path) -> None:
     """Random states, context, weights, gradients and buffers are what they were."""
     task = Toy()
@@ -168,7 +195,7 @@ def test_a_trace_survives_its_file(tmp_path: Path) -> None:
     setup = Setup("cuda", "fp32", 8, 8)
     assert again is not None and again.timeline(setup).peak == found.timeline(setup).peak
     document = json.loads(path.read_text("utf-8"))
-    for change in ({"format": 99}, {"modes": {"none": {"first": [{"samples": 1}]}}}, {"format": None}):
+    for change in ({"format": 99}, {"modes": {"none": {"steps": [{"samples": 1}]}}}, {"format": None}):
         path.write_text(json.dumps({**document, **change}), encoding="utf-8")
         assert traced.read(path) is None
     path.write_text("{", encoding="utf-8")

@@ -82,8 +82,8 @@ def test_a_streamed_base_is_foretold(tmp_path: Path, device: str, again: str, pr
     of six; what stays on the host is told as RAM, and as pinned for a GPU."""
     task = LoraToy()
     found, model, mixed = table_of(task, tmp_path, precision)
-    assert found.offers == ("selective", "full", "base") and found.streamed_bytes == _BLOCKS * BLOCK_BYTES
-    setup = Setup(device, precision, 8, 16, offload="base", checkpointing=again)
+    assert found.offers == ("selective", "full", "base") and sum(found.streamed) == _BLOCKS * BLOCK_BYTES
+    setup, streamed = Setup(device, precision, 8, 16, offload="base", checkpointing=again), sum(found.streamed)
     line = found.timeline(setup)
     copies = Copies()
     copies.ahead = device == "cuda"
@@ -91,13 +91,13 @@ def test_a_streamed_base_is_foretold(tmp_path: Path, device: str, again: str, pr
     checkpointing.wrap(model, task.blocks(model), again)
     truth = counted(task, model, mixed, 8)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    beside = line.state_bytes + (weights - found.streamed_bytes if device == "cuda" else weights + line.weight_bytes + line.state_bytes)
+    beside = line.state_bytes + (weights - streamed if device == "cuda" else weights + line.weight_bytes + line.state_bytes)
     assert line.peak - beside == pytest.approx(truth, rel=0.02)
-    assert line.pinned_bytes == line.streamed_bytes == (found.streamed_bytes if device == "cuda" else 0)
+    assert line.pinned_bytes == line.streamed_bytes == (streamed if device == "cuda" else 0)
     if device == "cuda":
         resident = found.timeline(Setup(device, precision, 8, 16, checkpointing=again))
         assert 3 * BLOCK_BYTES < resident.peak - line.peak < 5.1 * BLOCK_BYTES
-        assert line.host_bytes - resident.host_bytes == found.streamed_bytes
+        assert line.host_bytes - resident.host_bytes == streamed
 
 
 def test_a_model_without_a_frozen_base_offers_none(tmp_path: Path) -> None:
@@ -114,10 +114,10 @@ def _larger(table: traced.TracedTable, times: int) -> traced.TracedTable:
     def more(some: list[traced.Trace]) -> list[traced.Trace]:
         return [replace(one, sizes=[size * times for size in one.sizes]) for one in some]
 
-    modes = {name: traced.Traces(more(both.first), more(both.later)) for name, both in table.modes.items()}
-    learned = [[times * shape[0], *shape[1:]] for shape in table.trainable]
-    frozen, streamed = table.frozen_bytes * times, table.streamed_bytes * times
-    return replace(table, modes=modes, trainable=learned, frozen_bytes=frozen, streamed_bytes=streamed)
+    modes = {name: traced.Traces(more(both.steps), more(both.held_out)) for name, both in table.modes.items()}
+    weights = [(dtype, [times * shape[0], *shape[1:]]) for dtype, shape in table.weights]
+    frozen, streamed = ([size * times for size in some] for some in (table.frozen, table.streamed))
+    return replace(table, modes=modes, weights=weights, frozen=frozen, streamed=streamed)
 
 
 def _plan(table: traced.TracedTable, budget: float, ram: int | None = None, memory: dict[str, Any] | None = None, **train: Any) -> Answer:

@@ -102,7 +102,7 @@ def test_the_faster_way_to_fit_is_taken() -> None:
     for mode, parts in {"none": (100, 100, 1e9), "selective": (60, 110, 1.01e9), "full": (20, 130, 1.33e9)}.items():
         some = [_traced(samples, *parts) for samples in (1, 2)]
         modes[mode] = traced.Traces(some, some)
-    table = traced.TracedTable("made", "fp32", [[1000, 1000]], 0, 0, modes)
+    table = traced.TracedTable("made", "fp32", [("fp32", [1000, 1000])], [], [], [], 1_000_000, modes)
     needs = {n: estimate(table, Setup("cuda", "fp32", n, 64)).needed.upper for n in (32, 1)}
 
     def chosen(budget: float, splittable: bool = True) -> Setup:

@@ -29,7 +29,7 @@ from trainerd.machine import memory as machine_memory
 from trainerd.memory import forecast, planner, profile, receipts, traced
 from trainerd.memory.estimate import Estimate, estimate
 from trainerd.memory.limits import resolve_limit
-from trainerd.memory.timeline import Setup, Table
+from trainerd.memory.timeline import Setup, Table, tells
 
 Send = Callable[..., None]
 
@@ -61,7 +61,8 @@ class Forecast:
 
     def predicted(self, plan: plans.Plan, config: RunConfig) -> Estimate | None:
         """The estimate for this plan, without any correction by receipts."""
-        return None if self.table is None else estimate(self.table, self.setup(plan, config), self.place.profile)
+        setup = self.setup(plan, config)
+        return estimate(self.table, setup, self.place.profile) if self.table is not None and tells(self.table, setup) else None
 
 
 def foresee(
@@ -154,8 +155,8 @@ def _traced(task: Task, model: nn.Module, dataset: MapDataset, config: RunConfig
     kept = traced.read(path)
     if kept is not None:
         return kept
-    with attention.for_trace(config.train.attention):
-        made = trace(task, model, dataset, mixed, config.train.batch_size)
+    kernel = attention.MATH if config.train.attention == attention.MATH else attention.AUTO
+    made = trace(task, model, dataset, mixed, config.train.batch_size, kernel)
     if made is not None:
         try:
             traced.write(path, made)
@@ -176,5 +177,6 @@ def _key(task: Task, model: nn.Module, config: RunConfig, mixed: Precision) -> s
         "logits": task.ctx.logits,
         "math": config.train.attention == attention.MATH,
         "torch": str(torch.__version__),
+        "format": traced.FORMAT,
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]

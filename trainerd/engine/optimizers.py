@@ -88,7 +88,8 @@ def _own_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def _fused(config: TrainConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
-    if config.optimizer == "adafactor":
+    # Adam looks at the types in its first step only.
+    if config.optimizer == "adafactor" or not all(torch.is_floating_point(p) for group in groups for p in group["params"]):
         return None
     try:
         return _make(config, groups, {"fused": True})

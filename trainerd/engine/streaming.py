@@ -162,9 +162,9 @@ class Stream:
                 self._pinned.append(weight.home.data)
 
 
-def streamed_bytes(model: nn.Module, blocks: Sequence[nn.Module]) -> int:
+def streamable(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
     """What of the model would stay on the host."""
-    return sum(_size(weight.home) for block in blocks for weight in _frozen(model, block))
+    return [weight.home for block in blocks for weight in _frozen(model, block)]
 
 
 @contextmanager

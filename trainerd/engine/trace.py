@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from trainerd.engine import checkpointing, dropout, rng, streaming
+from trainerd.engine import attention, checkpointing, dropout, rng, streaming
 from trainerd.engine.loader import Fetch, lengths_of
 from trainerd.engine.precision import Precision
 from trainerd.engine.step import weighted
@@ -28,21 +29,33 @@ from trainerd.memory.traced import Trace, TracedTable, Traces, mode
 
 _MOST_BYTES = 1 << 30  # of weights: a larger model would need minutes, and its RAM twice
 _AGAIN = (checkpointing.SELECTIVE, checkpointing.FULL)
+_NAMES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.complex64: "complex64",
+    torch.complex128: "complex128",
+}
 _LOOK_AT = 2048  # samples whose length is asked where the dataset does not tell
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Births and ends of storages, in order; those known before are left out."""
+    """Births and ends of storages, in order; those known before are left out. `weights`: whose gradients are waited for."""
 
-    def __init__(self, known: list[Tensor]) -> None:
+    def __init__(self, known: list[Tensor], weights: Sequence[nn.Parameter] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.sizes: list[int] = []
         self.events: list[int] = []
+        self.gradients: list[tuple[int, int, int]] = []
         self.flops = 0.0
-        self.complete: list[tuple[int, int]] = []
+        self.batch = 0
+        self.forwards = True
+        self._products: set[tuple[Any, ...]] = set()
         self._seen: dict[int, Any] = {t.untyped_storage()._cdata: None for t in known}
         self._numbers: dict[int, int] = {}
         self._on = True
+        self._hooks = [w.register_post_accumulate_grad_hook(self._completing(place)) for place, w in enumerate(weights)]  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -53,6 +66,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         work = flop_registry.get(func.overloadpacket)
         if work is not None:
             self.flops += work(*args, **(kwargs or {}), out_val=result)
+            if self.forwards:
+                self._products.add((str(func), *(tuple(given.shape) for given in args if isinstance(given, Tensor))))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._meet(leaf)
@@ -67,6 +82,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         def gone(_: Any) -> None:
             self._seen.pop(key, None)
+            self._numbers.pop(key, None)
             if self._on:
                 self.events.append(~number)
 
@@ -75,71 +91,149 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.sizes.append(storage.nbytes())
         self.events.append(number)
 
+    def _completing(self, place: int) -> Callable[[Tensor], None]:
+        def complete(weight: Tensor) -> None:
+            assert weight.grad is not None
+            number = self._numbers.get(weight.grad.untyped_storage()._cdata)
+            if number is not None:
+                self.gradients.append((len(self.events), number, place))
+
+        return complete
+
     def trace(self, samples: int) -> Trace:
         """What was recorded so far; later ends do not belong to it."""
         self._on = False
-        return Trace(samples, list(self.sizes), list(self.events), self.flops, list(self.complete))
-
-    def completes(self, weight: Tensor) -> None:
-        """The weight's gradient is complete: an optimizer on the host would take it now."""
-        grad = weight.grad
-        number = None if grad is None else self._numbers.get(grad.untyped_storage()._cdata)
-        if number is not None:
-            self.complete.append((len(self.events), number))
+        for hook in self._hooks:
+            hook.remove()
+        products = len(self._products)
+        return Trace(samples, list(self.sizes), list(self.events), self.flops, self.batch, list(self.gradients), products)
 
 
-def trace(task: Task, model: nn.Module, dataset: MapDataset, precision: Precision, effective_batch: int) -> TracedTable | None:
-    """The table of a model on the CPU; None when it is too large to try. Raises whatever the model raises."""
-    weights = list(model.parameters())
-    if sum(p.numel() * p.element_size() for p in weights) > _MOST_BYTES:
+def trace(
+    task: Task, model: nn.Module, dataset: MapDataset, precision: Precision, effective_batch: int, kernel: str = attention.AUTO
+) -> TracedTable | None:
+    """The table of a model on the CPU, its attention computed by `kernel`; None when it is too large to try. Raises whatever the
+    model raises."""
+    if sum(p.numel() * p.element_size() for p in model.parameters()) > _MOST_BYTES:
         return None
-    numbers = sorted({min(2, effective_batch), min(4, effective_batch)}) if task.splittable else [effective_batch]
+    most = min(4, effective_batch)
+    numbers = sorted({max(1, most // 2), most}) if task.splittable else [effective_batch]
     found: dict[str, Traces] = {}
-    with _undisturbed(task, model) as copied:
+    with _undisturbed(task, model) as copied, attention.for_trace(kernel):
         longest, blocks = _longest(task, dataset), task.blocks(copied)
 
         def traced(name: str, again: str) -> None:
             found[name] = Traces([], [])
             with checkpointing.wrapped(copied, blocks, again):
                 for samples in numbers:
-                    for traces in (found[name].first, found[name].later):
-                        batch = Fetch(task, dataset)[0, 0, [longest] * samples]
-                        traces.append(_one(task, copied, batch, precision, samples, longest))
+                    batch = _batch(task, dataset, samples, longest)
+                    found[name].steps.append(_one(task, copied, batch, precision, samples))
                     copied.zero_grad(set_to_none=True)
+                    batch = _batch(task, dataset, samples, longest)
+                    found[name].held_out.append(_held_out(task, copied, batch, precision, samples))
 
         for again in (checkpointing.NONE, *_AGAIN) if blocks else (checkpointing.NONE,):
             traced(again, again)
-        streamed = streaming.streamed_bytes(copied, blocks)
+        streamed = streaming.streamable(copied, blocks)
         for again, ahead in itertools.product(_AGAIN, (False, True)) if streamed else ():
             with streaming.streamed(copied, blocks, ahead=ahead):
                 traced(mode(again, streams=True, ahead=ahead), again)
-    trainable = [list(p.shape) for p in weights if p.requires_grad]
-    frozen = sum(p.numel() * p.element_size() for p in weights if not p.requires_grad)
-    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    kind = f"{type(task).__name__} {type(model).__name__} {sum(p.numel() for p in weights)}"
-    return TracedTable(kind, precision.name, trainable, frozen, buffers, found, streamed)
+        return _table(task, copied, precision, found, kernel, streamed)
 
 
-def _one(task: Task, model: nn.Module, batch: Any, precision: Precision, samples: int, longest: int) -> Trace:
+def _table(
+    task: Task, model: nn.Module, precision: Precision, found: dict[str, Traces], kernel: str, streamed: list[nn.Parameter]
+) -> TracedTable:
+    weights, away = list(model.parameters()), {id(weight) for weight in streamed}
+    num_parameters = sum(_numbers_of(p) for p in weights)
+    return TracedTable(
+        kind=f"{type(task).__name__} {type(model).__name__} {num_parameters}",
+        precision=precision.name,
+        weights=[(_NAMES.get(p.dtype, "fp32"), list(p.shape)) for p in weights if p.requires_grad],
+        frozen=[_held_bytes(p) for p in weights if not p.requires_grad and id(p) not in away],
+        streamed=[_held_bytes(p) for p in streamed],
+        buffers=[b.numel() * b.element_size() for b in model.buffers()],
+        num_parameters=num_parameters,
+        modes=found,
+        logits=task.ctx.logits,
+        attention=kernel,
+    )
+
+
+def _numbers_of(weight: nn.Parameter) -> int:
+    """How many numbers it stands for: bitsandbytes packs two of them into a byte, and tells the shape they had."""
+    shape = getattr(getattr(weight, "quant_state", None), "shape", None)
+    return weight.numel() if shape is None else math.prod(shape)
+
+
+def _held_bytes(weight: nn.Parameter) -> int:
+    """Its own, and the scales of one in 4 or 8 bits."""
+    state = getattr(weight, "quant_state", None)
+    parts = [getattr(level, name, None) for level in (state, getattr(state, "state2", None)) for name in ("absmax", "code")]
+    tensors = [part for part in (weight, *parts, getattr(weight, "SCB", None)) if isinstance(part, Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _batch(task: Task, dataset: MapDataset, samples: int, longest: int) -> Any:
+    """So many copies of the largest sample."""
+    return Fetch(task, dataset)[0, 0, [longest] * samples]
+
+
+def _one(task: Task, model: nn.Module, batch: Any, precision: Precision, samples: int) -> Trace:
     """Forward and backward of one micro-batch, as the engine does it."""
-    task.ctx.sample_ids = [longest] * samples
     counts = task.counts(batch)
-    known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    recorder = _Recorder(known)
-    hooks = [
-        p.register_post_accumulate_grad_hook(recorder.completes)  # type: ignore[no-untyped-call]
-        for p in model.parameters()
-        if p.requires_grad
-    ]
+    weights = [p for p in model.parameters() if p.requires_grad]
+    recorder = _Recorder(_known(model), weights)
     with recorder:
-        with _autocast(precision):
-            losses, metrics = task.loss(model, batch, task.ctx)
+        losses, metrics = _losses(task, model, batch, precision, recorder)
         total = weighted(losses, counts)
+        recorder.forwards = False
         total.backward()  # type: ignore[no-untyped-call]
         del losses, metrics, total
-    for hook in hooks:
-        hook.remove()
     return recorder.trace(samples)
+
+
+def _held_out(task: Task, model: nn.Module, batch: Any, precision: Precision, samples: int) -> Trace:
+    """The same micro-batch as an evaluation meets it (evaluation.py)."""
+    training = [module for module in model.modules() if module.training]
+    recorder = _Recorder(_known(model))
+    task.ctx.training = False
+    for module in training:
+        module.training = type(module).__module__.startswith("bitsandbytes")
+    try:
+        with torch.no_grad(), recorder:
+            losses, metrics = _losses(task, model, batch, precision, recorder)
+            del losses, metrics
+    finally:
+        task.ctx.training = True
+        for module in training:
+            module.training = True
+    return recorder.trace(samples)
+
+
+def _losses(task: Task, model: nn.Module, batch: Any, precision: Precision, recorder: _Recorder) -> Any:
+    """Over a copy of the batch, as a GPU gets one: nobody but the model holds it."""
+    copies = [_copied(batch)]
+    recorder.batch = len(recorder.sizes)
+    with _autocast(precision):
+        return task.loss(model, copies.pop(), task.ctx)
+
+
+def _known(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def _copied(batch: Any) -> Any:
+    """As loader.move() finds tensors."""
+    if isinstance(batch, Tensor):
+        return batch.clone()
+    if isinstance(batch, dict):
+        return {key: _copied(value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_copied(value) for value in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_copied(value) for value in batch)
+    return batch
 
 
 def _autocast(precision: Precision) -> contextlib.AbstractContextManager[Any]:

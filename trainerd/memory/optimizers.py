@@ -1,6 +1,7 @@
 """What an optimizer keeps per weight, and what its step allocates. Must not know which one is chosen, nor why.
 
-`kernel`: "fused" makes nothing, "foreach" makes lists as large as the parameters, "loop" works through one parameter at a time.
+`kernel`: "fused" makes nothing, "foreach" makes lists as large as the parameters, "loop" works through one parameter at a time. Fused
+is what the engine takes where torch has it: not for complex numbers, and then foreach on a GPU, a loop on a CPU.
 Eight-bit states are bitsandbytes' (blocks of 256, tensors below 4,096 numbers stay in fp32); paged ones lie on the host from
 100,000 numbers on.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trainerd.memory.tape import GRADIENTS, OPTIMIZER, Tape, Tensor
+from trainerd.memory.tape import BYTES, GRADIENTS, OPTIMIZER, Tape, Tensor
 
 _EIGHT_BIT_LEAST, _EIGHT_BIT_BLOCK, _EIGHT_BIT_TABLES = 4096, 256, 2 * 256 * 4
 _PAGED_LEAST = 100_000
@@ -25,10 +26,11 @@ class Optimizer:
     sums of the gradients, and where they land: pinned memory, when the device is a GPU.
     """
 
-    def __init__(self, tape: Tape, name: str, kernel: str = "fused", *, on_host: bool = False) -> None:
+    def __init__(self, tape: Tape, name: str, kernel: str | None = None, *, on_host: bool = False) -> None:
         if name not in NAMES:
             raise ValueError(f"no memory table for the optimizer {name!r}; there is {', '.join(NAMES)}")
-        self.tape, self.name, self.kernel, self.on_host = tape, name, kernel, on_host
+        self.tape, self.name, self.on_host = tape, name, on_host
+        self.kernel = kernel or _kernel(tape)
         self.host_bytes = self.moving_bytes = 0
         self._elsewhere = on_host and tape.device != "cpu"
         tape.gradients_leave = on_host
@@ -46,7 +48,7 @@ class Optimizer:
         with tape.counting_as(OPTIMIZER):
             self._allocate_masters()
             for p in self.trainable:
-                for number, dtype in state_of(self.name, p.shape):
+                for number, dtype in state_of(self.name, p.shape, p.dtype):
                     self._hold(number, dtype)
             if eight_bit:
                 self._hold(_EIGHT_BIT_TABLES, "uint8")
@@ -75,7 +77,7 @@ class Optimizer:
     def _hold(self, number: int, dtype: str) -> None:
         paged = self.name == "paged_adamw8bit" and dtype == "uint8" and number >= _PAGED_LEAST
         if self._elsewhere or paged:
-            self.host_bytes += number * (1 if dtype == "uint8" else 4)
+            self.host_bytes += number * BYTES[dtype]
         else:
             self._states.append(self.tape.new((number,), dtype))
 
@@ -114,23 +116,30 @@ class Optimizer:
             p.grad = None
 
 
-def state_of(name: str, shape: Sequence[int]) -> list[tuple[int, str]]:
-    """(numbers, type) of each state tensor of one parameter."""
+def state_of(name: str, shape: Sequence[int], dtype: str = "fp32") -> list[tuple[int, str]]:
+    """(numbers, type) of each state tensor of one parameter: of the parameter's own type, but for the count and for eight bits."""
     numbers = 1
     for n in shape:
         numbers *= n
     if name in ("adamw", "adam"):
-        return [(1, "fp32"), (numbers, "fp32"), (numbers, "fp32")]
+        return [(1, "fp32"), (numbers, dtype), (numbers, dtype)]
     if name == "sgd":
-        return [(numbers, "fp32")]
+        return [(numbers, dtype)]
     if name == "adafactor":
         if len(shape) < 2:
-            return [(1, "fp32"), (numbers, "fp32")]
-        return [(1, "fp32"), (numbers // shape[-1], "fp32"), (numbers // shape[-2], "fp32")]
+            return [(1, "fp32"), (numbers, dtype)]
+        return [(1, "fp32"), (numbers // shape[-1], dtype), (numbers // shape[-2], dtype)]
     if numbers < _EIGHT_BIT_LEAST:
         return [(numbers, "fp32"), (numbers, "fp32")]
     blocks = -(-numbers // _EIGHT_BIT_BLOCK)
     return [(numbers, "uint8"), (numbers, "uint8"), (blocks, "fp32"), (blocks, "fp32")]
+
+
+def _kernel(tape: Tape) -> str:
+    """What the engine will take (trainerd/engine/optimizers.py)."""
+    if not any(p.requires_grad and p.dtype.startswith("complex") for p in tape.parameters):
+        return "fused"
+    return "loop" if tape.device == "cpu" else "foreach"
 
 
 def _unpacked(tape: Tape, trainable: Sequence[Tensor]) -> None:

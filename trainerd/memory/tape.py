@@ -16,7 +16,7 @@ from typing import Any
 
 from trainerd.memory import alike, backward
 
-BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1}
+BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1, "complex64": 8, "complex128": 16}
 WEIGHTS, ADAPTERS, BUFFERS, OPTIMIZER = "weights", "adapters", "buffers", "optimizer"
 GRADIENTS, ACTIVATIONS, LOGITS, CASTS, STAGING = "gradients", "activations", "logits", "casts", "staging"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from trainerd.memory.timeline import Setup, Table
+from trainerd.memory.timeline import Setup, Table, tells
 
 EXACT, ROUNDING, DIFFERENT = "exact", "rounding", "different"
 """exact: the same mathematics; rounding: other last digits; different: another algorithm. A plan takes them in this order."""
@@ -36,7 +36,8 @@ def _half_batch(setup: Setup, table: Table) -> Setup | None:
 
 
 def _low(setup: Setup, table: Table) -> Setup | None:
-    return replace(setup, precision="bf16") if setup.precision == "fp32" else None
+    changed = replace(setup, precision="bf16")
+    return changed if setup.precision == "fp32" and tells(table, changed) else None
 
 
 def _chunked(setup: Setup, table: Table) -> Setup | None:

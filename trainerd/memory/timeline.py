@@ -68,6 +68,12 @@ class Table(Protocol):
     def timeline(self, setup: Setup) -> Timeline: ...
 
 
+def tells(table: Table, setup: Setup) -> bool:
+    """Whether the table can answer for this setup: one that was traced knows what it was traced with."""
+    knows: Callable[[Setup], bool] = getattr(table, "tells", lambda setup: True)
+    return knows(setup)
+
+
 @dataclass
 class Timeline:
     """The births (n) and ends (~n) of storages, their sizes, and what they were for. `host_*` lie in RAM whatever the device."""

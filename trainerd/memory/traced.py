@@ -1,38 +1,42 @@
 """A model without a table: its allocations as they were traced at two micro-batches, stretched to any other. Must not import torch.
 
-Each storage's size is taken as a + b * samples. When the two traces are not the same in form, only their peaks are fitted.
+Each storage's size is taken as a + b * samples. When the two traces are not the same in form, only their peaks are fitted. What the
+trace does not hold, the optimizer, the batches that wait and a checkpoint's copy, is played as for a table (timeline.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from trainerd.contract import files
 from trainerd.contract.errors import Unreadable
-from trainerd.memory.optimizers import state_of
-from trainerd.memory.tape import ACTIVATIONS, GRADIENTS, OPTIMIZER, STAGING, WEIGHTS
-from trainerd.memory.timeline import EVALUATING, LOADING, SAVING, STEP, Setup, Timeline, peaks
-from trainerd.memory.timeline import OPTIMIZER as MAKING_OPTIMIZER
+from trainerd.memory.tape import ACTIVATIONS, GRADIENTS, Tape, Tensor
+from trainerd.memory.timeline import Setup, Timeline, of_model
 
-FORMAT = 3
-_LANDINGS, _MASTERS = 2, 2  # of an optimizer on the host, as in optimizers.py
+FORMAT = 4
+MATH = "math"
+"""The only kernel of attention that allocates otherwise than the others, so that a trace is of it or of the others."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One micro-batch's forward and backward pass: n is the birth of storage n, ~n its end; gradients are what stays.
+    """One micro-batch, forwards and (but for an evaluation) back: n is the birth of storage n, ~n its end.
 
-    `complete`: after so many events, this storage is the complete gradient of a weight.
+    `batch` storages, the first ones, are the micro-batch itself. `gradients` holds (place in the events, storage, weight) for each
+    gradient where it is complete: the first of a step stays, those of later micro-batches are added to it and end there.
     """
 
     samples: int
     sizes: Sequence[int]
     events: Sequence[int]
     flops: float = 0.0
-    complete: Sequence[Sequence[int]] = ()
+    batch: int = 0
+    gradients: Sequence[Sequence[int]] = ()
+    products: int = 0
+    """Different shapes that were multiplied, forwards."""
 
     @property
     def peak(self) -> int:
@@ -45,78 +49,51 @@ class Trace:
 
 @dataclass(frozen=True)
 class Traces:
-    """At some micro-batches each: `first` meets no gradients, `later` those of the micro-batch before."""
+    """At some micro-batches each, of a step and of an evaluation."""
 
-    first: list[Trace]
-    later: list[Trace]
+    steps: list[Trace]
+    held_out: list[Trace]
 
 
 @dataclass(frozen=True)
 class TracedTable:
-    """What the planner asks, from traces: `modes` by what the model's blocks compute again, and how their frozen weights come (mode())."""
+    """What the planner asks, from traces: `modes` by what the model's blocks compute again, and how their frozen weights come (mode()).
+    It answers for the precision, the logits and the attention it was traced with, and for no others."""
 
     kind: str
     precision: str
-    trainable: Sequence[Sequence[int]]
-    """Shapes of the weights that are learned."""
-    frozen_bytes: int
-    buffer_bytes: int
+    weights: Sequence[tuple[str, Sequence[int]]]
+    """Type and shape of each that is learned."""
+    frozen: Sequence[int]
+    """Bytes of each weight that is not, and stays on the device."""
+    streamed: Sequence[int]
+    """Bytes of each other one: those of the blocks can stay on the host."""
+    buffers: Sequence[int]
+    num_parameters: int
     modes: Mapping[str, Traces]
-    streamed_bytes: int = 0
-    """Of the frozen weights, what can stay on the host: that of the blocks."""
+    logits: str = "chunked"
+    attention: str = "auto"
     assumed: tuple[str, ...] = ("every sample as large as the largest that was found",)
     format: int = field(default=FORMAT)
 
     @property
     def offers(self) -> tuple[str, ...]:
-        return (*(name for name in ("selective", "full") if name in self.modes), *(("base",) if self.streamed_bytes else ()))
+        return (*(name for name in ("selective", "full") if name in self.modes), *(("base",) if self.streamed else ()))
+
+    def tells(self, setup: Setup) -> bool:
+        """Whether it was traced so that it can answer for this setup. With one trace only its own micro-batch is known."""
+        if (setup.precision, setup.logits, setup.attention == MATH) != (self.precision, self.logits, self.attention == MATH):
+            return False
+        steps = self.modes["none"].steps
+        return len(steps) > 1 or setup.micro_batch == steps[0].samples
 
     def timeline(self, setup: Setup) -> Timeline:
-        """Load, optimizer, a step of one or two micro-batches, an evaluation no larger than the forward pass."""
-        on_cpu, on_host = setup.device == "cpu", setup.offload == "optimizer"
-        learned = [_numbers(shape) * 4 for shape in self.trainable]
-        states = [n * (1 if dtype == "uint8" else 4) for shape in self.trainable for n, dtype in state_of(setup.optimizer, shape)]
-        streamed = self.streamed_bytes if setup.offload == "base" and not on_cpu else 0
-        moving = _MASTERS * sum(learned) if on_host else 0
-        played = _Player()
-        played.phase(LOADING)
-        played.hold(WEIGHTS, [*learned, self.frozen_bytes - streamed, self.buffer_bytes])
-        played.phase(MAKING_OPTIMIZER)
-        if on_cpu or not on_host:
-            zeros = played.hold(GRADIENTS, [] if on_host else learned)
-            played.hold(OPTIMIZER, [*states, moving])
-            played.drop(zeros)
-        saved = sum(learned) + sum(states) + self.buffer_bytes
-        if on_cpu:
-            played.phase(SAVING)
-            played.hold(STAGING, [saved])
-        work = self._steps(played, setup)
-        played.phase(EVALUATING)
-        pinned = streamed + (moving + _LANDINGS * max(learned, default=0) if on_host and not on_cpu else 0)
-        return played.timeline(
-            flops=work.flops * setup.effective_batch / setup.micro_batch,
-            weight_bytes=sum(learned) + self.buffer_bytes,
-            state_bytes=sum(states),
-            host_bytes=0 if on_cpu else saved + pinned + (sum(states) if on_host else 0),
-            pinned_bytes=pinned,
-            streamed_bytes=streamed,
-            operations=len(work.sizes),
-            num_parameters=(sum(learned) + self.frozen_bytes) // 4,
-            num_trainable=sum(learned) // 4,
-        )
-
-    def _steps(self, played: _Player, setup: Setup) -> Trace:
-        """One step, on a GPU two; returned is the first micro-batch, which meets no gradients."""
-        traces = self.modes[mode(setup.checkpointing, streams=setup.offload == "base", ahead=setup.device != "cpu")]
-        first, later = (_at(some, setup.micro_batch) for some in (traces.first, traces.later))
-        leave = setup.offload == "optimizer"
-        for _ in range(1 if setup.device == "cpu" else 2):
-            played.phase(STEP)
-            left = played.run(first, leave=leave)
-            if setup.accumulation > 1:
-                left += played.run(first if leave else later, leave=leave)
-            played.drop(left)
-        return first
+        """As for a table: the trace stands for the model's forward and backward passes."""
+        assert self.tells(setup), f"{self.kind} was traced otherwise than {setup}"
+        found = of_model(lambda tape: _Retold(self, tape, setup), setup)
+        away = sum(self.streamed) if _streams(setup) and setup.device != "cpu" else 0
+        pinned, host = found.pinned_bytes + away, found.host_bytes + away
+        return replace(found, num_parameters=self.num_parameters, streamed_bytes=away, pinned_bytes=pinned, host_bytes=host)
 
 
 def mode(checkpointing: str, *, streams: bool = False, ahead: bool = False) -> str:
@@ -124,87 +101,76 @@ def mode(checkpointing: str, *, streams: bool = False, ahead: bool = False) -> s
     return f"{checkpointing}, base{' ahead' if ahead else ''}" if streams else checkpointing
 
 
-class _Player:
-    """Strings storages together to one timeline."""
+def _streams(setup: Setup) -> bool:
+    return setup.offload == "base"
 
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-        self.kinds: list[str] = []
-        self.events: list[int] = []
-        self.marks: list[tuple[int, str]] = []
-        self.alive: dict[int, None] = {}
 
-    def phase(self, name: str) -> None:
-        self.marks.append((len(self.events), name))
+class _Retold:
+    """The traced model on a tape."""
 
-    def hold(self, kind: str, sizes: Sequence[int]) -> list[int]:
-        made = []
-        for size in sizes:
-            if size:
-                made.append(self._birth(kind, size))
+    def __init__(self, table: TracedTable, tape: Tape, setup: Setup) -> None:
+        self.tape = tape
+        self.weights = [tape.parameter(*shape, dtype=dtype) for dtype, shape in table.weights]
+        away = _streams(setup) and setup.device != "cpu"
+        for number in (*table.frozen, *(() if away else table.streamed)):
+            tape.parameter(number, dtype="uint8", trainable=False)
+        for number in table.buffers:
+            tape.buffer(number, dtype="uint8")
+        traces = table.modes[mode(setup.checkpointing, streams=_streams(setup), ahead=away)]
+        sizes = [weight.storage.size for weight in self.weights]
+        self.step, self.held_out = (_at(some, setup.micro_batch, sizes) for some in (traces.steps, traces.held_out))
+
+    def micro_batch(self, tape: Tape, samples: int) -> list[Tensor]:
+        return [tape.new((size,), "uint8") for size in self.step.sizes[: self.step.batch]]
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        """Plays both ways at once: what comes of the backward pass lies in the weights' gradients already."""
+        tape = self.tape
+        trace = self.step if tape.grad_enabled else self.held_out
+        tape.multiplied.extend((-1, number) for number in range(trace.products))
+        tape.flops += trace.flops
+        self._play(trace, batch)
+        made = tape.new((0,), "fp32")
+        tape.record([made], self.weights[:1], lambda node, grads: [None])
         return made
 
-    def drop(self, numbers: Sequence[int]) -> None:
-        for number in numbers:
-            if number in self.alive:
-                self.events.append(~number)
-                del self.alive[number]
+    def evaluate(self, tape: Tape, samples: int, *, worst: bool) -> None:
+        """What a task's own evaluate() does is not traced."""
 
-    def run(self, trace: Trace, *, leave: bool = False) -> list[int]:
-        """What is left alive afterwards: the gradients, unless they `leave` as soon as they are complete."""
-        here: dict[int, int] = {}
-        leaving: dict[int, list[int]] = {}
-        for at, number in trace.complete if leave else ():
-            leaving.setdefault(at, []).append(number)
-        for at, event in enumerate([*trace.events, None]):
-            for number in leaving.get(at, ()):
-                self.drop([here.pop(number)] if number in here else [])
-            if event is None:
-                break
-            if event >= 0:
-                here[event] = self._birth(ACTIVATIONS, trace.sizes[event])
-            elif ~event in here:
-                self.drop([here.pop(~event)])
-        for number in here.values():
-            self.kinds[number] = GRADIENTS
-        return list(here.values())
-
-    def _birth(self, kind: str, size: int) -> int:
-        number = len(self.sizes)
-        self.sizes.append(size)
-        self.kinds.append(kind)
-        self.events.append(number)
-        self.alive[number] = None
-        return number
-
-    def timeline(self, **numbers: Any) -> Timeline:
-        live = highest = 0
-        alive: dict[int, None] = {}
-        at_peak: list[int] = []
-        for event in self.events:
-            if event >= 0:
-                live += self.sizes[event]
-                alive[event] = None
-                if live > highest:
-                    highest, at_peak = live, []
-            else:
-                if live == highest and not at_peak:
-                    at_peak = list(alive)
-                live -= self.sizes[~event]
+    def _play(self, trace: Trace, batch: list[Tensor]) -> None:
+        """A GPU has copied the batch for this micro-batch alone; on a CPU it is the host's, which keeps it for the step."""
+        tape, alive = self.tape, dict(enumerate(batch))
+        if tape.device != "cpu":
+            batch.clear()
+        complete: dict[int, list[tuple[int, int]]] = {}
+        for place, number, weight in trace.gradients:
+            complete.setdefault(place, []).append((number, weight))
+        for place, event in enumerate(trace.events):
+            if place in complete:
+                self._take(complete[place], alive)
+            if event >= trace.batch:
+                alive[event] = tape.new((trace.sizes[event],), "uint8")
+            elif event < 0:
                 alive.pop(~event, None)
-        breakdown: dict[str, int] = {}
-        for number in at_peak or list(alive):
-            breakdown[self.kinds[number]] = breakdown.get(self.kinds[number], 0) + self.sizes[number]
-        found = Timeline(self.sizes, self.kinds, self.events, self.marks, peak=highest, breakdown=breakdown, resting_bytes=live, **numbers)
-        found.peaks = peaks(found)
-        return found
+        self._take(complete.get(len(trace.events), []), alive)
+
+    def _take(self, complete: Sequence[tuple[int, int]], alive: dict[int, Tensor]) -> None:
+        """Gradients that are complete: they leave the device, are added to what is there, or are the weights' from here on."""
+        tape = self.tape
+        for number, place in complete:
+            gradient, weight = alive.pop(number, None), self.weights[place]
+            if gradient is None or tape.gradients_leave or weight.grad is not None:
+                continue
+            tape.given.append((len(tape.events), gradient.storage.number, ACTIVATIONS))
+            tape.kinds[gradient.storage.number] = GRADIENTS
+            weight.grad = gradient
 
 
-def _at(traces: Sequence[Trace], samples: int) -> Trace:
-    """The trace at this micro-batch: every size on the line through the two that were traced."""
+def _at(traces: Sequence[Trace], samples: int, gradients: Sequence[int]) -> Trace:
+    """The trace at this micro-batch: every size on the line through the two that were traced. `gradients`: the size of each."""
     exact = next((trace for trace in traces if trace.samples == samples), None)
-    if exact is not None or len(traces) == 1:
-        return exact or traces[0]
+    if exact is not None:
+        return exact
     low, high = traces[0], traces[-1]
     step = high.samples - low.samples
 
@@ -212,18 +178,16 @@ def _at(traces: Sequence[Trace], samples: int) -> Trace:
         return max(0, round(one + (other - one) * (samples - low.samples) / step))
 
     flops = float(between(round(low.flops), round(high.flops)))
-    if list(low.events) == list(high.events):
-        return Trace(samples, [between(a, b) for a, b in zip(low.sizes, high.sizes, strict=True)], low.events, flops, low.complete)
-    kept = [sum(t.sizes) - sum(t.sizes[~e] for e in t.events if e < 0) for t in (low, high)]
-    staying, peak = between(*kept), between(low.peak, high.peak)
-    return Trace(samples, [staying, max(0, peak - staying)], [0, 1, ~1], flops)
-
-
-def _numbers(shape: Sequence[int]) -> int:
-    numbers = 1
-    for n in shape:
-        numbers *= n
-    return numbers
+    if list(low.events) == list(high.events) and low.batch == high.batch:
+        sizes = [between(a, b) for a, b in zip(low.sizes, high.sizes, strict=True)]
+        return replace(high, samples=samples, sizes=sizes, flops=flops)
+    # Of another form: the gradients that stay, and all else as one storage that comes and goes.
+    stays = sorted({weight for _, _, weight in high.gradients})
+    sizes = [gradients[weight] for weight in stays]
+    rest, born = max(0, between(low.peak, high.peak) - sum(sizes)), list(range(len(stays)))
+    events = [*born, len(stays), ~len(stays)]
+    marks = [[len(events), number, weight] for number, weight in enumerate(stays)]
+    return Trace(samples, [*sizes, rest], events, flops, 0, marks, max(low.products, high.products))
 
 
 def write(path: Path, table: TracedTable) -> None:
@@ -243,10 +207,11 @@ def read(path: Path) -> TracedTable | None:
     try:
         given = {name: value for name, value in document.items() if name in {f.name for f in fields(TracedTable)}}
         given["modes"] = {mode: _traces(some) for mode, some in given["modes"].items()}
+        given["weights"] = [(str(dtype), [int(n) for n in shape]) for dtype, shape in given["weights"]]
         return TracedTable(**{**given, "assumed": tuple(given.get("assumed", ()))})
-    except (TypeError, KeyError, AttributeError):
+    except (TypeError, KeyError, AttributeError, ValueError):
         return None
 
 
 def _traces(document: Mapping[str, Any]) -> Traces:
-    return Traces([Trace(**trace) for trace in document["first"]], [Trace(**trace) for trace in document["later"]])
+    return Traces(*([Trace(**trace) for trace in document[name]] for name in ("steps", "held_out")))
