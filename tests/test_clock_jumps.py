@@ -23,6 +23,7 @@ from trainerd.engine.loop import Link
 from trainerd.engine.selftest import oracle, small_run
 from trainerd.engine.selftest.small_task import Small
 from trainerd.engine.trainer import Trainer
+from trainerd.supervisor import logs
 from trainerd.supervisor.loop import Timing
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="ends processes by signals")
@@ -107,6 +108,19 @@ def test_a_day_ahead_and_a_day_back_while_it_trains(home: Home) -> None:
     here, there = (oracle.outcome(Home(root).run(RUN)) for root in (home.root, home.root.with_name("whole")))
     here.files = there.files  # what was killed saves at steps of its own
     here.compare(there)
+
+
+def test_a_clock_that_is_set_back_does_not_take_the_new_log(home: Home) -> None:
+    """Twenty logs of tomorrow: the one of today is kept, although it is the oldest by the clock, and one of the others goes."""
+    home.logs.mkdir(parents=True)
+    for number in range(logs.KEEP_LOGS):
+        path = home.logs / f"training_20991231_0000{number:02}.log"
+        path.touch()
+        os.utime(path, (time.time() + DAY_SECONDS + number,) * 2)
+    new, log = logs.open_new(home)
+    log.close()
+    left = {path.name for path in home.logs.iterdir()}
+    assert new.name in left and len(left) == logs.KEEP_LOGS and "training_20991231_000000.log" not in left
 
 
 def test_a_wait_between_deaths_is_none_of_the_clocks(home: Home) -> None:

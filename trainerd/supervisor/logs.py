@@ -35,7 +35,7 @@ def open_new(home: Home) -> tuple[Path, IO[bytes]]:
             continue
     else:
         raise FileExistsError(f"{home.logs} holds a thousand logs of this second")
-    _rotate(home)
+    _rotate(home, path)
     return path, log
 
 
@@ -87,9 +87,11 @@ def _end(path: Path) -> bytes:
         return b""
 
 
-def _rotate(home: Home) -> None:
-    found = sorted(home.logs.glob("training_*.log"), key=lambda path: (_changed_at(path), path.name))
-    for path in found[:-KEEP_LOGS]:
+def _rotate(home: Home, new: Path) -> None:
+    """The new one stays, however old the clock makes it: one that was set back gives it an older time than all the others."""
+    others = [path for path in home.logs.glob("training_*.log") if path != new]
+    others.sort(key=lambda path: (_changed_at(path), path.name))
+    for path in others[: max(0, len(others) - (KEEP_LOGS - 1))]:
         try:
             files.remove(part_before(path))
             files.remove(path)
