@@ -1,4 +1,4 @@
-"""`python -m tests.campaigns.every_operation FOLDER EVERY`: SIGKILL at the file operations of a trainer's whole life. No tests here.
+"""`python -m tests.campaigns.every_operation FOLDER EVERY [KIND…]`: SIGKILL at the file operations of a trainer's life. No tests here.
 
 A program of its own because lives are forked from a process with one thread. Every point of every file is listed first,
 by an undisturbed life: start, load, setting aside, commit, retention, metrics, export; or one that is asked to leave, while it
@@ -199,10 +199,11 @@ def main() -> None:
     whole = stage.begin("whole")
     assert stage.live(whole)[0] == wire.EXIT_FINISHED
     expected = oracle.outcome(whole)
-    fresh = campaign(stage, "fresh", stage.begin, every, expected)
-    after_damage = campaign(stage, "damaged", stage.damaged, every, expected)
-    leaving = {name: campaign(stage, name, stage.begin, max(1, every // 3), expected) for name in LEAVING}
-    print(json.dumps({"fresh": fresh, "damaged": after_damage, **leaving}))
+    found = {}
+    for name in sys.argv[3:] or ("fresh", "damaged", *LEAVING):
+        make = stage.damaged if name == "damaged" else stage.begin
+        found[name] = campaign(stage, name, make, max(1, every // 3) if name in LEAVING else every, expected)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
