@@ -1,4 +1,4 @@
-"""`python -m tests.campaigns.supervisor_operations FOLDER EVERY`: SIGKILL at the file operations of a supervisor's life. No tests here.
+"""`python -m tests.campaigns.supervisor_operations FOLDER EVERY [KIND…]`: SIGKILL at a supervisor's file operations. No tests here.
 
 run.json, config.yml, the copy of the task, the status, events, locks, logs, requests, the ballast: every operation of lives that are
 paused, resumed, asked to save and stopped, that finish, and that only record a stop is listed first; then each EVERYth is died at,
@@ -255,7 +255,7 @@ def campaign(folder: Path, name: str, every: int) -> tuple[int, int]:
 def main() -> None:
     folder, every = Path(sys.argv[1]), int(sys.argv[2])
     os.environ["TRAINERD_STATE"] = str(folder / "state")
-    print(json.dumps({name: campaign(folder / name, name, every) for name in SCENES}))
+    print(json.dumps({name: campaign(folder / name, name, every) for name in sys.argv[3:] or SCENES}))
 
 
 if __name__ == "__main__":

@@ -86,6 +86,8 @@ class Found:
     """The checkpoints of a run as they lie there: step -> manifest; and what a commit that was cut off has left."""
 
     manifests: dict[int, Path] = field(default_factory=dict)
+    steps: list[int] = field(default_factory=list)
+    """Of every manifest, in order: a step that was left in the middle of its evaluation, and then evaluated, has two."""
     torn: set[str] = field(default_factory=set)
 
 
@@ -117,7 +119,7 @@ class Ledger:
         newest = max(found.manifests, default=0)
         if newest < self.newest:
             raise Broken(f"the checkpoint of step {self.newest} was acknowledged, and the newest there is step {newest}")
-        kept = sorted(found.manifests)[-KEEP:]
+        kept = found.steps[-KEEP:]
         lost = [step for step in self.acknowledged if kept and step >= kept[0] and step not in found.manifests]
         if lost:
             raise Broken(f"the acknowledged checkpoint of step {lost[0]} is gone")
@@ -139,10 +141,12 @@ def find(folder: Path) -> Found:
     for path in folder.iterdir() if folder.is_dir() else ():
         if match := _MANIFEST.fullmatch(path.name):
             found.manifests[int(match[1])] = path
+            found.steps.append(int(match[1]))
         elif match := _STATE.fullmatch(path.name):
             states[int(match[1])] = path.name
         elif path.name.endswith(".tmp"):
             found.torn.add(path.name)
+    found.steps.sort()
     found.torn |= {name for step, name in states.items() if step not in found.manifests}
     return found
 
