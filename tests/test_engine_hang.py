@@ -22,7 +22,11 @@ def own_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
-@pytest.mark.parametrize("way", [way if way == "save" else pytest.param(way, marks=pytest.mark.slow) for way in HANGS])
+# Quick are those that neither hold a processor for as long as they hang, nor wait for one more process to import torch.
+QUICK = ("save", "sleep", "stopped")
+
+
+@pytest.mark.parametrize("way", [way if way in QUICK else pytest.param(way, marks=pytest.mark.slow) for way in HANGS])
 def test_a_training_that_hangs_is_found_named_and_finished(tmp_path: Path, way: str) -> None:
     """In a step, holding the interpreter's lock, stopped, in the saving thread, in a loader worker: found, its stack kept, finished."""
     found = hang_once(tmp_path, way)
