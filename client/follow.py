@@ -158,7 +158,7 @@ def _forget(launched: launch.Launched) -> None:
 
 
 def until_checked(home: Home, reading: Reading) -> Reading:
-    """Wait until the trainer has loaded the task file and said whether it can be trained. Raises UsageError, RunFailed."""
+    """Wait until the trainer has loaded the task file and said whether it can be trained. Raises UsageError, Refused, RunFailed."""
     deadline = time.monotonic() + _VERDICT_SECONDS
     while time.monotonic() < deadline:
         reading = status.read(home)
@@ -166,6 +166,8 @@ def until_checked(home: Home, reading: Reading) -> Reading:
         wrong, _, words = ((reading.status.trainer.last_exit if reading.status else None) or "").partition(": ")
         if reading.state == status.FAILED and wrong in (UsageError.__name__, ConfigError.__name__):
             raise UsageError(words)
+        if reading.state == status.FAILED and wrong == Refused.__name__:
+            raise Refused(words)
         if reading.state in (status.FAILED, status.CRASHED, status.UNREADABLE):
             raise RunFailed(f"{reading.state.capitalize()}: {reading.reason}", f"See {console.program()} logs")
         if reading.state in (*status.END_STATES, status.RUNNING, status.WAITING, status.PAUSED) or phase != "starting":

@@ -7,19 +7,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
 
 from tests.memory_oracle import TensorCount
-from tests.toy import Script, Toy, ToyModel, config
+from tests.toy import Samples, Script, Toy, ToyModel, config
+from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home
-from trainerd.engine import checkpointing, fitting, receipt, rng
+from trainerd.engine import checkpointing, entry, fitting, receipt, rng
 from trainerd.engine import plan as plans
 from trainerd.engine.precision import Precision
 from trainerd.engine.task import TaskContext
 from trainerd.engine.trace import trace
 from trainerd.engine.trainer import Trainer
+from trainerd.machine.memory import RamFacts
 from trainerd.memory import forecast, traced
 from trainerd.memory.estimate import estimate
 from trainerd.memory.timeline import Setup, tells
@@ -220,9 +223,28 @@ def test_a_model_that_cannot_be_traced_is_trained_all_the_same(tmp_path: Path) -
     assert document["predicted"] == {} and document["real"]["ram_bytes"] > 0
 
 
+def fitted(task: Toy, tmp_path: Path, room: forecast.Place, monkeypatch: pytest.MonkeyPatch, begun: bool = False, **train: Any) -> Script:
+    """What a trainer says that has so much room."""
+    model, mixed = bound(task, tmp_path)
+    monkeypatch.setattr(fitting, "_place", lambda *_: room)
+    asked, link = config(train), Script()
+    plan = plans.resolve(asked, task)
+    fitting.foresee(task, model, task.train_samples, asked, plan, Home(tmp_path), mixed, link.send, traces=True, begun=begun)
+    assert "open" not in plan
+    return link
+
+
+class ManyToy(WideToy):
+    """As many samples as are asked for; the longest is one of the real ones."""
+
+    def __init__(self, settings: Any = None) -> None:
+        super().__init__(settings)
+        self.train_samples.__class__ = type("Many", (Samples,), {"__len__": lambda self: 1_000_000})
+
+
 def test_an_open_micro_batch_is_closed_to_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With little room the plan splits the batch before the first step, aloud; a fixed micro-batch stays."""
-    task = WideToy()
+    task = ManyToy()
     model, mixed = bound(task, tmp_path)
     needs = forecast.answer(
         config({"batch_size": 4096}),
@@ -240,6 +262,69 @@ def test_an_open_micro_batch_is_closed_to_fit(tmp_path: Path, monkeypatch: pytes
         assert bool(link.of("plan")) is not fixed
 
 
+def needs_of(tmp_path: Path, samples: int, **more: Any) -> Any:
+    task = WideToy()
+    model, mixed = bound(task, tmp_path)
+    table = trace(task, model, task.train_samples, mixed, samples)
+    assert table is not None
+    return estimate(table, Setup("cpu", "fp32", samples, samples, **more)).ram
+
+
+def test_what_is_too_large_for_a_cpu_is_refused_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When what is likely is more than there is, however it is cut: exit 5, and the changes that help come first, within what a status
+    shows. One byte of room for it: tried, with a warning, and so is what only the bound exceeds."""
+    needs = needs_of(tmp_path, 100_000)
+    whole = {"batch_size": 100_000, "micro_batch": 100_000}
+    with pytest.raises(Refused, match=r"It does not fit: .* It would fit with --set train\.micro_batch=\d+") as error:
+        fitted(ManyToy(), tmp_path, forecast.Place("cpu", int(needs.point) - 1, "fp32"), monkeypatch, **whole)
+    assert error.value.exit_code == 5 and entry.verdict(error.value, retry_helps=True)[1]["permanent"]
+    assert len(f"Refused: {error.value}") <= 300 and "\n" not in str(error.value)
+    with pytest.raises(Refused, match="A smaller model would fit"):
+        fitted(ManyToy(), tmp_path, forecast.Place("cpu", 1000, "fp32"), monkeypatch, batch_size=8)
+    for budget in (needs.point + 1, needs.upper - 1):
+        link = fitted(ManyToy(), tmp_path, forecast.Place("cpu", int(budget), "fp32"), monkeypatch, **whole)
+        assert "It is tried; past the limit" in link.of("warning")[0]["text"]
+
+
+def test_what_has_trained_is_never_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run with steps behind it goes on, whatever room there is now; and a batch larger than all the data is no larger than the data."""
+    link = fitted(ManyToy(), tmp_path, forecast.Place("cpu", 1000, "fp32"), monkeypatch, begun=True, batch_size=100_000)
+    assert not link.of("warning") and not link.of("plan")
+    room = forecast.Place("cpu", int(needs_of(tmp_path, 100).upper), "fp32")
+    assert not fitted(WideToy(), tmp_path, room, monkeypatch, batch_size=100_000, micro_batch=100_000).of("warning")
+    assert not fitted(WideToy(), tmp_path, room, monkeypatch, batch_size=100_000).of("plan")
+
+
+def test_a_resumed_run_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a checkpoint, or with steps in its metrics, a trainer without any room trains on; without either it is refused."""
+    link = Script({4: {"do": "leave", "why": "pause", "save": True}})
+    Trainer(Toy(), config({"max_steps": 9}), home=tmp_path / "a", link=link, traces=True).train()
+    monkeypatch.setattr(fitting, "_place", lambda *_: forecast.Place("cpu", 1000, "fp32"))
+    assert Trainer(Toy(), config({"max_steps": 9}), home=tmp_path / "a", link=Script(), traces=True).train().outcome == "finished"
+    with pytest.raises(Refused, match="It does not fit"):
+        Trainer(Toy(), config({"max_steps": 9}), home=tmp_path / "b", link=Script(), traces=True).train()
+    paths = Home(tmp_path / "c").run("toy")
+    paths.folder.mkdir(parents=True)
+    paths.metrics.write_text('{"step": 1, "loss": 1.0}\n', encoding="utf-8")
+    assert Trainer(Toy(), config({"max_steps": 9}), home=tmp_path / "c", link=Script(), traces=True).train().outcome == "finished"
+
+
+def test_on_a_gpu_what_would_help_is_printed_and_it_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its allocator says no by itself, and then no step is lost: a warning, with the changes that would make it fit."""
+    whole = {"batch_size": 100_000, "micro_batch": 100_000}
+    link = fitted(ManyToy(), tmp_path, forecast.Place("cuda", 900_000_000, "fp32"), monkeypatch, **whole)
+    text = link.of("warning")[0]["text"]
+    assert "running out of memory loses no step. It would fit with --set train.micro_batch=" in text
+
+
+def test_a_limit_that_others_have_passed_bounds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be kept by this training: then what the machine has left decides whether it fits."""
+    monkeypatch.setattr(fitting.machine_memory, "ram", lambda: RamFacts(used_bytes=10_000_000_000, total_bytes=16_000_000_000))
+    own = psutil.Process().memory_info().rss
+    assert fitting._ram_left(config(memory={"ram_limit": "4GB"})) == pytest.approx(6e9 + own, rel=0.01)
+    assert fitting._ram_left(config(memory={"ram_limit": "12GB"})) == pytest.approx(2e9 + own, rel=0.01)
+
+
 def test_a_plan_is_fitted_once(tmp_path: Path) -> None:
     """A resumed run keeps its recorded micro-batch, whatever fits now: another would change the last bits."""
     link = Script({4: {"do": "leave", "why": "pause", "save": True}})
@@ -253,7 +338,5 @@ def test_a_plan_is_fitted_once(tmp_path: Path) -> None:
 
 def test_the_ram_peak_is_the_systems_own_count() -> None:
     """It is at least what the process holds now."""
-    import psutil
-
     found = receipt.ram_peak_bytes()
     assert found is not None and found >= psutil.Process().memory_info().rss * 0.95

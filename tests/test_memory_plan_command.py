@@ -17,6 +17,7 @@ from client import fitting, forecast_view, outlook, packages
 from tests.person import DOOR, SMALL, Person
 from tests.trainers import TASK
 from trainerd.config.load import resolve
+from trainerd.contract import status
 from trainerd.machine import gpu
 from trainerd.memory.receipts import FILE
 
@@ -202,6 +203,8 @@ def test_a_model_of_ones_own_is_traced_once_and_then_planned(person: Person, tmp
     person.starts(*words, "--wait")
     receipt = json.loads((person.home.run(person.run()).folder / FILE).read_text("utf-8"))
     assert receipt["trace"] and receipt["predicted"]["ram_bytes"] > 0
+    shown = person.sees().status
+    assert shown is not None and shown.memory.predicted_bytes == pytest.approx(receipt["predicted"]["ram_bytes"], rel=0.01)
     after = planned(person, *words)
     assert after["verdict"] == "fits" and after["estimate"]["num_trainable"] == 4 * 16 + 16 + 16 + 1
     larger = planned(person, *words, "--set", "train.batch_size=4096")["estimate"]
@@ -210,3 +213,33 @@ def test_a_model_of_ones_own_is_traced_once_and_then_planned(person: Person, tmp
         unknown = json.loads(person.types("plan", "--json", *words, "--set", other).stdout)
         assert unknown["verdict"] is None and "tiny.py:Tiny was last trained here in fp32" in unknown["reason"], other
         assert other.partition("=")[2] in unknown["reason"].partition("what its model needs")[2]
+
+
+HUGE = """
+import torch
+from torch import nn
+from trainerd.engine.task import Task
+
+class Data:
+    def __len__(self): return 2_000_000
+    def __getitem__(self, i): return torch.tensor([float(i % 7), float(i % 5)])
+
+class Huge(Task):
+    def model(self): return nn.Sequential(nn.Linear(2, 65536), nn.ReLU(), nn.Linear(65536, 1))
+    def dataset(self, split): return Data() if split == "train" else None
+    def counts(self, batch): return {"loss": len(batch)}
+    def loss(self, model, batch, ctx): return {"loss": (model(batch).square().sum(), 1.0)}, {}
+"""
+
+
+def test_ones_own_task_that_is_too_large_is_refused_at_its_first_start(person: Person, tmp_path: Path) -> None:
+    """`plan` did not know it, the trainer does before its first step: who waits gets exit code 5 with the change that helps, the status
+    says it to everybody else, and nothing is tried again."""
+    (tmp_path / "huge.py").write_text(HUGE, encoding="utf-8")
+    words = ("--task", f"{tmp_path / 'huge.py'}:Huge", "--set", "train.precision=fp32", "--set", "train.threads=1")
+    large = ("--set", "train.batch_size=1000000", "--set", "train.micro_batch=1000000")
+    done = person.starts(*words, *large, "--wait", expect=5)
+    assert "It does not fit: it needs 7" in done.stdout
+    reading = person.sees()
+    assert reading.state == status.FAILED and "It would fit with --set train.micro_batch=" in reading.reason, reading.reason
+    assert reading.status and reading.status.trainer.restarts == 0 and not person.home.run(person.run()).metrics.exists()

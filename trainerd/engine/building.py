@@ -53,9 +53,10 @@ def build(
     stack: ExitStack,
     *,
     traces: bool = False,
+    begun: bool = False,
 ) -> Training:
     """The training, at `state` or at its beginning; what must be closed afterwards is put on the stack.
-    `traces`: a model without a memory table is traced once, for the estimate."""
+    `traces`: a model without a memory table is traced once, for the estimate. `begun`: steps of this run have worked."""
     device = plans.device_of(plan)
     mixed = precision.Precision(plan["precision"], device)
     pulse = Pulse(link.send)
@@ -64,7 +65,7 @@ def build(
     dataset, held_out = _datasets(task)
     batches = Batches(len(dataset), config.train.batch_size, config.seed, lengths=lengths_of(task, dataset), limit=config.data.size)
     model = task.model()
-    foreseen = fitting.foresee(task, model, dataset, config, plan, paths.home, mixed, link.send, traces=traces)
+    foreseen = fitting.foresee(task, model, dataset, config, plan, paths.home, mixed, link.send, traces=traces, begun=begun)
     model = _placed(task, model, mixed, plan, link, stack)
     pulse.enter(phases.STARTING)
     optimizer, offload = _optimizer(model, task, config, plan, mixed, link, stack)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -19,6 +19,7 @@ from torch import nn
 
 from trainerd.config.model import RunConfig
 from trainerd.contract import wire
+from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home
 from trainerd.engine import attention
 from trainerd.engine import plan as plans
@@ -76,10 +77,12 @@ def foresee(
     send: Send,
     *,
     traces: bool,
+    begun: bool = False,
 ) -> Forecast:
     """The table of the task's model and what this machine has left for it; a plan that left the micro-batch open is closed.
 
-    Without a table, or when a user's model cannot be traced, nothing is foretold, and the batch is tried whole.
+    Without a table, or when a user's model cannot be traced, nothing is foretold, and the batch is tried whole. `begun`: steps of
+    this plan have worked. Raises Refused for another one that is too large for a CPU: there nothing fails at a limit, all crawls.
     """
     place = _place(config, plan, home)
     table: Table | None = None
@@ -93,30 +96,69 @@ def foresee(
         text = f"{type(error).__name__}: {error}"[:300]
         send(wire.NOTE, kind="no_memory_estimate", text=text)
     found = Forecast(table, place, name if table is not None else None, task.splittable)
-    _fit(found, config, plan, send)
+    if table is not None and not begun:
+        _fit(found, table, config, plan, send, len(dataset))
+    plan.pop("open", None)
+    foretold = None if table is None else forecast.foretold(found.setup(plan, config), place, table)
+    if foretold is not None:
+        send(wire.MEMORY, predicted_bytes=int(foretold.needed.point))
     return found
 
 
-def _fit(found: Forecast, config: RunConfig, plan: plans.Plan, send: Send) -> None:
-    """Choose what was left open of micro-batch, checkpointing and where the optimizer is; say when even that is tight. The batch stays."""
-    if not plan.pop("open", False) or found.table is None:
-        return
-    answer = forecast.answer(config, found.place, found.table, found.splittable)
+def _fit(found: Forecast, table: Table, config: RunConfig, plan: plans.Plan, send: Send, num_samples: int) -> None:
+    """Choose what was left open of micro-batch, checkpointing and where the optimizer is; say when even that is tight. The batch stays,
+    but it has no more samples than there are."""
+    is_open = plan.get("open", False)
+    most = config.train.batch_size
+    if found.splittable:  # a trace of one that is not is of that batch alone
+        most = max(1, min(num_samples, config.data.size or num_samples, most))
+    if is_open:
+        train = config.train.model_copy(update={"batch_size": most})
+        answer = forecast.answer(config.model_copy(update={"train": train}), found.place, table, found.splittable)
+    else:
+        setup = found.setup(plan, config)
+        setup = replace(setup, effective_batch=most, micro_batch=min(most, setup.micro_batch))
+        if not tells(table, setup):
+            return
+        answer = forecast.weighed(setup, found.place, table, found.splittable)
+    _refuse_too_large(answer)
     setup = answer.setup
+    micro_batch = setup.micro_batch if setup.micro_batch < most else plan["micro_batch"]
     chosen = {"activation_checkpointing": setup.checkpointing, "offload": setup.offload}
-    if setup.micro_batch != plan["micro_batch"] or any(plan[name] != value for name, value in chosen.items()):
-        plans.set_micro_batch(plan, setup.micro_batch)
+    if is_open and (micro_batch != plan["micro_batch"] or any(plan[name] != value for name, value in chosen.items())):
+        plans.set_micro_batch(plan, micro_batch)
         plan.update(chosen)
+        plan.pop("open")
         send(wire.PLAN, **plans.shown(plan))
     if answer.verdict != planner.FITS:
         send(wire.WARNING, text=_tight(answer))
 
 
+def _refuse_too_large(answer: planner.Answer) -> None:
+    """On a CPU, and only when what is likely is too much already: a bound may be too high, and a GPU's allocator says no by itself.
+    The status shows 300 characters of it, so the changes that help come early and short."""
+    needed = answer.estimate.needed
+    if answer.setup.device != "cpu" or needed.point <= answer.budget_bytes:
+        return
+    left = f"{max(0, answer.budget_bytes) / 1e9:.1f} GB are left for it (memory.ram_limit)"
+    raise Refused(f"It does not fit: it needs {needed.point / 1e9:.1f} GB of RAM, and {left}.", _what_helps(answer))
+
+
+def _what_helps(answer: planner.Answer) -> str:
+    ways = " or ".join(" ".join(f"--set {setting}" for setting in proposal.settings) for proposal in answer.proposals)
+    return f"It would fit with {ways}." if ways else "A smaller model would fit, or more memory: close programs, or raise the limit."
+
+
 def _tight(answer: planner.Answer) -> str:
-    needed, what = answer.estimate.needed, "RAM" if answer.setup.device == "cpu" else "GPU memory"
+    needed, on_cpu = answer.estimate.needed, answer.setup.device == "cpu"
+    trying = "It is tried; past the limit the micro-batch is halved, or the training waits for room."
+    if not on_cpu:
+        trying = "It is tried; running out of memory loses no step."
+        if answer.verdict == planner.TOO_LARGE:
+            trying = f"{trying} {_what_helps(answer)}"
     return (
-        f"By the estimate this needs {needed.point / 1e9:.1f} GB of {what}, at most {needed.upper / 1e9:.1f} GB, and "
-        f"{max(0, answer.budget_bytes) / 1e9:.1f} GB are left below the limit. It is tried; running out of memory loses no step."
+        f"By the estimate this needs {needed.point / 1e9:.1f} GB of {'RAM' if on_cpu else 'GPU memory'}, at most "
+        f"{needed.upper / 1e9:.1f} GB, and {max(0, answer.budget_bytes) / 1e9:.1f} GB are left for it. {trying}"
     )
 
 
@@ -135,9 +177,12 @@ def _place(config: RunConfig, plan: plans.Plan, home: Home) -> forecast.Place:
 
 
 def _ram_left(config: RunConfig) -> int:
+    """Below the limit; when others have passed that before we began, it bounds nothing but growth (pressure.py): then of the machine."""
     ram = machine_memory.ram()
     ours = int(psutil.Process(os.getpid()).memory_info().rss)
-    return resolve_limit(config.memory.ram_limit, ram.total_bytes) - max(0, ram.used_bytes - ours)
+    others = max(0, ram.used_bytes - ours)
+    left = resolve_limit(config.memory.ram_limit, ram.total_bytes) - others
+    return left if left > 0 else ram.total_bytes - others
 
 
 def device_facts(device: torch.device) -> tuple[str, str | None]:

@@ -123,7 +123,8 @@ class Trainer:
             cache_dir = self._cache_dir or self._prepare(store)
             found = store.load(self._before_step)
             state = found[0] if found else None
-            if found is None and _size(self.paths.metrics):
+            begun = found is not None or _size(self.paths.metrics) > 0
+            if begun and found is None:
                 text = "No step of this run was ever saved, although some were trained: it begins again at its beginning."
                 self._link.send(wire.WARNING, text=text)
             plan = dict(state["plan"] if state else self._plan or plans.resolve(self.config, self.task))
@@ -134,12 +135,13 @@ class Trainer:
                 arrange_cublas(plan["deterministic"])
             stack.enter_context(_threads(plan["threads"]))
             with guard.worded("build the model, its optimizer and what the run had saved"):
-                training = build(self.task, self.config, plan, self.paths, cache_dir, self._link, store, state, stack, traces=self._traces)
+                parts = (self.task, self.config, plan, self.paths, cache_dir, self._link, store, state, stack)
+                training = build(*parts, traces=self._traces, begun=begun)
             self._refuse_other_code(training)
             self._vouch_for_data(training, cache_dir, state)
             if found is not None:
                 training.saver.schedule.go_on(found[1].spent_bytes, clock.wall() - found[1].at)
-            del found, state  # as large as the model
+            del found, state, parts  # as large as the model
             self._training, self._began_at = training, training.step
             self._make_room(training, store)
             if halved is not None:

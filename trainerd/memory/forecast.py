@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ from trainerd.memory import receipts
 from trainerd.memory.estimate import Estimate, estimate
 from trainerd.memory.planner import Answer, Question, choose
 from trainerd.memory.profile import Profile
-from trainerd.memory.timeline import Setup, Table
+from trainerd.memory.techniques import TECHNIQUES
+from trainerd.memory.timeline import Setup, Table, tells
 
 if TYPE_CHECKING:  # pydantic costs more than an estimate may take to import; whoever has a RunConfig has it already
     from trainerd.config.model import RunConfig
@@ -63,6 +64,17 @@ def question(config: RunConfig, place: Place, splittable: bool = True) -> Questi
     return Question(setup, place.budget_bytes, fixed, splittable, place.ram_bytes)
 
 
+def foretold(setup: Setup, place: Place, table: Table) -> Estimate | None:
+    """What this plan will need there, as receipts correct it; None when the table cannot tell."""
+    return _asking(place, table)(setup) if tells(table, setup) else None
+
+
+def weighed(setup: Setup, place: Place, table: Table, splittable: bool = True) -> Answer:
+    """Whether a plan that leaves nothing open fits this place; when not, what would."""
+    fixed = frozenset(technique.key for technique in TECHNIQUES)
+    return choose(Question(setup, place.budget_bytes, fixed, splittable, place.ram_bytes), table, _asking(place, table))
+
+
 def answer(config: RunConfig, place: Place, table: Table, splittable: bool = True) -> Answer:
     """The plan for this place, and what it needs. Raises ConfigError for what the model cannot do."""
     wanted = config.train.activation_checkpointing
@@ -72,10 +84,14 @@ def answer(config: RunConfig, place: Place, table: Table, splittable: bool = Tru
     if config.memory.offload == "base" and "base" not in table.offers:
         message = "memory.offload = base: the blocks of this task's model have no frozen weight that can be streamed."
         raise ConfigError([message], "It is for a base that is not trained, under adapters that are. Set memory.offload=auto.")
+    return choose(question(config, place, splittable), table, _asking(place, table))
+
+
+def _asking(place: Place, table: Table) -> Callable[[Setup], Estimate]:
     torch, given = place.profile.torch or None, tuple(place.receipts)
 
     def ask(setup: Setup) -> Estimate:
         trust = receipts.trust(given, table.kind, place.name, torch, setup)
         return estimate(table, setup, place.profile, trust)
 
-    return choose(question(config, place, splittable), table, ask)
+    return ask
