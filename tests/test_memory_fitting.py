@@ -16,7 +16,7 @@ from tests.memory_oracle import TensorCount
 from tests.toy import Samples, Script, Toy, ToyModel, config
 from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home
-from trainerd.engine import checkpointing, entry, fitting, receipt, rng
+from trainerd.engine import attention, checkpointing, entry, fitting, receipt, rng
 from trainerd.engine import plan as plans
 from trainerd.engine.precision import Precision
 from trainerd.engine.task import TaskContext
@@ -171,6 +171,36 @@ def test_a_trace_answers_only_for_what_was_traced(tmp_path: Path) -> None:
     asked = config({"batch_size": 32, "micro_batch": 32, "optimizer": "sgd"})
     answer = forecast.answer(asked, forecast.Place("cpu", 1000, "fp32"), whole, False)
     assert not any("precision" in setting for proposal in answer.proposals for setting in proposal.settings)
+
+
+class Attending(Deep):
+    """torch's attention over the places, before the blocks."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        q = x.unflatten(-1, (4, -1)).transpose(1, 2)
+        x = x + nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2).flatten(2)
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x)
+
+
+class AttendingToy(DeepToy):
+    model_kind = Attending
+
+
+@pytest.mark.parametrize("kernel", ["auto", "math"])
+def test_a_trace_follows_the_kernel_of_attention(tmp_path: Path, kernel: str) -> None:
+    """train.attention=math holds its table of scores, and that is what is traced: within 2 % of the count."""
+    task = AttendingToy()
+    model, mixed = bound(task, tmp_path)
+    found = trace(task, model, task.train_samples, mixed, 32, kernel)
+    assert found is not None
+    line = found.timeline(Setup("cuda", "fp32", 8, 16, attention=kernel))
+    with attention.for_trace(kernel):
+        truth = counted(task, model, mixed, 8)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert line.peak - line.state_bytes - weights == pytest.approx(truth, rel=0.02)
 
 
 def test_tracing_leaves_no_trace(tmp_path: Path) -> None:

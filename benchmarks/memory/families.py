@@ -23,7 +23,7 @@ from trainerd.memory.timeline import Setup
 from trainerd.tasks.cadence import blocks, model
 from trainerd.tasks.cadence.settings import CadenceSettings
 
-KNOWN = ("gru", "gpt", "llama-lora", "convnet")
+KNOWN = ("gru", "gpt", "gpt-math", "llama-lora", "convnet")
 HELD_OUT = ("gru-mn", "cnn3d")
 
 
@@ -34,6 +34,8 @@ class Family:
     model: Callable[[], nn.Module]
     table: Callable[[tapes.Tape], Callable[..., tapes.Tensor]]
     batch: Callable[[int], list[Tensor]]
+    attention: str = "auto"
+    """As train.attention."""
 
 
 def _wrapped(made: nn.Module, again: str) -> nn.Module:
@@ -304,6 +306,13 @@ def family(name: str, again: str = "none") -> Family:
     if name == "gpt":
         sizes = (2000, 96, 4, 6, 64)
         return Family(lambda: _wrapped(_Gpt(*sizes), again), lambda tape: _GptTable(tape, *sizes, again), tokens)
+    if name == "gpt-math":
+
+        def math_table(tape: tapes.Tape) -> Callable[..., tapes.Tensor]:
+            tape.attention = "math"
+            return _GptTable(tape, 2000, 96, 4, 6, 64, again)
+
+        return Family(lambda: _wrapped(_Gpt(2000, 96, 4, 6, 64), again), math_table, tokens, "math")
     if name == "llama-lora":
         shape = (2000, 128, 8, 2, 4, 344, 8)
         return Family(lambda: _wrapped(_Llama(*shape), again), lambda tape: _LlamaTable(tape, *shape, again), tokens)

@@ -8,8 +8,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from trainerd.memory.ops import add, clone, contiguous, high, low, mean, mul, only, part_back, reshape, unary, wider
-from trainerd.memory.tape import Node, Shape, Tensor
+from trainerd.memory.ops import (
+    LOW,
+    add,
+    add_,
+    clone,
+    contiguous,
+    high,
+    low,
+    mean,
+    mul,
+    only,
+    part_back,
+    reshape,
+    scale,
+    to,
+    transpose,
+    unary,
+    wider,
+)
+from trainerd.memory.tape import Node, Shape, Tape, Tensor
 
 Grads = list[Tensor | None]
 
@@ -143,16 +161,54 @@ def pool(x: Tensor, size: Shape, *, indices: bool) -> Tensor:
     return made
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Scaled dot product attention without its table: (samples, heads, places, width), flash or memory-efficient."""
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True) -> Tensor:
+    """scaled_dot_product_attention of (samples, heads, places, width): flash or memory-efficient without its table, unless math is set."""
     v, k, q = low(v), low(k), low(q)
     tape = q.tape
+    if tape.attention == "math":
+        with tape.autocast(False):
+            return _math_attention(q, k, v, causal)
     work = 4.0 * q.numel * k.shape[-2]
     made = tape.product(q.shape, q.dtype, work)
     made.contiguous = False  # laid out as (samples, places, heads, width)
     logsumexp = tape.product(q.shape[:-1], "fp32", 0.0)
     saved = (q.detach(), k.detach(), v.detach(), made.detach(), logsumexp)
     tape.record([made], [q, k, v], _attention_back, saved, work)
+    return made
+
+
+def _math_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """_scaled_dot_product_attention_math: the table of scores, in fp32 whatever is given; its result is laid out as its operands are."""
+    tape, given = q.tape, q.dtype
+    exact = [_laid_out(to(t, "fp32"), t) for t in (q, k, v)] if given in LOW else [q, k, v]
+    scaled = _laid_out(scale(exact[0]), exact[0])
+    mask = _mask(tape, q.shape[-2], k.shape[-2], scaled.dtype) if causal else None
+    turned = _laid_out(scale(exact[1]), exact[1])
+    scores = matmul(scaled, transpose(turned, *k.shape[:-2], k.shape[-1], k.shape[-2]))
+    del turned
+    if mask is not None:
+        scores = add_(scores, mask) if tape.adds_in_place else add(scores, mask)
+    chances = unary(scores, saves="result")
+    del scores
+    beside = tape.new(chances.shape, given) if given in LOW else None  # the table in the type that was given is a second result
+    made = to(matmul(chances, exact[2]), given)
+    del beside, exact, scaled, mask
+    return made
+
+
+def _laid_out(made: Tensor, like: Tensor) -> Tensor:
+    made.contiguous = like.contiguous
+    return made
+
+
+def _mask(tape: Tape, places: int, others: int, dtype: str) -> Tensor:
+    """Below the diagonal, from booleans."""
+    ones = tape.new((places, others), "bool")
+    below = tape.new((places, others), "bool")
+    del ones
+    values = [tape.new((), dtype) for _ in (0, 1)]
+    made = tape.new((places, others), dtype)
+    del below, values
     return made
 
 

@@ -224,7 +224,7 @@ class SelfAttention:
         mixed = kernels.attention(*split) if self.fused else table_attention(*split)
         del split
         back = ops.transpose(mixed, samples, places, self.heads, self.size)
-        back.contiguous = self.fused  # its result is laid out for this
+        back.contiguous = not mixed.contiguous  # what is fused is laid out for this
         return self.outer(ops.reshape(back, samples, places, width))
 
     def _split(self, x: Tensor, heads: int) -> Tensor:

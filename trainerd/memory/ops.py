@@ -13,7 +13,7 @@ from typing import Any
 from trainerd.memory.tape import CASTS, Node, Shape, Tensor
 
 Grads = list[Tensor | None]
-_LOW = ("bf16", "fp16")
+LOW = ("bf16", "fp16")
 
 
 def low(x: Tensor, *, weight: bool = False) -> Tensor:

@@ -113,6 +113,8 @@ class Tape:
         self.precision = autocast
         """The type autocast computes in; None: no autocast."""
         self.casting = False
+        self.attention = "auto"
+        """The kernel of attention that was asked for: math holds a table of scores."""
         self.adds_in_place = True
         """torch adds gradients in place where it may; never while a dispatch mode is counting."""
         self.gradients_leave = False

@@ -133,7 +133,7 @@ def _of_model(build: Callable[[Tape], Built], setup: Setup, *, skips: bool) -> T
     collecting = gc.isenabled()
     gc.disable()  # nothing here is circular but the leaves, and thousands of small objects come and go
     tape = Tape(setup.device, None if setup.precision == "fp32" else setup.precision)
-    tape.skips = skips
+    tape.skips, tape.attention = skips, setup.attention
     try:
         return _played(tape, build, setup)
     finally:
