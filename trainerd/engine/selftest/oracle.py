@@ -19,8 +19,8 @@ from trainerd.contract.paths import RunPaths
 from trainerd.engine.selftest.small_run import BATCH_SIZE, KEEP
 from trainerd.engine.selftest.small_task import NUM_SAMPLES
 
-_MANIFEST = re.compile(r"checkpoint_epoch_\d+_step_(\d+)\.json")
-_STATE = re.compile(r"checkpoint_epoch_\d+_step_(\d+)\.pt")
+_MANIFEST = re.compile(r"checkpoint_epoch_(?P<epoch>\d+)_step_(?P<step>\d+)\.json")
+_STATE = re.compile(r"checkpoint_epoch_\d+_step_(?P<step>\d+)\.pt")
 
 
 class Broken(Exception):
@@ -83,7 +83,7 @@ def each_sample_once(lines: Iterable[dict[str, Any]]) -> None:
 
 @dataclass
 class Found:
-    """The checkpoints of a run as they lie there: step -> manifest; and what a commit that was cut off has left."""
+    """The checkpoints of a run as they lie there: step -> its newest manifest; and what a commit that was cut off has left."""
 
     manifests: dict[int, Path] = field(default_factory=dict)
     steps: list[int] = field(default_factory=list)
@@ -138,17 +138,22 @@ def find(folder: Path) -> Found:
     """What lies in a run's folder of checkpoints."""
     found = Found()
     states: dict[int, str] = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in sorted(folder.iterdir(), key=_by_epoch) if folder.is_dir() else ():
         if match := _MANIFEST.fullmatch(path.name):
-            found.manifests[int(match[1])] = path
-            found.steps.append(int(match[1]))
+            found.manifests[int(match["step"])] = path
+            found.steps.append(int(match["step"]))
         elif match := _STATE.fullmatch(path.name):
-            states[int(match[1])] = path.name
+            states[int(match["step"])] = path.name
         elif path.name.endswith(".tmp"):
             found.torn.add(path.name)
     found.steps.sort()
     found.torn |= {name for step, name in states.items() if step not in found.manifests}
     return found
+
+
+def _by_epoch(path: Path) -> int:
+    match = _MANIFEST.fullmatch(path.name)
+    return int(match["epoch"]) if match else 0
 
 
 def _whole(manifest: Path, step: int) -> float | None:
