@@ -14,6 +14,7 @@ import argparse
 import faulthandler
 import hashlib
 import json
+import mmap
 import os
 import queue
 import re
@@ -23,6 +24,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+
+if sys.platform != "win32":
+    import resource
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -187,7 +191,26 @@ def no_room(trainer: FakeTrainer, value: str) -> None:
     os._exit(wire.EXIT_NO_ROOM)
 
 
+def storm(trainer: FakeTrainer, value: str) -> None:
+    """So many seconds, `value`, in which every page has to come from the disk first, as when the machine is out of memory: the kernel is
+    asked to forget a file's pages again and again. `storm.txt` tells how many came from there."""
+    path, size = trainer.home.root / "storm.bin", 64 << 20
+    path.write_bytes(os.urandom(size))
+    began, until = resource.getrusage(resource.RUSAGE_SELF).ru_majflt, time.monotonic() + float(value)
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        os.fsync(file.fileno())
+        mapped.madvise(mmap.MADV_RANDOM)  # no page is read ahead
+        while time.monotonic() < until:
+            mapped.madvise(mmap.MADV_DONTNEED)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            for place in range(0, size, 1 << 16):
+                mapped[place]
+    came = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - began
+    (trainer.home.root / "storm.txt").write_text(str(came), encoding="ascii")
+
+
 _SPECIAL = {
+    "storm": storm,
     "no-room": no_room,
     "hang": lambda trainer, value: time.sleep(600),
     "slow": lambda trainer, value: time.sleep(float(value)),

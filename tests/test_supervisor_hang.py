@@ -196,3 +196,15 @@ def test_starvation_is_concluded_from_a_busy_processor_elsewhere(monkeypatch: py
     assert [round(looking.share(), 3) for _ in range(4)] == [0.0, 1.0, 0.4, 0.0]
 
 
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux counts what came from the disk")
+def test_a_trainer_whose_memory_is_on_the_disk_is_not_hung(home: Home) -> None:
+    """Three seconds without a sign of life, with a limit of one, in which every page has to be read from the disk first, as in a swap
+    storm: it goes on, and nobody ends it."""
+    supervisor = supervise_here(home, {**FAST, "at": 12, "do": "storm:3"}, config=config(hang=1))
+    told = home.root / "storm.txt"
+    assert told.exists(), journal(home)
+    if int(told.read_text("ascii")) < 1000:
+        pytest.skip("this folder's pages do not come from a disk (a file system in memory)")
+    assert supervisor.result == status.COMPLETED and of(home, "hang") == [] and len(starts(home)) == 1
