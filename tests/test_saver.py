@@ -14,6 +14,7 @@ from tests.disks import FailingDisk, WatchedDisk, loaded_step, state_at
 from tests.toy import Script, config, run
 from trainerd.config.model import CheckpointConfig
 from trainerd.contract import files, wire
+from trainerd.contract.errors import TrainerdError
 from trainerd.engine.checkpoints import CheckpointStore
 from trainerd.engine.saver import Saver, SaveSchedule, note_to
 
@@ -65,6 +66,36 @@ def test_a_save_is_acknowledged_with_its_request(tmp_path: Path) -> None:
     assert (tmp_path / event["path"]).exists() and saver.last is not None and saver.last.step == 10
     assert loaded_step(CheckpointStore(tmp_path / "checkpoints" / "run")) == 10
     saver.close()
+
+
+def test_a_disk_that_answers_no_more_is_not_waited_for_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no supervisor would end it: an error in words after the limit, once waited for; nothing keeps the process alive."""
+    disk = SlowDisk()
+    monkeypatch.setattr(files, "disk", disk)
+    saver = Saver(CheckpointStore(tmp_path), SaveSchedule(CheckpointConfig()), Sent(), tmp_path, limit_seconds=0.3)
+    submit(saver, 10)
+    assert disk.reached.wait(30)
+    began = time.monotonic()
+    for act in (saver.wait, saver.wait, lambda: submit(saver, 20), saver.close):
+        with pytest.raises(TrainerdError, match="not finished after 0 s: the disk answers no more"):
+            act()
+    assert 0.3 <= time.monotonic() - began < 3
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name == "saver")
+    disk.go.set()
+    assert saver.wait(30) and saver.last is not None and saver.last.step == 10
+    saver.close()
+
+
+def test_a_library_users_training_ends_when_its_disk_answers_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer.train() raises what to do within faults.hang_limits.checkpointing, instead of standing still for ever."""
+    disk = SlowDisk()
+    monkeypatch.setattr(files, "disk", disk)
+    asked = config({"max_steps": 20}, checkpoint={"every_steps": 5, "exact": True}, faults={"hang_limits": {"checkpointing": 1}})
+    began = time.monotonic()
+    with pytest.raises(TrainerdError, match="the disk answers no more") as error:
+        run(tmp_path, asked)
+    assert time.monotonic() - began < 15 and "hang_limits.checkpointing" in error.value.hint
+    disk.go.set()
 
 
 def test_training_goes_on_while_a_slow_disk_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import psutil
 import pytest
 
 from client import verdict
+from client.commands import selftest as selftest_command
+from tests.freezer import Freezer
 from tests.person import Person
 from tests.supervised import wait_for
 from trainerd.engine import locks
@@ -185,6 +188,26 @@ def test_a_verdict_is_words() -> None:
     assert "not bit-exact, and the trainer says so (x)" in verdict.lines({**held, "gpu": {**gpu, "bit_exact": False, "why": "x"}}, None)[1]
     assert "FAILED on the GPU" in verdict.lines({**held, "gpu": {**gpu, "problem": "it differs"}}, None)[1]
     assert "was not tested: w." in verdict.lines({**held, "gpu": {**gpu, "tested": False, "why": "w."}}, None)[1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the kernel's freezer")
+def test_a_trial_that_cannot_be_ended_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Frozen by the kernel, no signal reaches it: three times the wait, then its number, and what ends it."""
+    monkeypatch.setattr(selftest_command, "_GONE_SECONDS", 0.2)
+    process = subprocess.Popen(["sleep", "600"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    freezer = Freezer()
+    try:
+        freezer.freeze(process.pid)
+        began = time.monotonic()
+        selftest_command._end(process)
+        assert 0.6 <= time.monotonic() - began < 5
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"The trial (process {process.pid}) cannot be ended" in said and "a reboot ends it" in said
+    finally:
+        process.kill()
+        freezer.thaw()
+        process.wait(10)
+        freezer.close()
 
 
 def test_a_gpu_that_is_used_is_left_alone(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from trainerd.machine import gpu
 from .. import console, packages, verdict
 
 _GONE_SECONDS = 10.0
+_ATTEMPTS = 3
 _LINE_SECONDS = 5.0
 _LAST_WORDS_BYTES = 2000
 Event = dict[str, Any]
@@ -115,7 +116,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     for pipe in (process.stdin, process.stdout):
         assert pipe is not None
         pipe.close()
-    while True:
+    for _ in range(_ATTEMPTS):
         try:
             process.wait(_GONE_SECONDS)
             return
@@ -123,6 +124,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.kill()
         except KeyboardInterrupt:
             continue  # it is leaving already
+    console.complain(f"The trial (process {process.pid}) cannot be ended: it is stuck in a driver or on a disk; a reboot ends it.")
 
 
 @contextmanager

@@ -16,7 +16,20 @@ from trainerd.config.model import RunConfig
 from trainerd.contract import phases, wire
 from trainerd.contract.errors import UsageError
 from trainerd.contract.paths import RunPaths
-from trainerd.engine import attention, checkpointing, compiling, dropout, fitting, optimizers, precision, rng, space, spill, streaming
+from trainerd.engine import (
+    attention,
+    checkpointing,
+    compiling,
+    dropout,
+    fitting,
+    lanes,
+    optimizers,
+    precision,
+    rng,
+    space,
+    spill,
+    streaming,
+)
 from trainerd.engine import plan as plans
 from trainerd.engine.batches import Batches
 from trainerd.engine.checkpoints import CheckpointStore
@@ -66,6 +79,7 @@ def build(
     batches = Batches(len(dataset), config.train.batch_size, config.seed, lengths=lengths_of(task, dataset), limit=config.data.size)
     model = task.model()
     foreseen = fitting.foresee(task, model, dataset, config, plan, paths.home, mixed, link.send, traces=traces, begun=begun)
+    watch = _spill_watch(device, link, paged=config.train.optimizer == "paged_adamw8bit")  # before anything of the model is on the device
     model = _placed(task, model, mixed, plan, link, stack)
     pulse.enter(phases.STARTING)
     optimizer, offload = _optimizer(model, task, config, plan, mixed, link, stack)
@@ -84,19 +98,20 @@ def build(
         stepper=Stepper(task, model, optimizer, mixed, loader, config.train.max_grad_norm, config.faults.leaves_out, offload),
         evaluation=_evaluation(task, model, mixed, held_out, config, plan),
         states=States(model, optimizer, mixed),
-        saver=Saver(store, SaveSchedule(config.checkpoint), link.send, paths.home.root),
+        saver=Saver(store, SaveSchedule(config.checkpoint), link.send, paths.home.root, _save_limit(config, link)),
         store=store,
         metrics=_metrics(config, paths, link, state, stack),
         finite=FiniteWatch(config.faults, model, mixed, batches.ids, link.send),
         exact=Exactness(link.send),
         memory=MemoryWatch(config.memory, device, link.send, may_leave=link.starts_again),
-        spill=_spill_watch(device, link),
+        spill=watch,
         steps_per_epoch=batches.steps_per_epoch,
         total_steps=_total_steps(config, batches),
         about=_about(config, device),
         foreseen=foreseen,
     )
     pulse.is_saving = lambda: training.saver.busy
+    stack.callback(training.memory.close)
     stack.callback(_close, training)
     _begin(training, held_out, state)
     loader.seek(training.step, plan["micro_batch"])
@@ -158,10 +173,15 @@ def _datasets(task: Task) -> tuple[MapDataset, MapDataset | None]:
     return dataset, held_out if held_out is not None and len(held_out) else None
 
 
-def _spill_watch(device: torch.device, link: Link) -> spill.SpillWatch | None:
+def _spill_watch(device: torch.device, link: Link, *, paged: bool) -> spill.SpillWatch | None:
+    """`paged`: the optimizer's states may lie in RAM on purpose, and the counter does not tell them from a spill."""
     if device.type != "cuda":
         return None
-    return spill.SpillWatch(lambda: spill.look(device.index or 0), link.send, spill.python_program())
+
+    def shared() -> int | None:
+        return None if paged else spill.shared(lanes.pinned_bytes())
+
+    return spill.SpillWatch(shared, lambda: spill.look(device.index or 0), link.send, spill.python_program())
 
 
 def _optimizer(
@@ -231,6 +251,15 @@ def _open_metrics(paths: RunPaths, link: Link, state: State | None, on_line: Cal
         waiting.until_room(None)  # nothing is trained yet: a LEAVE ends the process by itself
 
 
+def _save_limit(config: RunConfig, link: Link) -> float | None:
+    """How long a save is waited for; None where a supervisor watches it, and learns how long one takes."""
+    if link.starts_again:
+        return None
+    chosen = phases.chosen_seconds(config.faults.model_dump(), phases.CHECKPOINTING)
+    limit_seconds = phases.silence(phases.CHECKPOINTING).first_seconds if chosen is None else chosen
+    return None if limit_seconds == float("inf") else limit_seconds
+
+
 def _close(training: Training) -> None:
     """End the saving thread; told to leave without saving, we do not wait for a save that is under way either."""
     if not training.asked.leaves_unsaved:
@@ -251,6 +280,7 @@ def _put_back(training: Training, state: State) -> None:
     training.saved = (training.step, training.evaluation.last_step)
     training.exact.restore(state["exact"])
     training.memory.oom_recoveries = state["oom_recoveries"]
+    training.recall_speed(state.get("speed"))
     moved = plans.optimizer_place(state["plan"]), plans.optimizer_place(training.plan)
     if moved[0] != moved[1]:
         training.exact.lost(training.step + 1, f"resumed with the optimizer on {moved[1]}, no longer on {moved[0]}")

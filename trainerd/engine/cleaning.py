@@ -1,7 +1,7 @@
 """Cleans memory, and measures what that was worth: milliseconds, bytes freed, bytes still free ten steps later. Must not see a limit.
 
-A cleaning whose bytes are taken again ten steps later has bought nothing: the next one waits twice as long. All of them
-together stay below 0.2 % of the run's time.
+A cleaning whose bytes are taken again ten steps later has bought nothing: the next one waits twice as long. What all of them cost is
+held to 0.2 % of the run's time. What an out-of-memory frees for its own recovery is no cleaning, and not counted here.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 300.0
 _WORTH_BYTES = 32 << 20
 _LATER_STEPS = 10
+_PASS_SECONDS = 10.0
 
 
 def free() -> None:
@@ -56,6 +57,7 @@ class Cleaner:
         self._free = clean
         self._began: float | None = None
         self._next = 0.0
+        self._passed_at = float("-inf")
         self._pause_seconds = _FIRST_PAUSE_SECONDS
         self._last_seconds = 0.0
         self._measure_at: int | None = None
@@ -64,11 +66,19 @@ class Cleaner:
         self.seconds = 0.0
         """What all of them have cost so far."""
 
-    def due(self, now: float) -> bool:
-        """Whether the last one's pause is over, and another one is within the share of the training's time."""
-        if now < self._next:
+    def due(self, now: float, *, needed: bool = False) -> bool:
+        """Whether the last one's pause is over, and another one is within the share of the training's time. One that is `needed`, since
+        blocks have just become free that the heap or the device would keep, is let through at most once in ten seconds; it is charged, too.
+        """
+        if now >= self._next and (self.cleanups == 0 or self._is_within_share(now)):
+            return True
+        if not needed or now - self._passed_at < _PASS_SECONDS:
             return False
-        return self.cleanups == 0 or self.seconds + self._last_seconds <= _SHARE * (now - (self._began or 0.0))
+        self._passed_at = now
+        return True
+
+    def _is_within_share(self, now: float) -> bool:
+        return self.seconds + self._last_seconds <= _SHARE * (now - (self._began or 0.0))
 
     def clean(self, now: float, step: int) -> int:
         """Clean once; returns the bytes that are free now. What they are worth is known ten steps later."""

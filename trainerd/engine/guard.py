@@ -13,8 +13,10 @@ import psutil
 import torch
 
 from trainerd.config.model import MemoryConfig
+from trainerd.contract import wire
 from trainerd.contract.errors import TrainerdError
 from trainerd.engine.cleaning import Cleaner, free
+from trainerd.engine.lookout import Growing, Lookout
 from trainerd.engine.pressure import LEAVE, SHRINK, Pressure, Want
 from trainerd.machine import memory as machine_memory
 from trainerd.memory.limits import resolve_limit
@@ -121,7 +123,7 @@ def _senses(device: torch.device) -> Senses:
 
 class MemoryWatch:
     """Looks once a second: cleans above the threshold, holds CUDA's allocator to what the limit leaves it, and says when the
-    machine needs the memory more."""
+    machine needs the memory more. In a long micro-batch a thread beside it looks at the RAM; what is done is done at the edge."""
 
     def __init__(
         self,
@@ -147,7 +149,11 @@ class MemoryWatch:
         self.saving: Callable[[], int | None] = lambda: None
         """What half the micro-batch would give back of the RAM; None: it cannot be halved, or nobody knows."""
         self.wants = Want()
-        self._has_shrunk = False
+        self._said_ours = False
+        self._lookout = Lookout(self._senses.ram, self._seen)
+        self._growing = Growing(send)
+        self._needs_cleaning = False
+        """Blocks lie idle that others could have: after smaller parts, and when the cap has fallen."""
         self.oom_recoveries = 0
 
     @property
@@ -178,18 +184,31 @@ class MemoryWatch:
         ram, vram = self._senses.ram(), self._senses.device()
         if self._ram is None:
             self._begin(ram, vram)
-        anyway = (vram is not None and self._hold_to_limit(now, vram)) or self._has_shrunk
-        self._has_shrunk = False
-        if anyway or (self._is_tight(ram, vram) and self.cleaner.due(now)):
+        self._needs_cleaning |= vram is not None and self._hold_to_limit(now, vram)
+        if (self._needs_cleaning or self._is_tight(ram, vram)) and self.cleaner.due(now, needed=self._needs_cleaning):
+            self._needs_cleaning = False
             self.cleaner.clean(now, step)
             self.tell()
             ram, vram = self._senses.ram(), self._senses.device()
         self.wants = self._judged(now, ram, vram)
         return self.wants
 
+    def start(self) -> None:
+        """From now on the RAM is seen within a second or two, however long a micro-batch takes."""
+        self._lookout.start()
+
+    def close(self) -> None:
+        """End the thread that looks."""
+        self._lookout.stop()
+
+    def _seen(self, now: float, ram: machine_memory.RamFacts) -> None:
+        """In the thread that looks: since when the limit is passed, and what must be said at once."""
+        if self._ram is not None:
+            self._growing.seen(now, ram, over=self._ram.see(now, ram.used_bytes), ceiling_bytes=self._ram.ceiling_bytes)
+
     def done(self) -> None:
         """What was wanted has been done. What smaller parts leave free is the heap's until it is trimmed, at the next look."""
-        self._has_shrunk = self.wants.what == SHRINK
+        self._needs_cleaning |= self.wants.what == SHRINK
         self.wants = Want()
 
     def numbers(self) -> dict[str, Any]:
@@ -212,7 +231,7 @@ class MemoryWatch:
 
     def _begin(self, ram: machine_memory.RamFacts, vram: DeviceUse | None) -> None:
         self._ram_limit = resolve_limit(self._config.ram_limit, ram.total_bytes)
-        self._ram = Pressure("ram", self._ram_limit, ram.total_bytes, ram.used_bytes, may_leave=self._may_leave)
+        self._ram = Pressure("ram", self._ram_limit, ram.total_bytes, ram.used_bytes, self._senses.own_bytes(), may_leave=self._may_leave)
         if vram is not None:
             self._vram_limit = resolve_limit(self._config.vram_limit, vram.total_bytes)
             needed = vram.others_bytes + vram.allocated_bytes
@@ -243,4 +262,11 @@ class MemoryWatch:
                 return wanted
         assert self._ram is not None
         over = ram.used_bytes > self._ram.ceiling_bytes
-        return self._ram.judge(now, ram.used_bytes, self._senses.own_bytes() if over else 0, self.saving() if over else None)
+        own_bytes = self._senses.own_bytes() if over else 0
+        wanted = self._ram.judge(now, ram.used_bytes, own_bytes, self.saving() if over else None)
+        if self._ram.is_ours and not self._said_ours:
+            self._said_ours = True
+            much = f"The training itself takes more RAM ({own_bytes / 1e9:.1f} GB) than memory.ram_limit leaves it"
+            text = f"{much}, and it goes on: nobody else has grown. {_WHAT_TO_DO}"
+            self._send(wire.WARNING, text=text)
+        return wanted

@@ -152,11 +152,22 @@ class Arena:
             unpin(self._memory)
 
 
+_registered_bytes = 0
+
+
+def pinned_bytes() -> int:
+    """The RAM that this process has pinned for the GPU: what we have pinned in place, and what torch's own allocator holds."""
+    stats = getattr(torch.cuda, "host_memory_stats", None) if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    return _registered_bytes + int(stats().get("allocated_bytes.current", 0) if stats is not None else 0)
+
+
 def pin(memory: Tensor) -> bool:
     """False: the system allows no more pinned memory, or it is a file's. Copies then wait for each other, and nothing else changes."""
     size = memory.numel() * memory.element_size()
     code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0))  # type: ignore[no-untyped-call]
     if code == 0:
+        global _registered_bytes
+        _registered_bytes += size
         return True
     try:  # the driver tells of its refusal once more, to the next who asks
         torch.zeros(1, device="cuda")
@@ -169,3 +180,5 @@ def unpin(memory: Tensor) -> None:
     """Before pinned memory is given back; nothing may be copied from or to it any more."""
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
+    global _registered_bytes
+    _registered_bytes -= memory.numel() * memory.element_size()

@@ -149,7 +149,21 @@ class Training:
             "plan": dict(self.plan),
             "about": dict(self.about),
             "oom_recoveries": self.memory.oom_recoveries,
+            "speed": self._speed(),
         }
+
+    def recall_speed(self, speed: dict[str, Any] | None) -> None:
+        """How long a step took before, if this training has the same plan on the same device: a spill shows by it from the beginning."""
+        if self.spill is not None and speed is not None and speed.get("of") == self._speed_of():
+            self.spill.know(float(speed["seconds"]))
+
+    def _speed(self) -> dict[str, Any] | None:
+        seconds = None if self.spill is None else self.spill.learned()
+        return None if seconds is None else {"seconds": seconds, "of": self._speed_of()}
+
+    def _speed_of(self) -> list[Any]:
+        names = ("micro_batch", "precision", "offload", "activation_checkpointing", "compile")
+        return [self.about["device"], *(self.plan.get(name) for name in names)]
 
     def leaving(self) -> bool:
         """Between micro-batches: whether to leave, because somebody asked, or because others need the memory."""
@@ -201,6 +215,7 @@ def train(training: Training) -> Result:
     report(t)
     t.memory.saving = lambda: relief.saving_bytes(t)
     t.memory.look(time.monotonic(), t.step)
+    t.memory.start()
     if evaluate(t):  # due already when the training was left in the middle of it
         save(t)
 

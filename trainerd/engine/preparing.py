@@ -30,7 +30,7 @@ from trainerd.config.model import RunConfig
 from trainerd.contract import clock, files, interpreter, phases, wire
 from trainerd.contract.errors import Unreadable, UsageError
 from trainerd.contract.paths import Home
-from trainerd.engine import dumps, entry, provenance, space, taskfile
+from trainerd.engine import aside, dumps, entry, provenance, space, taskfile
 from trainerd.engine.task import PrepareContext, Task
 
 Send = Callable[..., None]
@@ -240,17 +240,20 @@ class PreparingChild:
 
     def __init__(self, run: entry.Run) -> None:
         self._cache = run.home.cache
+        self._memory = run.config.memory
         self._command = interpreter.command("trainerd.engine.preparing", "--home", str(run.home.root), "--run", run.record.id)
         self._process: subprocess.Popen[bytes] | None = None
 
     def work(self, send: Send) -> None:
-        """Run it to its end, passing on its events. Raises PreparingFailed, or PreparingFoundNoRoom for a full disk."""
+        """Run it to its end, passing on its events. Raises PreparingFailed, PreparingFoundNoRoom for a full disk, or SteppedAside when
+        it was ended because others need the RAM."""
+        beside = aside.Beside(self._memory, send)
         process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=interpreter.environment())
         self._process = process
         reading = _Reading(process, send)
         reading.start()
         # Its end is known from waiting for it: a process it leaves behind may keep the pipe open.
-        code = process.wait()
+        code = _watched(process, beside)
         reading.join(_LAST_WORDS_SECONDS)
         if code == entry.EXIT_DISK_FULL or (-code == _SIGBUS and space.has_hardly_any(self._cache)):
             raise entry.PreparingFoundNoRoom
@@ -266,6 +269,20 @@ class PreparingChild:
         """End it now; what it has done so far stays."""
         if self._process is not None:
             self._process.kill()
+
+
+def _watched(process: subprocess.Popen[bytes], beside: aside.Beside) -> int:
+    """Its exit code. Raises SteppedAside."""
+    while True:
+        try:
+            return process.wait(aside.LOOK_SECONDS)
+        except subprocess.TimeoutExpired:
+            wanted = beside.look(process.pid)
+        if wanted is not None:
+            process.kill()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_LAST_WORDS_SECONDS)
+            raise aside.SteppedAside(wanted)
 
 
 class _Reading(threading.Thread):

@@ -19,6 +19,7 @@ from typing import Any
 
 from trainerd.config.model import CheckpointConfig, parse_bytes
 from trainerd.contract import clock, wire
+from trainerd.contract.errors import TrainerdError
 from trainerd.engine.checkpoints import CheckpointStore, State, size_of
 from trainerd.engine.manifest import Manifest
 
@@ -28,6 +29,7 @@ _DAY_SECONDS = 86_400.0
 # What may be written at once although the day's rate does not cover it yet: a restarted run must be able to save early.
 _WRITE_AHEAD_SECONDS = 600.0
 _FIRST_RETRY_SECONDS = 10.0
+_END_SECONDS = 10.0
 _DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
@@ -136,8 +138,11 @@ class _Save:
 class Saver:
     """The saving thread. submit() hands it a state it may keep until `busy` is False again."""
 
-    def __init__(self, store: CheckpointStore, schedule: SaveSchedule, send: Send, home: Path | None = None) -> None:
-        """`send(event, **fields)` gets CHECKPOINT and UNSAVED events; paths in them are relative to `home`."""
+    def __init__(
+        self, store: CheckpointStore, schedule: SaveSchedule, send: Send, home: Path | None = None, limit_seconds: float | None = None
+    ) -> None:
+        """`send(event, **fields)` gets CHECKPOINT and UNSAVED events; paths in them are relative to `home`. `limit_seconds`: nobody else
+        ends a training whose disk answers no more; so long a save is waited for."""
         self.schedule = schedule
         self.last: Manifest | None = None
         self.failure: str | None = None
@@ -145,6 +150,8 @@ class Saver:
         self.error: Exception | None = None
         """The same as it was raised."""
         self._store = store
+        self._limit_seconds = limit_seconds
+        self._stuck: TrainerdError | None = None
         self._send = send
         self._home = home
         self._saved_until = clock.wall()
@@ -194,20 +201,29 @@ class Saver:
         self._send(wire.UNSAVED, since=self._saved_until, missing_bytes=None, error=self.failure, request=request)
 
     def wait(self, timeout_seconds: float | None = None) -> bool:
-        """Wait until nothing is being saved; False when the time was up first."""
+        """Wait until nothing is being saved; False when the time was up first. Without one, raises TrainerdError after the limit."""
         if self._next is None:
             return True
+        limit_seconds = self._limit_seconds if timeout_seconds is None else timeout_seconds
         with self._condition:
-            return self._condition.wait_for(lambda: self._next is None, timeout_seconds)
+            if (self._stuck is None or timeout_seconds is not None) and self._condition.wait_for(lambda: self._next is None, limit_seconds):
+                return True
+        if timeout_seconds is not None:
+            return False
+        if self._stuck is None:  # nobody waits for it a second time
+            said = f"A checkpoint in {self._store.folder} is not finished after {limit_seconds:.0f} s: the disk answers no more."
+            hint = "Look at the disk; the checkpoint before it counts. How long is waited: faults.hang_limits.checkpointing."
+            self._stuck = TrainerdError(said, hint)
+        raise self._stuck
 
     def close(self) -> None:
-        """Finish the running save and end the thread."""
+        """Finish the running save and end the thread. Raises TrainerdError after the limit; the thread keeps no process alive."""
         self.wait()
         with self._condition:
             self._closing = True
             self._condition.notify_all()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_END_SECONDS)
 
     def _run(self) -> None:
         while True:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainerd.contract import wire
-from trainerd.engine import dumps, entry, preparing, provenance, space, taskfile
+from trainerd.engine import aside, dumps, entry, preparing, provenance, space, taskfile
 from trainerd.engine.commands import Command, Commands
 from trainerd.engine.loop import FINISHED, MADE_ROOM, Link
 from trainerd.engine.process import TrainerProcess
@@ -79,6 +79,7 @@ def _prepare(process: TrainerProcess, run: entry.Run, task: Task) -> Path:
 
 def _prepare_in_child(process: TrainerProcess, run: entry.Run) -> None:
     waiting = space.Wait(run.home.cache, "Preparing the data", process.reporter.send)
+    others = aside.Waiting(process.reporter.send)
     while True:
         process.reporter.send(wire.PHASE, name="preparing", done=None, total=None, unit=None)
         process.child = preparing.PreparingChild(run)
@@ -88,5 +89,8 @@ def _prepare_in_child(process: TrainerProcess, run: entry.Run) -> None:
         except entry.PreparingFoundNoRoom:
             process.child = None
             waiting.until_room(None)  # a LEAVE ends the process from the thread that hears it
+        except aside.SteppedAside as error:
+            process.child = None
+            others.until_room(error.wanted)
         finally:
             process.child = None
