@@ -77,15 +77,19 @@ def test_a_disk_that_fails_once_anywhere_in_the_export(tmp_path: Path, monkeypat
         assert {path.name for path in (home / "models").rglob("*")} == {path.name for path in (tmp_path / "whole" / "models").rglob("*")}
 
 
-def test_a_result_that_is_given_up_is_written_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at", [("create", "result.json"), ("sync", "model.safetensors")])
+def test_a_result_that_is_given_up_is_written_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: tuple[str, str]
+) -> None:
     """After so many attempts it ends with what to do; the next start trains nothing and writes what would have been written."""
     run(tmp_path / "whole", config(checkpoint=OFTEN))
     home = tmp_path / "failing"
-    monkeypatch.setattr(files, "disk", FailingDisk(lambda number, kind, name: kind == "create" and "result.json" in name, errno.EIO))
-    with pytest.raises(NotExported, match=r"result\.json.*Input/output error\. All that was trained is saved \(step 21\)\. .*`resume`"):
+    monkeypatch.setattr(files, "disk", FailingDisk(lambda number, kind, name: kind == at[0] and at[1] in name, errno.EIO))
+    with pytest.raises(NotExported, match=rf"{at[1]}.*Input/output error\. All that was trained is saved \(step 21\)\. .*`resume`"):
         run(home, config(checkpoint=OFTEN))
     monkeypatch.undo()
     assert not Home(home).run("toy").result.exists() and last_weights(home)[0] == 21
+    assert not [path for path in (home / "models").rglob("*") if files.is_temporary(path)]
     task = Toy()
     assert run(home, config(checkpoint=OFTEN), task=task).outcome == "finished"
     assert task.train_samples.log == [] and same(tmp_path / "whole", home)
@@ -114,6 +118,28 @@ def test_what_is_only_in_memory_is_never_given_up(tmp_path: Path, monkeypatch: p
     monkeypatch.undo()
     assert run(tmp_path / "stopped", config(checkpoint=OFTEN)).outcome == "finished"
     assert same(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_no_result_before_all_of_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a disk that takes neither the last checkpoint nor the last lines of the metrics there is no result that would outlive them;
+    once the metrics are whole it is written, checkpoint or not."""
+    stuck = {"metrics.jsonl", "step_7"}
+
+    def fails(number: int, kind: str, name: str) -> bool:
+        return kind in ("create", "append") and any(part in name for part in stuck)
+
+    monkeypatch.setattr(files, "disk", FailingDisk(fails, errno.ENOSPC))
+    monkeypatch.setattr(space, "_LOOK_SECONDS", 0.001)
+    asked = config(SHORT, checkpoint={"every_steps": 100})
+    assert run(tmp_path / "both", asked, Once()).outcome == "left"
+    assert not Home(tmp_path / "both").run("toy").result.exists()
+    stuck.remove("metrics.jsonl")
+    assert run(tmp_path / "checkpoint", asked).outcome == "finished"
+    assert sum("loss" in line for line in lines(tmp_path / "checkpoint")) == 7 and newest(tmp_path / "checkpoint") == 0
+
+
+def newest(home: Path) -> int:
+    return newest_step(Home(home).run("toy"))
 
 
 def test_the_best_weights_are_never_saved_as_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,11 @@ from tests.trainers import TASK
 from trainerd.config.load import resolve
 from trainerd.contract import status
 from trainerd.machine import gpu
+from trainerd.machine.memory import ram
 from trainerd.memory.receipts import FILE
+
+_NOISE_BYTES = 50_000_000
+"""So much of the RAM in use comes and goes on a machine where nothing happens."""
 
 
 @pytest.fixture
@@ -138,8 +142,13 @@ def test_start_refuses_what_does_not_fit_and_the_change_it_names_helps(person: P
     assert done.returncode == 5, done.stdout + done.stderr
     assert "does not fit" in done.stderr and "--set train.micro_batch=" in done.stderr and "memory.ram_limit" in done.stderr
     assert not person.home.runs.exists() and not person.home.status.exists()
-    setting = done.stderr.split("--set ", 1)[1].split()[0]
-    again = planned(person, *fixed, "--set", setting, "--set", "memory.ram_limit=12GB")
+    for _ in range(5):
+        used = ram().used_bytes
+        done = person.types("start", *fixed, "--set", "memory.ram_limit=12GB")
+        setting = done.stderr.split("--set ", 1)[1].split()[0]
+        again = planned(person, *fixed, "--set", setting, "--set", "memory.ram_limit=12GB")
+        if again["verdict"] == "fits" or ram().used_bytes - used < _NOISE_BYTES:
+            break  # else another program took memory between the two answers
     assert again["verdict"] == "fits"
 
 
