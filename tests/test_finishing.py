@@ -126,7 +126,7 @@ def test_no_result_before_all_of_the_metrics(tmp_path: Path, monkeypatch: pytest
     stuck = {"metrics.jsonl", "step_7"}
 
     def fails(number: int, kind: str, name: str) -> bool:
-        return kind in ("create", "append") and any(part in name for part in stuck)
+        return kind in ("create", "write") and any(part in name for part in stuck)
 
     monkeypatch.setattr(files, "disk", FailingDisk(fails, errno.ENOSPC))
     monkeypatch.setattr(space, "_LOOK_SECONDS", 0.001)

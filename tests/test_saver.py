@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from trainerd.contract import files, wire
 from trainerd.contract.errors import TrainerdError
 from trainerd.engine.checkpoints import CheckpointStore
 from trainerd.engine.saver import Saver, SaveSchedule, note_to
+from trainerd.engine.state import States
 
 
 class Sent(list[tuple[str, dict[str, Any]]]):
@@ -261,3 +263,48 @@ def test_a_training_tells_at_its_end_what_saving_has_cost(tmp_path: Path) -> Non
     assert 0 < told["staged_bytes"] <= told["checkpoint_bytes"]
     assert 0 < told["cost_seconds"] < told["of_seconds"]
     assert told["cost_seconds"] == pytest.approx(told["blocked_seconds"] + told["cpu_seconds"] / told["cores"], abs=1e-4)
+
+
+class DearDisk(WatchedDisk):
+    """Each state that is written costs its thread so much of the processor, and so much time."""
+
+    def __init__(self, cpu_seconds: float, seconds: float) -> None:
+        self._cpu_seconds, self._seconds = cpu_seconds, seconds
+
+    def at(self, kind: str, path: Path, action: Callable[[], Any], detail: Any = None) -> Any:
+        if kind == "create" and ".pt" in path.name:
+            began = time.thread_time()
+            while time.thread_time() - began < self._cpu_seconds:
+                pass
+            time.sleep(self._seconds)
+        return action()
+
+
+def test_the_savers_own_time_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU time of its thread, measured there; and what a submit waited for the save before, which held up the training."""
+    monkeypatch.setattr(files, "disk", DearDisk(0.05, 0.1))
+    saver = saver_in(tmp_path, Sent())
+    for step in (1, 2, 3):
+        submit(saver, step)
+    saver.close()
+    told = saver.schedule.facts(time.monotonic())
+    assert told["cpu_seconds"] >= 3 * 0.05 and told["blocked_seconds"] >= 2 * 0.1, told
+
+
+@pytest.mark.parametrize("dear", ["copy", "disk"])
+def test_whatever_holds_up_a_training_to_save_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dear: str) -> None:
+    """Copying the state, and waiting for the save before, which took longer than the steps between."""
+    original = States.capture
+
+    def capture(self: States, facts: dict[str, Any]) -> dict[str, Any]:
+        time.sleep(0.1)
+        return original(self, facts)
+
+    if dear == "copy":
+        monkeypatch.setattr(States, "capture", capture)
+    else:
+        monkeypatch.setattr(files, "disk", DearDisk(0.0, 0.1))
+    link = Script()
+    run(tmp_path, config({"max_steps": 8}, checkpoint={"every_steps": 1, "exact": True}), link)
+    (told,) = [note for note in link.of(wire.NOTE) if note["kind"] == "saving"]
+    assert told["saves"] >= 8 and told["blocked_seconds"] >= 0.1 * (told["saves"] - 2), told
