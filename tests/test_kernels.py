@@ -100,6 +100,7 @@ def test_compiling_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a C++ compiler on a busy machine
 @pytest.mark.filterwarnings("ignore")  # torch itself warns while it compiles
 def test_compiled_by_inductor_it_learns_the_same(tmp_path: Path) -> None:
     """With torch's real compiler, where there is one: the losses of an ordinary run within rounding."""

@@ -14,9 +14,12 @@ FAMILIES = ("gru", "gpt", "llama-lora", "convnet", "gru-mn")
 
 
 def _comes_close(name: str, batch: int, share: float) -> None:
-    """At least nine tenths of what fits, in whole samples, and nothing is refused while training as planned."""
+    """At least nine tenths of what fits, in whole samples; what is chosen is the largest even part within that; and nothing is refused
+    while training as planned."""
     found = fit(name, batch, share)
     assert int(found.truth * 0.9) <= found.limit <= found.truth and found.refused == 0, found
+    pieces = -(-batch // found.limit)
+    assert found.chosen >= -(-batch // pieces), found
 
 
 def test_the_plan_is_within_a_tenth_of_what_fits() -> None:

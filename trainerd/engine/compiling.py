@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from trainerd.contract.errors import ConfigError
+from trainerd.engine.dropout import SampleDropout
 
 _BACKEND = "inductor"
 
@@ -27,6 +28,10 @@ def compile_in_place(model: nn.Module, wanted: bool, device: torch.device) -> No
     missing = what_is_missing(device)
     if missing is not None:
         raise ConfigError([f"train.compile is on, but {missing}."], "Install it, or leave train.compile off.")
+    for module in model.modules():
+        if isinstance(module, SampleDropout):
+            # Compiled, it made NaN as soon as shapes changed (seen on a CPU with torch 2.13): its integers overflow on purpose.
+            module.forward = torch.compiler.disable(module.forward)  # type: ignore[method-assign, no-untyped-call]
     model.compile(backend=_BACKEND)
 
 
