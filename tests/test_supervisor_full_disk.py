@@ -14,7 +14,7 @@ import pytest
 
 from tests.campaigns.every_operation import named
 from tests.disks import FailingDisk, RecordingDisk
-from tests.supervised import RUN, journal, supervise_here
+from tests.supervised import RUN, supervise_here
 from trainerd.contract import files, runs, status
 from trainerd.contract.paths import Home
 from trainerd.supervisor.opening import to_yaml
@@ -54,15 +54,15 @@ def at(place: Place) -> Callable[[int, str, str], bool]:
     return fails
 
 
-def whole_lines(home: Home) -> list[dict[str, Any]]:
-    """The events, but for the one that was cut off by the full disk and written once more."""
-    found = []
+def kinds_of(home: Home) -> list[str]:
+    """The events, but for the one that was cut off by the full disk and written once more, and what comes when it comes."""
+    found: list[dict[str, Any]] = []
     for line in home.run(RUN).events.read_text("utf-8").splitlines():
         try:
             found.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return [str(line["kind"]) for line in found if line["kind"] != "cannot be kept awake"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals; tests/windows has its own")
@@ -76,7 +76,7 @@ def test_full_once_at_any_write_of_a_supervisor(tmp_path: Path, monkeypatch: pyt
     recording = RecordingDisk()
     monkeypatch.setattr(files, "disk", recording)
     supervise_here(Home(tmp_path / "undisturbed"), FAST, task_file=str(task))
-    kinds = [line["kind"] for line in journal(Home(tmp_path / "undisturbed"))]
+    kinds = kinds_of(Home(tmp_path / "undisturbed"))
     assert {named(Path(name)) for _, name in recording.seen} >= NAMES
     for number, place in enumerate(places(recording.seen, whole, code)):
         home = Home(tmp_path / f"full-{number}")
@@ -92,7 +92,7 @@ def test_full_once_at_any_write_of_a_supervisor(tmp_path: Path, monkeypatch: pyt
         assert found is not None and (found.state, found.progress.step, record.outcome) == (status.COMPLETED, 10, "completed"), place
         assert home.run(RUN).config.read_text("utf-8") == to_yaml(record.config)
         assert (home.run(RUN).task / "my_task.py").read_text("utf-8") == "answer = 42\n"
-        told = [line["kind"] for line in whole_lines(home)]
+        told = kinds_of(home)
         assert told[1:] == kinds[1:] and told[0] in ("started", "resumed"), (place, told)
         assert refused or told[0] == "started", place
         assert not [path for path in home.root.rglob("*") if files.is_temporary(path)], place

@@ -97,7 +97,7 @@ class Campaign:
 
     def _disturb(self, run: UnhurriedRun, chance: random.Random) -> None:
         # The beginning is the same for every life: preparing comes once a run, the end ends it.
-        wanted = ["starting", "preparing", *chance.choices(PHASES[2:5], k=6), "exporting"]
+        wanted = ["starting", "preparing", *chance.choices(PHASES[2:5], k=3), "exporting"]
         for phase in wanted[: self.stops - len(self.took)]:
             self.stop_in(run, phase, chance)
             if run.person.sees().state == status.COMPLETED:

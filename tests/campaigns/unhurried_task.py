@@ -19,4 +19,4 @@ class Unhurried(Small):
         return super().loss(model, batch, ctx)
 
     def export(self, model, folder):  # type: ignore[no-untyped-def]
-        time.sleep(1.2)
+        time.sleep(2.5)
