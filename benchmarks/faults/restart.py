@@ -53,7 +53,12 @@ class _Tap:
         return self._queue.get_nowait()
 
     def when(self, name: str, after: float) -> float:
-        return next(at for told, at in self.told if told == name and at > after)
+        deadline = time.monotonic() + 5.0  # the pipe is read a little later than the step is noted
+        while (found := next((at for told, at in list(self.told) if told == name and at > after), None)) is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no {name!r}")
+            time.sleep(0.01)
+        return found
 
 
 def imports(count: int) -> list[float]:
