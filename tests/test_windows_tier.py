@@ -83,9 +83,7 @@ def computer(prefix: Path, tmp_path: Path) -> Iterator[WindowsComputer]:
 
 def test_contract_and_processes_under_a_windows_python(prefix: Path, tmp_path: Path) -> None:
     """Locks, status, requests, job objects and priorities hold under Windows' own rules; files, checkpoints and settings as elsewhere."""
-    compiled = windows_path(tmp_path / "compiled")  # not into the checkout; without any, each of a hundred processes compiles everything
-    environment = {**os.environ, "WINPY_ROOT": str(prefix), "WINPYTHONPATH": windows_path(ROOT), "PYTHONPYCACHEPREFIX": compiled}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    environment = {**os.environ, "WINPY_ROOT": str(prefix), "WINPYTHONPATH": windows_path(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     options = ["-q", "-p", "no:cacheprovider", f"--basetemp={windows_path(tmp_path / 'there')}"]
     command = [prefix / "winpy", "-m", "pytest", *options, "tests/windows", *PORTABLE]
     with open(tmp_path / "stderr", "wb") as errors, windows_without_a_screen(prefix):
@@ -236,3 +234,27 @@ def test_the_machines_memory_on_windows(computer: WindowsComputer) -> None:
     assert kind in (None, "NVMe SSD", "SSD", "hard disk")
     ours = next(program for program in held if program["name"].lower().startswith("python"))
     assert ours["own_bytes"] > 1_000_000 and ours["yours"]
+
+
+def test_memory_optimizer_on_windows(computer: WindowsComputer) -> None:
+    """Each of its four commands through the door: what the machine has, a configuration that plan and start take, what could be freed,
+    and a few moments of it, also in a file."""
+
+    def types(*words: str) -> subprocess.CompletedProcess[str]:
+        done = computer.wine("C:\\Python\\python.exe", "memory_optimizer.py", *words)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done
+        return done
+
+    facts = json.loads(types("profile", "--json").stdout)
+    assert facts["cpu"]["name"] and facts["ram"]["total_bytes"] > 1e9
+    assert "quick" in types("profile").stdout
+    said = types("config", "--preset", "quick").stdout
+    made = computer.checkout / "optimal_config.json"
+    assert "optimal_config.json" in said and json.loads(made.read_text("utf-8"))["train"]["micro_batch"] >= 1
+    planned = json.loads(computer.types("plan", "--config", "optimal_config.json", "--json").stdout)
+    assert planned["verdict"] == "fits" and planned["device"] == "cpu"
+    freed = types("optimize").stdout
+    assert "RAM in use" in freed and "Most RAM of their own is held by:" in freed
+    watched = types("monitor", "--duration", "1", "--interval", "0.4", "--csv", "seen ü.csv").stdout
+    rows = (computer.checkout / "seen ü.csv").read_text("utf-8").splitlines()
+    assert len(rows) >= 3 and "max" in watched and rows[0].startswith("at,ram_used_bytes")
