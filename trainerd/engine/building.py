@@ -111,10 +111,8 @@ def build(
         foreseen=foreseen,
     )
     pulse.is_saving = lambda: training.saver.busy
-    stack.callback(training.memory.close)
     stack.callback(_close, training)
-    _begin(training, held_out, state)
-    loader.seek(training.step, plan["micro_batch"])
+    _begin(training, loader, held_out, state)
     return training
 
 
@@ -154,7 +152,7 @@ def _total_steps(config: RunConfig, batches: Batches) -> int:
     return min(steps, config.train.max_steps or steps)
 
 
-def _begin(training: Training, held_out: MapDataset | None, state: State | None) -> None:
+def _begin(training: Training, loader: Loader, held_out: MapDataset | None, state: State | None) -> None:
     """Random states and place: those of the state, or of the beginning."""
     if training.config.train.early_stopping is not None and held_out is None:
         training.link.send(wire.WARNING, text="train.early_stopping does nothing: the task holds out no sample to evaluate on.")
@@ -163,6 +161,7 @@ def _begin(training: Training, held_out: MapDataset | None, state: State | None)
         training.exact.lost(0, "deterministic is off")
     if state is not None:
         _put_back(training, state)
+    loader.seek(training.step, training.plan["micro_batch"])
 
 
 def _datasets(task: Task) -> tuple[MapDataset, MapDataset | None]:

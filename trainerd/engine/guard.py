@@ -193,13 +193,14 @@ class MemoryWatch:
         self.wants = self._judged(now, ram, vram)
         return self.wants
 
-    def start(self) -> None:
-        """From now on the RAM is seen within a second or two, however long a micro-batch takes."""
+    @contextmanager
+    def looked_after(self) -> Iterator[None]:
+        """Meanwhile the RAM is seen within a second or two, however long a micro-batch takes."""
         self._lookout.start()
-
-    def close(self) -> None:
-        """End the thread that looks."""
-        self._lookout.stop()
+        try:
+            yield
+        finally:
+            self._lookout.stop()
 
     def _seen(self, now: float, ram: machine_memory.RamFacts) -> None:
         """In the thread that looks: since when the limit is passed, and what must be said at once."""

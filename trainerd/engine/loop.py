@@ -215,7 +215,6 @@ def train(training: Training) -> Result:
     report(t)
     t.memory.saving = lambda: relief.saving_bytes(t)
     t.memory.look(time.monotonic(), t.step)
-    t.memory.start()
     if evaluate(t):  # due already when the training was left in the middle of it
         save(t)
 

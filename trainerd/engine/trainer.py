@@ -150,6 +150,7 @@ class Trainer:
             training.exact.tell()
             stack.enter_context(deterministic(plan["deterministic"], training.lost_by))
             stack.enter_context(cleaning.settled())
+            stack.enter_context(training.memory.looked_after())
             result = loop.train(training)
             saving = training.saver.schedule.facts(time.monotonic())
             self._link.send(wire.NOTE, kind="saving", staged_bytes=training.states.staged_bytes, **saving)
