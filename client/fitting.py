@@ -19,7 +19,8 @@ def warnings(home: Home, asked: Resolved) -> list[str]:
         return notes
     needed = found.answer.estimate.needed
     what = "GPU memory" if found.place.device == "cuda" else "RAM"
-    said = f"This training needs {size(needed.point)} of {what}, at most {size(needed.upper)}; {found.budget}."
+    doubt = "".join(f" {line}" for line in forecast_view.unverified([found.place.device]))
+    said = f"This training needs {size(needed.point)} of {what}, at most {size(needed.upper)}; {found.budget}.{doubt}"
     if found.answer.verdict == planner.TIGHT:
         first = next((" ".join(f"--set {setting}" for setting in one.settings) for one in found.answer.proposals), None)
         better = f" It would fit for certain with: {first}" if first else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from textwrap import wrap
 
-from trainerd.memory.estimate import Estimate, Range
+from trainerd.memory.estimate import UNVERIFIED, Estimate, Range
 from trainerd.memory.planner import FITS, TIGHT, Answer, Proposal
 
 from .outlook import Outlook, Unknown
@@ -39,13 +39,18 @@ def lines(outlook: Outlook, fancy: bool, style: Style) -> list[str]:
 def short(outlook: Outlook, fancy: bool, style: Style) -> list[str]:
     """What is trained, what it needs, and whether that fits."""
     answer = outlook.answer
-    shown = [*_heading(answer.estimate, outlook, style), *_verdict(answer, outlook, fancy, style)]
+    shown = [*_heading(answer.estimate, outlook, style), *_verdict(answer, outlook, fancy, style), *unverified([outlook.place.device])]
     return [*shown, *_changes(answer)]
 
 
 def _changes(answer: Answer) -> list[str]:
     """Where something could be done about it."""
     return ["", *remedies(answer)] if answer.verdict not in _SAID or answer.proposals else []
+
+
+def unverified(devices: Iterable[str]) -> list[str]:
+    """What must be known of every number about a GPU, wherever it is shown."""
+    return _wrapped(f"Not verified: {UNVERIFIED}.", _WIDE) if "cuda" in devices else []
 
 
 def unknown(found: Unknown, style: Style) -> list[str]:

@@ -8,7 +8,7 @@ from trainerd.memory.planner import FITS, TIGHT, TOO_LARGE
 from trainerd.memory.profile import Profile
 
 from . import diagnosis
-from .forecast_view import Style
+from .forecast_view import Style, unverified
 from .machine_facts import Facts, Fit
 from .words import NOT_KNOWN, size
 
@@ -82,6 +82,7 @@ def _fits(fits: list[Fit], style: Style) -> Iterator[str]:
         stated = f"{size(fit.stated.vram_bytes)} GPU, {size(fit.stated.ram_bytes)} RAM"
         row = f"  {fit.task:<12}{fit.preset:<12}{size(needed.point):>9}{size(needed.upper):>10}   {stated:<24}"
         yield row + style(fit.answer.verdict, _COLOURS[fit.answer.verdict])
+    yield from unverified(fit.answer.setup.device for fit in fits)
 
 
 def _row(name: str, text: str) -> str:

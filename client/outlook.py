@@ -29,6 +29,7 @@ from trainerd.memory.traced import TracedTable
 from . import diagnosis, packages
 
 _BF16_ON_CPU = {"amx_bf16", "avx512_bf16"}
+_BF16_ON_CUDA = (8, 0)  # older ones emulate it, many times as slow
 _NOT_PART_OF_THE_MODEL = ("seed", "batch_size", "optimizer")
 
 
@@ -169,10 +170,10 @@ def _place(home: Home, config: RunConfig, budget: str | None, device: str | None
     if budget is not None:
         if name == "cpu" and kind == "cuda":
             known = Profile()
-        place = forecast.Place(kind, _bytes(budget), _precision(kind), known, (), name)
+        place = forecast.Place(kind, _bytes(budget), _precision(kind, gpus), known, (), name)
         return place, "a GPU" if kind == "cuda" else "a CPU", f"a budget of {budget}"
     left, words = _left(config, kind, gpus)
-    place = forecast.Place(kind, left, _precision(kind), known, receipts.read(home), name, _left(config, "cpu", gpus)[0])
+    place = forecast.Place(kind, left, _precision(kind, gpus), known, receipts.read(home), name, _left(config, "cpu", gpus)[0])
     return place, _named(kind, gpus), words
 
 
@@ -192,9 +193,17 @@ def _left(config: RunConfig, kind: str, gpus: list[gpu.GpuFacts]) -> tuple[int, 
     return max(0, limit - used), f"{size(max(0, limit - used))} left (memory.{key} {size(limit)}, {size(used)} in use)"
 
 
-def _precision(kind: str) -> str:
-    """What "auto" will most likely mean; the trainer asks the device itself."""
-    return "bf16" if kind == "cuda" or cpu.features() & _BF16_ON_CPU else "fp32"
+def _precision(kind: str, gpus: list[gpu.GpuFacts]) -> str:
+    """What "auto" will most likely mean; the trainer asks the device itself (trainerd/engine/precision.py)."""
+    if kind != "cuda":
+        return "bf16" if cpu.features() & _BF16_ON_CPU else "fp32"
+    capability = gpu.compute_capability(gpus[0].index) if gpus else None
+    return "fp16" if capability is not None and capability < _BF16_ON_CUDA else "bf16"
+
+
+def knows_precision(place: forecast.Place) -> bool:
+    """Whether what "auto" means there is known, not guessed: of a GPU only when the driver tells what it computes."""
+    return place.device != "cuda" or gpu.compute_capability(0) is not None
 
 
 def _named(kind: str, gpus: list[gpu.GpuFacts]) -> str:

@@ -19,7 +19,7 @@ from trainerd.contract.errors import TrainerdError
 from trainerd.memory import planner
 from trainerd.memory.techniques import TECHNIQUES
 
-from .outlook import Outlook, Unknown
+from .outlook import Outlook, Unknown, knows_precision
 from .words import count, size
 
 _LABELS = ("name",)  # a name is one run's; the file is for many
@@ -64,7 +64,7 @@ def _chosen(asked: Resolved, found: Outlook) -> list[tuple[str, Any, str]]:
         else:
             why = f"the batch of {count(setup.effective_batch)} in {count(setup.accumulation)} pieces: {room}"
         chosen.append(("train.micro_batch", setup.micro_batch, why))
-    if asked.config.train.precision == "auto":
+    if asked.config.train.precision == "auto" and knows_precision(found.place):
         chosen.append(("train.precision", setup.precision, f"what {found.where} is fast in"))
     known = {key for key, _, _ in chosen}
     for technique in TECHNIQUES:

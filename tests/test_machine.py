@@ -59,6 +59,11 @@ class FakeNvml:
     def nvmlDeviceGetUUID(self, handle: int) -> str:
         return self.uuids[handle]
 
+    def nvmlDeviceGetCudaComputeCapability(self, handle: int) -> list[int]:
+        if "capability" in self.refuse:
+            raise self.NVMLError("Not Supported")
+        return [7, 5 + handle]
+
     def nvmlDeviceGetName(self, handle: int) -> bytes:
         return f"GPU number {handle}".encode()
 
@@ -373,3 +378,11 @@ def test_a_group_that_reads_nothing_holds_nobody_up(tmp_path: Path) -> None:
     assert group.wait() == -signal.SIGKILL
     group.close()
     wait_for(lambda: not any(map(alive, children)), 5, "the child to be gone")
+
+
+def test_what_a_gpu_can_compute_is_asked_of_the_driver() -> None:
+    """By torch's number; unknown where there is none, or the driver does not say."""
+    assert gpu.compute_capability(1, FakeNvml("GPU-a", "GPU-b")) == (7, 6)
+    assert gpu.compute_capability(2, FakeNvml("GPU-a", "GPU-b")) is None
+    assert gpu.compute_capability(0, FakeNvml("GPU-a", refuse=("capability",))) is None
+    assert gpu.compute_capability(0, FakeNvml(refuse=("init",))) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tests.memory_oracle import TensorCount
 from tests.toy import Samples, Script, Toy, ToyModel, config
 from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home
-from trainerd.engine import attention, checkpointing, entry, fitting, receipt, rng
+from trainerd.engine import attention, checkpointing, entry, fitting, peak, receipt, rng
 from trainerd.engine import plan as plans
 from trainerd.engine.precision import Precision
 from trainerd.engine.task import TaskContext
@@ -368,5 +369,43 @@ def test_a_plan_is_fitted_once(tmp_path: Path) -> None:
 
 def test_the_ram_peak_is_the_systems_own_count() -> None:
     """It is at least what the process holds now."""
-    found = receipt.ram_peak_bytes()
+    found = peak.ram_bytes()
     assert found is not None and found >= psutil.Process().memory_info().rss * 0.95
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux forgets a peak")
+def test_what_was_held_before_the_training_is_no_need_of_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The copy that a trace makes is forgotten; where the system cannot, a count that was never passed again tells nothing."""
+    held = bytearray(300_000_000)
+    held[:] = bytes(300_000_000)
+    before = peak.ram_bytes()
+    del held
+    assert peak.begin_anew() == 0
+    now = peak.ram_bytes()
+    assert before is not None and now is not None and now < before - 150_000_000
+    monkeypatch.setattr(peak, "_REFERENCES", tmp_path / "no such folder" / "clear_refs")
+    known = peak.begin_anew()
+    assert known == pytest.approx(now, rel=0.1)
+    assert receipt._ram(fitting.Forecast(None, forecast.Place("cpu", 1, "fp32"), peak_before=known + 500_000_000)) is None
+
+
+class Tight(Toy):
+    """Runs out of memory once, in its fourth step."""
+
+    def loss(self, model: nn.Module, batch: torch.Tensor, ctx: Any) -> Any:
+        if ctx.training and ctx.step == 3 and len(batch) > 4:
+            raise torch.OutOfMemoryError("Out of memory (made).")
+        return super().loss(model, batch, ctx)
+
+
+def test_a_receipt_says_when_its_plan_has_changed(tmp_path: Path) -> None:
+    """After an out-of-memory the most was the larger plan's, and the forecast is the smaller one's: it counts for nothing. The next
+    life, which has the smaller one from its beginning, counts again."""
+    stop = {9: {"do": "leave", "why": "pause", "save": True}}
+    for home, task, mixed in (("plain", Toy(), False), ("tight", Tight(), True)):
+        Trainer(task, config({"max_steps": 12}), home=tmp_path / home, link=Script(dict(stop)), traces=True).train()
+        path = Home(tmp_path / home).run("toy").folder / "receipt.json"
+        document = json.loads(path.read_text("utf-8"))
+        assert document["mixed"] is mixed and document["setup"]["precision"] == "fp32"
+        Trainer(Toy(), config({"max_steps": 12}), home=tmp_path / home, link=Script(), traces=True).train()
+        assert json.loads(path.read_text("utf-8"))["mixed"] is False

@@ -189,7 +189,7 @@ def test_a_streamed_run_has_a_forecast_and_a_receipt(tmp_path: Path, monkeypatch
     found = _larger(small, 200)
     needs = [estimate(found, Setup("cuda", "fp32", 1, 32, offload=kind, checkpointing="full")).needed.upper for kind in ("base", "none")]
     monkeypatch.setattr(fitting, "_place", lambda *_: forecast.Place("cuda", int(sum(needs) / 2), "fp32"))
-    monkeypatch.setattr(fitting, "_traced", lambda *_: found)
+    monkeypatch.setattr(fitting, "_traced", lambda *_: (found, 0))
     asked, open_link = config({"batch_size": 32}), Script()
     plan = {**plans.resolve(asked, task), "open": True}
     fitting.foresee(task, model, task.train_samples, asked, plan, Home(tmp_path), mixed, open_link.send, traces=True)

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from client import fitting, forecast_view, outlook, packages
+from client import fitting, forecast_view, machine_facts, machine_view, outlook, packages, recommendation
 from tests.person import DOOR, SMALL, Person
 from tests.trainers import TASK
+from trainerd.config import catalogue
 from trainerd.config.load import resolve
 from trainerd.contract import status
+from trainerd.contract.errors import Refused
 from trainerd.machine import gpu
 from trainerd.machine.memory import ram
 from trainerd.memory.receipts import FILE
@@ -114,6 +116,40 @@ def test_a_gpu_that_torch_cannot_use_is_named_in_the_plan_itself(person: Person,
     assert "the driver runs CUDA up to 12" in outlook.unused_gpu()[0] and "Update the NVIDIA driver" in outlook.unused_gpu()[0]
     old = outlook.look(person.home, resolve("cadence"))
     assert isinstance(old, outlook.Outlook) and old.place.device == "cpu"
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((7, 5), "fp16"), ((8, 6), "bf16"), (None, None)])
+def test_bf16_is_for_gpus_that_compute_it(
+    person: Person, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, precision: str | None
+) -> None:
+    """What "auto" means on a GPU is what the trainer will choose: fp16 before Ampere. Where the driver does not say, nothing is written."""
+    one = gpu.GpuFacts(0, "GPU-a", "NVIDIA GeForce", 4 * 10**9, 3 * 10**8, 50.0, None, 3.0)
+    monkeypatch.setattr(gpu, "devices", lambda: [one])
+    monkeypatch.setattr(gpu, "compute_capability", lambda index: capability)
+    monkeypatch.setattr(packages, "torch_facts", lambda: packages.TorchFacts("2.13.0+cu130", "13.0"))
+    asked = resolve("cadence")
+    found = outlook.look(person.home, asked)
+    assert isinstance(found, outlook.Outlook) and found.answer.setup.precision == (precision or "bf16")
+    written = recommendation.recommend(asked, found).document.get("train", {})
+    assert written.get("precision") == precision and written["micro_batch"] == 32
+
+
+def test_numbers_of_a_gpu_are_called_unverified_wherever_they_show(person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the plan's heading, in the table of what fits, and in the refusal of `start`; of a CPU nothing of the kind."""
+    plain = lambda text, colour: text  # noqa: E731 - a style that does nothing
+    asked = resolve("cadence")
+    for device, expected in (("gpu", True), ("cpu", False)):
+        found = outlook.look(person.home, asked, "9GB", device)
+        assert isinstance(found, outlook.Outlook)
+        fit = machine_facts.Fit("cadence", "quick", found.where, found.answer, catalogue.STATED["quick"])
+        shown = ["\n".join(forecast_view.short(found, True, plain)), "\n".join(machine_view._fits([fit], plain))]
+        small = outlook.look(person.home, asked, "100MB", device)
+        monkeypatch.setattr(outlook, "look", lambda *_, small=small: small)
+        with pytest.raises(Refused) as error:
+            fitting.warnings(person.home, asked)
+        monkeypatch.undo()
+        for text in (*shown, str(error.value)):
+            assert ("not been compared with a GPU" in " ".join(text.split())) is expected, text
 
 
 def test_plan_for_another_machine(person: Person) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from trainerd.config.model import RunConfig
 from trainerd.contract.errors import ConfigError
-from trainerd.memory import forecast, receipts, traced
+from trainerd.memory import disk, forecast, receipts, traced
 from trainerd.memory.estimate import estimate
 from trainerd.memory.planner import FITS, TIGHT, TOO_LARGE, Answer, Question, choose, judge
 from trainerd.memory.profile import Profile
@@ -330,3 +330,17 @@ def test_the_estimate_needs_no_torch_and_little_time() -> None:
     best, torch, numpy = done.stdout.split()
     assert (torch, numpy) == ("False", "False")
     assert float(best) < 0.05 and time.perf_counter() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_best", "early_stopping", "most"), [(3, True, None, 5), (20, True, None, 22), (2, False, None, 3), (2, False, 4, 4)]
+)
+def test_the_disk_holds_what_is_kept(keep: int, keep_best: bool, early_stopping: int | None, most: int) -> None:
+    """As many checkpoints as are asked for; at most those, the best and the one being written, as what refuses a full disk reckons."""
+    asked = {"task": "cadence", "train": {"early_stopping": early_stopping}, "checkpoint": {"keep": keep, "keep_best": keep_best}}
+    found = forecast.answer(RunConfig.model_validate(asked), forecast.Place("cpu", 10**12, "fp32"), GRU).estimate
+    one, result = 3 * found.num_parameters * 4, found.num_parameters * 4
+    assert found.disk.point == pytest.approx(keep * one + result, rel=0.1)
+    assert found.disk.upper == pytest.approx((most * one + result) * 1.05, rel=0.1)
+    asked_for = disk.room(10**15, int(found.disk.point - result) // keep, result, keep, most - keep - 1 == 1)
+    assert found.disk.upper == pytest.approx(asked_for.need_bytes, rel=1e-6)

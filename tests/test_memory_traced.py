@@ -201,3 +201,12 @@ def test_a_packed_weight_counts_as_what_it_stands_for(tmp_path: Path) -> None:
     packed.quant_state = Scales()  # type: ignore[attr-defined]
     assert tracing._numbers_of(packed) == 4096 and tracing._held_bytes(packed) == 2048 + 80 * 4
     assert made([("bf16", [1000, 1000])]).timeline(Setup("cuda", "fp32", 1, 1)).num_parameters == MB
+
+
+def test_a_trace_for_a_gpu_says_that_it_was_made_on_a_cpu() -> None:
+    """Kernels and autocast of the two may keep other things; for a CPU there is nothing to say."""
+    said = {
+        device: any("traced on the CPU" in text for text in estimate(LARGE, Setup(device, "fp32", 8, 8)).assumed)
+        for device in ("cuda", "cpu")
+    }
+    assert said == {"cuda": True, "cpu": False}

@@ -113,6 +113,7 @@ def build(
     pulse.is_saving = lambda: training.saver.busy
     stack.callback(_close, training)
     _begin(training, loader, held_out, state)
+    foreseen.recoveries = training.memory.oom_recoveries
     return training
 
 

@@ -21,7 +21,7 @@ from trainerd.config.model import RunConfig
 from trainerd.contract import wire
 from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home
-from trainerd.engine import attention
+from trainerd.engine import attention, peak
 from trainerd.engine import plan as plans
 from trainerd.engine.precision import Precision
 from trainerd.engine.task import MapDataset, Task
@@ -44,6 +44,12 @@ class Forecast:
     trace: str | None = None
     """The name of the trace's file under the home's cache, when the model was traced."""
     splittable: bool = True
+    began: Setup | None = None
+    """What this life of the run began with."""
+    recoveries: int = 0
+    """Out-of-memories before it."""
+    peak_before: int = 0
+    """RAM that was held for a moment before the training, where the system's count cannot leave it out."""
 
     def setup(self, plan: plans.Plan, config: RunConfig) -> Setup:
         """Everything of this plan that memory depends on."""
@@ -87,11 +93,12 @@ def foresee(
     place = _place(config, plan, home)
     table: Table | None = None
     name: str | None = None
+    peak_before = 0
     try:
         table = task.memory_table()
         if table is None and traces:
             name = f"{_key(task, model, config, mixed)}.json"
-            table = _traced(task, model, dataset, config, home, mixed, name)
+            table, peak_before = _traced(task, model, dataset, config, home, mixed, name)
     except Exception as error:  # a user's model may do anything; its own training tells what is wrong
         text = f"{type(error).__name__}: {error}"[:300]
         send(wire.NOTE, kind="no_memory_estimate", text=text)
@@ -99,7 +106,8 @@ def foresee(
     if table is not None and not begun:
         _fit(found, table, config, plan, send, len(dataset))
     plan.pop("open", None)
-    foretold = None if table is None else forecast.foretold(found.setup(plan, config), place, table)
+    found.began, found.peak_before = found.setup(plan, config), peak_before
+    foretold = None if table is None else forecast.foretold(config, found.setup(plan, config), place, table)
     if foretold is not None:
         send(wire.MEMORY, predicted_bytes=int(foretold.needed.point))
     return found
@@ -120,7 +128,7 @@ def _fit(found: Forecast, table: Table, config: RunConfig, plan: plans.Plan, sen
         setup = replace(setup, effective_batch=most, micro_batch=min(most, setup.micro_batch))
         if not tells(table, setup):
             return
-        answer = forecast.weighed(setup, found.place, table, found.splittable)
+        answer = forecast.weighed(config, setup, found.place, table, found.splittable)
     _refuse_too_large(answer)
     setup = answer.setup
     micro_batch = setup.micro_batch if setup.micro_batch < most else plan["micro_batch"]
@@ -192,22 +200,25 @@ def device_facts(device: torch.device) -> tuple[str, str | None]:
     return "cpu", None
 
 
-def _traced(task: Task, model: nn.Module, dataset: MapDataset, config: RunConfig, home: Home, mixed: Precision, name: str) -> Table | None:
-    """The trace of this model, from the cache or made now."""
+def _traced(
+    task: Task, model: nn.Module, dataset: MapDataset, config: RunConfig, home: Home, mixed: Precision, name: str
+) -> tuple[Table | None, int]:
+    """The trace of this model, from the cache or made now; and the RAM's peak until then, as peak.begin_anew() tells it."""
     from trainerd.engine.trace import trace
 
     path = home.cache / "traces" / name
     kept = traced.read(path)
     if kept is not None:
-        return kept
+        return kept, 0
     kernel = attention.MATH if config.train.attention == attention.MATH else attention.AUTO
     made = trace(task, model, dataset, mixed, config.train.batch_size, kernel)
+    before = peak.begin_anew()  # the copy of the model is no need of the training
     if made is not None:
         try:
             traced.write(path, made)
         except OSError:
             pass  # a full disk: traced again next time
-    return made
+    return made, before
 
 
 def _key(task: Task, model: nn.Module, config: RunConfig, mixed: Precision) -> str:

@@ -1,6 +1,7 @@
 """Writes runs/<run>/receipt.json: what was foretold and what was needed. Must not correct anything: trainerd/memory reads it.
 
-Written when a training ends or leaves; a killed one leaves none. The RAM peak is the process's own, by the system's count.
+Written when a training ends or leaves; a killed one leaves none. The RAM peak is the process's own, by the system's count. One of a
+life whose plan has changed says so ("mixed"): its most was the larger plan's, and the forecast is the last one's.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import itertools
 import json
 import platform
 import statistics
-import sys
 import time
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from trainerd.config.model import RunConfig
 from trainerd.contract import files, wire
 from trainerd.contract.paths import RunPaths
+from trainerd.engine import peak
 from trainerd.engine import plan as plans
 from trainerd.engine.fitting import Forecast, Send, device_facts
 from trainerd.engine.guard import MemoryWatch
@@ -32,17 +33,17 @@ def write(found: Forecast, plan: plans.Plan, config: RunConfig, paths: RunPaths,
     """The receipt of the run so far. Never raises: a run does not fail for it."""
     try:
         files.tidy(paths.folder, receipts.FILE)  # an earlier life may have been killed right here
-        document = {**_document(found, plan, config, paths, steps), "guard": memory.numbers()}
+        document = {**_document(found, plan, config, paths, steps, memory), "guard": memory.numbers()}
         files.write_json(paths.folder / receipts.FILE, document, durable=True)  # nobody tidies after the result
         send(wire.NOTE, kind="receipt", predicted=document["predicted"], real=document["real"])
     except Exception as error:  # whatever a driver or a full disk says: the training is worth more
         send(wire.NOTE, kind="no_receipt", text=f"{type(error).__name__}: {error}"[:300])
 
 
-def _document(found: Forecast, plan: plans.Plan, config: RunConfig, paths: RunPaths, steps: int) -> dict[str, Any]:
+def _document(found: Forecast, plan: plans.Plan, config: RunConfig, paths: RunPaths, steps: int, memory: MemoryWatch) -> dict[str, Any]:
     device = plans.device_of(plan)
     name, driver = device_facts(device)
-    predicted = found.predicted(plan, config)
+    predicted, setup = found.predicted(plan, config), found.setup(plan, config)
     return {
         "schema": files.SCHEMA,
         "at": time.time(),
@@ -54,12 +55,13 @@ def _document(found: Forecast, plan: plans.Plan, config: RunConfig, paths: RunPa
         "system": platform.platform(),
         "ram_total_bytes": int(psutil.virtual_memory().total),
         "plan": {key: plan.get(key) for key in ("precision", "micro_batch", "grad_accum", "effective_batch", "optimizer", "threads")},
-        "setup": receipts.setup_kind(found.setup(plan, config)),
+        "setup": receipts.setup_kind(setup),
+        "mixed": setup != found.began or memory.oom_recoveries > found.recoveries,
         "steps": steps,
         "trace": found.trace,
         "splittable": found.splittable,
         "predicted": dict(predicted.raw) if predicted else {},
-        "real": {**_on_device(device, found), "ram_bytes": ram_peak_bytes(), "seconds_per_step": _seconds(paths)},
+        "real": {**_on_device(device, found), "ram_bytes": _ram(found), "seconds_per_step": _seconds(paths)},
     }
 
 
@@ -76,14 +78,10 @@ def _on_device(device: torch.device, found: Forecast) -> dict[str, Any]:
     }
 
 
-def ram_peak_bytes() -> int | None:
-    """The most RAM this process has had at once."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(most) * (1 if sys.platform == "darwin" else 1024)
+def _ram(found: Forecast) -> int | None:
+    """None when it was higher before the training than ever in it, and the system cannot forget that."""
+    most = peak.ram_bytes()
+    return most if most is not None and most > found.peak_before else None
 
 
 def _seconds(paths: RunPaths) -> float | None:

@@ -108,6 +108,19 @@ def driver_cuda(nvml: Any = None) -> int | None:
     return _asked(nvml, lambda nvml: int(nvml.nvmlSystemGetCudaDriverVersion()) // 1000, None)
 
 
+def compute_capability(index: int, nvml: Any = None) -> tuple[int, int] | None:
+    """Of the GPU with torch's number: (8, 6) of an RTX 3050; None: not known."""
+
+    def answer(nvml: Any) -> tuple[int, int] | None:
+        chosen = _visible_handles(nvml)
+        if index >= len(chosen):
+            return None
+        found = _quietly(nvml, lambda: nvml.nvmlDeviceGetCudaComputeCapability(chosen[index][0]))
+        return None if found is None else (int(found[0]), int(found[1]))
+
+    return _asked(nvml, answer, None)
+
+
 @dataclass(frozen=True)
 class GpuProcess:
     """A process that holds memory of a GPU; Windows does not tell how much."""

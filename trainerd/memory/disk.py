@@ -24,11 +24,11 @@ class Room:
 
 def room(free_bytes: int, checkpoint_bytes: int, result_bytes: int, keep: int, keep_best: bool, *, there: int = 0) -> Room:
     """What fits into `free_bytes`; `there` checkpoints of this run lie on the disk already and will make place for new ones."""
-    need = _need(keep + keep_best + 1, checkpoint_bytes, result_bytes)
+    need = need_bytes(number(keep, keep_best), checkpoint_bytes, result_bytes)
     free = free_bytes + int(there * checkpoint_bytes * MARGIN)
     if free >= need:
         return Room(keep, keep_best, 0, need)
-    least = _need(2, checkpoint_bytes, result_bytes)
+    least = need_bytes(2, checkpoint_bytes, result_bytes)
     if free < least:
         return Room(1, False, least - free, need)
     fit = int((free / MARGIN - result_bytes) // max(1, checkpoint_bytes)) - 1  # besides the one being written
@@ -36,7 +36,13 @@ def room(free_bytes: int, checkpoint_bytes: int, result_bytes: int, keep: int, k
     return Room(max(1, min(keep, fit - best)), best, 0, need)
 
 
-def _need(checkpoints: int, checkpoint_bytes: int, result_bytes: int) -> int:
+def number(keep: int, keep_best: bool) -> int:
+    """How many checkpoints lie there at once, at most: those that are kept, the best, and the one being written."""
+    return keep + keep_best + 1
+
+
+def need_bytes(checkpoints: int, checkpoint_bytes: int, result_bytes: int) -> int:
+    """Room for so many checkpoints and the result, with what lies between."""
     return int((checkpoints * checkpoint_bytes + result_bytes) * MARGIN)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from trainerd.memory import pace, receipts
+from trainerd.memory import disk, pace, receipts
 from trainerd.memory.playing import Played, played
 from trainerd.memory.profile import Profile
 from trainerd.memory.receipts import Trust
@@ -35,15 +35,18 @@ _NOT_MODELLED = {
         "scratch space inside kernels (convolutions), and what oneDNN keeps compiled in bf16, but for a share in the upper bound",
         "pages of the data file that the system keeps in its cache",
         "loader processes (train.num_workers)",
+        "prepared data and logs, on the disk",
     ),
     "cuda": (
         "cuDNN's choice of algorithm and its workspace",
         "torch.compile, which allocates differently",
         "what other programs will take of the GPU later",
+        "prepared data and logs, on the disk",
     ),
 }
 UNVERIFIED = "the replay of CUDA's allocator and the GPU's tables follow torch's source and have not been compared with a GPU yet"
 
+_BY_CPU = "that a GPU's kernels and autocast keep what those of a CPU keep: the model was traced on the CPU"
 _COMPILED = "that torch.compile needs no more than the model without it: what it allocates is not covered by this estimate"
 
 
@@ -94,8 +97,10 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(table: Table, setup: Setup, profile: Profile | None = None, trust: Trust = receipts.NOTHING) -> Estimate:
-    """What a training with this setup needs on a machine with this profile."""
+def estimate(
+    table: Table, setup: Setup, profile: Profile | None = None, trust: Trust = receipts.NOTHING, *, keep: int = 3, keep_best: bool = True
+) -> Estimate:
+    """What a training with this setup needs on a machine with this profile; so many checkpoints are kept."""
     profile = profile or Profile()
     found = played(table, setup, profile.workspace_bytes)
     timeline = found.timeline
@@ -117,7 +122,10 @@ def estimate(table: Table, setup: Setup, profile: Profile | None = None, trust: 
         kind=table.kind,
         ram=ram,
         pinned=Range(timeline.pinned_bytes, timeline.pinned_bytes),
-        disk=Range(checkpoint * 3 + timeline.weight_bytes, checkpoint * 5 + timeline.weight_bytes),
+        disk=Range(
+            checkpoint * keep + timeline.weight_bytes,
+            disk.need_bytes(disk.number(keep, keep_best), checkpoint, timeline.weight_bytes),
+        ),
         tensors=timeline.peak,
         allocated=device.allocated,
         reserved=device.reserved,
@@ -129,7 +137,7 @@ def estimate(table: Table, setup: Setup, profile: Profile | None = None, trust: 
         num_parameters=timeline.num_parameters,
         num_trainable=timeline.num_trainable,
         trust=trust.words(measure),
-        assumed=(*table.assumed, *_assumed(profile, setup)),
+        assumed=(*table.assumed, *_assumed(profile, setup, getattr(table, "is_traced", False))),
         not_modelled=tuple(left_out),
         raw={**device.raw, **ram_raw, **seconds_raw},
     )
@@ -196,8 +204,12 @@ def _ranged(trust: Trust, measure: str, point: float, upper: float) -> Range:
     return Range(corrected, max(seen, corrected + kept * (upper - point)))
 
 
-def _assumed(profile: Profile, setup: Setup) -> list[str]:
-    return [*([_COMPILED] if setup.compiled else []), *_unmeasured(profile, setup)]
+def _assumed(profile: Profile, setup: Setup, is_traced: bool) -> list[str]:
+    return [
+        *([_COMPILED] if setup.compiled else []),
+        *([_BY_CPU] if is_traced and setup.device == "cuda" else []),
+        *_unmeasured(profile, setup),
+    ]
 
 
 def _unmeasured(profile: Profile, setup: Setup) -> list[str]:

@@ -64,15 +64,15 @@ def question(config: RunConfig, place: Place, splittable: bool = True) -> Questi
     return Question(setup, place.budget_bytes, fixed, splittable, place.ram_bytes)
 
 
-def foretold(setup: Setup, place: Place, table: Table) -> Estimate | None:
+def foretold(config: RunConfig, setup: Setup, place: Place, table: Table) -> Estimate | None:
     """What this plan will need there, as receipts correct it; None when the table cannot tell."""
-    return _asking(place, table)(setup) if tells(table, setup) else None
+    return _asking(config, place, table)(setup) if tells(table, setup) else None
 
 
-def weighed(setup: Setup, place: Place, table: Table, splittable: bool = True) -> Answer:
+def weighed(config: RunConfig, setup: Setup, place: Place, table: Table, splittable: bool = True) -> Answer:
     """Whether a plan that leaves nothing open fits this place; when not, what would."""
     fixed = frozenset(technique.key for technique in TECHNIQUES)
-    return choose(Question(setup, place.budget_bytes, fixed, splittable, place.ram_bytes), table, _asking(place, table))
+    return choose(Question(setup, place.budget_bytes, fixed, splittable, place.ram_bytes), table, _asking(config, place, table))
 
 
 def answer(config: RunConfig, place: Place, table: Table, splittable: bool = True) -> Answer:
@@ -84,14 +84,15 @@ def answer(config: RunConfig, place: Place, table: Table, splittable: bool = Tru
     if config.memory.offload == "base" and "base" not in table.offers:
         message = "memory.offload = base: the blocks of this task's model have no frozen weight that can be streamed."
         raise ConfigError([message], "It is for a base that is not trained, under adapters that are. Set memory.offload=auto.")
-    return choose(question(config, place, splittable), table, _asking(place, table))
+    return choose(question(config, place, splittable), table, _asking(config, place, table))
 
 
-def _asking(place: Place, table: Table) -> Callable[[Setup], Estimate]:
+def _asking(config: RunConfig, place: Place, table: Table) -> Callable[[Setup], Estimate]:
     torch, given = place.profile.torch or None, tuple(place.receipts)
+    keep, best = config.checkpoint.keep, config.checkpoint.keep_best or config.train.early_stopping is not None
 
     def ask(setup: Setup) -> Estimate:
         trust = receipts.trust(given, table.kind, place.name, torch, setup)
-        return estimate(table, setup, place.profile, trust)
+        return estimate(table, setup, place.profile, trust, keep=keep, keep_best=best)
 
     return ask

@@ -75,6 +75,7 @@ class TracedTable:
     attention: str = "auto"
     assumed: tuple[str, ...] = ("every sample as large as the largest that was found",)
     format: int = field(default=FORMAT)
+    is_traced = True
 
     @property
     def offers(self) -> tuple[str, ...]:
