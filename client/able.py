@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from trainerd.config import deepspeed
 from trainerd.config.model import RunConfig
 from trainerd.contract.errors import ConfigError
 from trainerd.machine import gpu
@@ -18,6 +19,9 @@ _EIGHT_BIT, _PAGED = "adamw8bit", "paged_adamw8bit"
 
 def refuse_impossible(config: RunConfig) -> None:
     """Raise ConfigError with every problem, each with what to set instead."""
+    missing = deepspeed.missing(packages.version("deepspeed")) if config.memory.offload == deepspeed.OFFLOAD else None
+    if missing is not None:
+        raise ConfigError([missing])
     if config.train.optimizer not in (_EIGHT_BIT, _PAGED):
         return
     facts = packages.torch_facts()

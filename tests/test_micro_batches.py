@@ -20,6 +20,7 @@ from trainerd.engine.loader import Loader, lengths_of
 from trainerd.engine.precision import Precision
 from trainerd.engine.step import Stepper
 from trainerd.engine.task import Task, TaskContext
+from trainerd.engine.updates import Updates
 from trainerd.tasks.cadence.prepare import prepare
 from trainerd.tasks.cadence.settings import CadenceSettings
 from trainerd.tasks.cadence.task import CadenceTask
@@ -107,7 +108,7 @@ def steps(kind: str, rows: Path, dtype: torch.dtype, precision: str, micro_batch
     optimizer = Recorder(model)
     loader = Loader(task, dataset, batches, num_workers=0, seed=7, pin_memory=False)
     loader.seek(0, micro_batch)
-    stepper = Stepper(task, model, optimizer, mixed, loader, None)
+    stepper = Stepper(task, model, Updates(model, task, optimizer, mixed, None), mixed, loader)
     if mixed.scaler is not None:
         mixed.scaler.scale(torch.zeros(()))  # it makes its scale with the first use
         assert mixed.scaler.get_scale() == 2.0**16
@@ -139,13 +140,13 @@ def test_the_gradient_is_the_same_however_the_batch_is_cut(kind: str, dtype: tor
 def test_it_is_the_same_after_a_resume(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in the middle of an epoch and begun again from its checkpoint, each way of cutting goes on with the same gradients."""
     seen: list[list[Tensor]] = []
-    update = Stepper._update
+    update = Updates.step
 
-    def recording(self: Stepper, lr: float, loss: Tensor) -> Tensor:
+    def recording(self: Updates, lr: float, loss: Tensor) -> tuple[Tensor, bool]:
         seen.append([p.grad.clone() for p in self._trainable if p.grad is not None])
         return update(self, lr, loss)
 
-    monkeypatch.setattr(Stepper, "_update", recording)
+    monkeypatch.setattr(Updates, "step", recording)
     found: Mapping[int, list[list[Tensor]]] = {}
     for micro_batch in (8, 4, 1):
         seen.clear()

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from trainerd.config import catalogue, yaml12
+from trainerd.config import catalogue, deepspeed, yaml12
 from trainerd.config.model import RunConfig
 from trainerd.config.problems import in_words
 from trainerd.contract import runs
@@ -140,7 +140,23 @@ def _validate(layers: _Layers, entry: catalogue.TaskEntry | None) -> RunConfig |
     if config.memory.offload == "optimizer" and "8bit" in config.train.optimizer:
         said = f"memory.offload = optimizer: the small state of train.optimizer = {config.train.optimizer} stays on the device; choose one"
         layers.problems.append(f"{said} of the two.")
+    layers.problems += _of_deepspeed(config)
     return config
+
+
+def _of_deepspeed(config: RunConfig) -> list[str]:
+    """What ZeRO-2 cannot be given; a person's own ds_config.json is found from the current folder."""
+    wanted = config.memory.deepspeed_config
+    if wanted is None or config.memory.offload != deepspeed.OFFLOAD:
+        return deepspeed.problems(config)
+    path = Path(os.path.abspath(Path(wanted).expanduser()))
+    config.memory.deepspeed_config = str(path)
+    try:
+        return deepspeed.problems(config, deepspeed.read(path))
+    except FileNotFoundError:
+        return [f"memory.deepspeed_config = {wanted}: there is no such file."]
+    except ConfigError as error:
+        return error.problems
 
 
 def _find_task(task: str, problems: list[str]) -> tuple[catalogue.TaskEntry | None, Path | None, str]:

@@ -109,10 +109,13 @@ class MemoryConfig(Section):
     logits: Literal["auto", "full", "chunked"] = "auto"
     """How the built-in task makes its loss over the vocabulary. chunked: in pieces, at most 64 MiB at 50,000 words; full: all scores
     at once, as torch's own; auto: chunked. A task of your own decides by ctx.logits."""
-    offload: Literal["auto", "none", "optimizer", "base"] = "auto"
+    offload: Literal["auto", "none", "optimizer", "base", "zero2"] = "auto"
     """What lies in RAM in place of the GPU's memory. optimizer: its state, its own copy of the weights, and the gradients: 16
-    bytes of RAM per weight; base: the frozen weights of the task's blocks, copied to the GPU while each computes; auto: nothing,
-    unless it would not fit otherwise."""
+    bytes of RAM per weight; base: the frozen weights of the task's blocks, copied to the GPU while each computes; zero2: the optimizer,
+    by DeepSpeed's ZeRO-2 (Linux, the extra `deepspeed`), 24 bytes of RAM per weight; auto: nothing, unless it would not fit otherwise."""
+    deepspeed_config: str | None = None
+    """A ds_config.json of your own for zero2; "auto" in it is what this configuration says, and a contradiction is refused. What
+    DeepSpeed was given is in the run's folder as ds_config.json."""
 
 
 class CheckpointConfig(Section):

@@ -21,6 +21,7 @@ from trainerd.engine import (
     checkpointing,
     compiling,
     dropout,
+    ds_config,
     fitting,
     lanes,
     optimizers,
@@ -29,6 +30,7 @@ from trainerd.engine import (
     space,
     spill,
     streaming,
+    zero2,
 )
 from trainerd.engine import plan as plans
 from trainerd.engine.batches import Batches
@@ -40,13 +42,13 @@ from trainerd.engine.guard import MemoryWatch
 from trainerd.engine.loader import Loader, lengths_of
 from trainerd.engine.loop import Asked, Link, Training
 from trainerd.engine.metrics import MetricsLog
-from trainerd.engine.offload import Offload
 from trainerd.engine.pulse import Pulse
 from trainerd.engine.saver import Saver, SaveSchedule
 from trainerd.engine.state import States
 from trainerd.engine.step import Stepper
 from trainerd.engine.task import MapDataset, Task, TaskContext
 from trainerd.engine.tensorboard import TensorBoard
+from trainerd.engine.updates import Updates
 from trainerd.machine import cpu
 
 State = dict[str, Any]
@@ -82,7 +84,7 @@ def build(
     watch = _spill_watch(device, link, paged=config.train.optimizer == "paged_adamw8bit")  # before anything of the model is on the device
     model = _placed(task, model, mixed, plan, link, stack)
     pulse.enter(phases.STARTING)
-    optimizer, offload = _optimizer(model, task, config, plan, mixed, link, stack)
+    optimizer, updates = _updates(model, task, config, plan, paths, mixed, link, stack)
     plan["optimizer"] = optimizers.kernel(optimizer)
     model = _prepared(task, model, mixed, plan)
     loader = Loader(task, dataset, batches, num_workers=plan["num_workers"], seed=config.seed, pin_memory=device.type == "cuda")
@@ -95,7 +97,7 @@ def build(
         link=link,
         pulse=pulse,
         asked=Asked(link, pulse),
-        stepper=Stepper(task, model, optimizer, mixed, loader, config.train.max_grad_norm, config.faults.leaves_out, offload),
+        stepper=Stepper(task, model, updates, mixed, loader),
         evaluation=_evaluation(task, model, mixed, held_out, config, plan),
         states=States(model, optimizer, mixed),
         saver=Saver(store, SaveSchedule(config.checkpoint), link.send, paths.home.root, _save_limit(config, link)),
@@ -184,25 +186,34 @@ def _spill_watch(device: torch.device, link: Link, *, paged: bool) -> spill.Spil
     return spill.SpillWatch(shared, lambda: spill.look(device.index or 0), link.send, spill.python_program())
 
 
-def _optimizer(
+def _updates(
     model: torch.nn.Module,
     task: Task,
     config: RunConfig,
     plan: plans.Plan,
+    paths: RunPaths,
     mixed: precision.Precision,
     link: Link,
     stack: ExitStack,
-) -> tuple[torch.optim.Optimizer, Offload | None]:
-    """The optimizer, where the plan wants it; on the host, with what moves gradients there and weights back."""
+) -> tuple[torch.optim.Optimizer, Updates]:
+    """The optimizer, where the plan wants it, and what brings gradients to it; on the host, with what carries them there."""
+    train, leaves_out = config.train, config.faults.leaves_out
+    if plan["offload"] == plans.ZERO2:
+        bare = optimizers.build_bare(model, task, train)
+        document = ds_config.written(config, plan, paths)
+        deepspeed = zero2.make(model, task, bare, mixed, document, leaves_out)
+        stack.callback(deepspeed.close)
+        return bare, deepspeed
     if plan["offload"] != plans.OPTIMIZER_ON_HOST:
-        return optimizers.build(model, task, config.train), None
-    optimizer, offload = optimizers.build_on_host(model, task, config.train, mixed.device)
+        optimizer = optimizers.build(model, task, train)
+        return optimizer, Updates(model, task, optimizer, mixed, train.max_grad_norm, leaves_out)
+    optimizer, offload = optimizers.build_on_host(model, task, train, mixed.device)
     stack.callback(offload.close)
     mixed.scale_on_host()
     if mixed.device.type == "cuda" and not offload.is_pinned:
         text = "The system pins no memory for the optimizer on the CPU: copying waits, and a step takes longer."
         link.send(wire.WARNING, text=text)
-    return optimizer, offload
+    return optimizer, Updates(model, task, optimizer, mixed, train.max_grad_norm, leaves_out, offload)
 
 
 def _evaluation(

@@ -39,6 +39,12 @@ def build_on_host(model: nn.Module, task: Task, config: TrainConfig, device: tor
     return optimizer, offload
 
 
+def build_bare(model: nn.Module, task: Task, config: TrainConfig) -> torch.optim.Optimizer:
+    """The same without a state: for somebody who puts other tensors in the weights' place."""
+    groups = _groups(model, task, config)
+    return _fused(config, groups) or _plain(config, groups)
+
+
 def _groups(model: nn.Module, task: Task, config: TrainConfig) -> list[dict[str, Any]]:
     groups = task.parameter_groups(model) or _own_groups(model, config.weight_decay)
     groups = [{"lr_scale": 1.0, **group, "params": list(group["params"])} for group in groups]

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from trainerd.config import deepspeed
 from trainerd.config.model import RunConfig
 from trainerd.contract.errors import ConfigError, DeviceLost
 from trainerd.engine import checkpointing, precision
 from trainerd.engine.task import Task
 from trainerd.machine import cpu
 
-NO_OFFLOAD, OPTIMIZER_ON_HOST, BASE_ON_HOST = "none", "optimizer", "base"
+NO_OFFLOAD, OPTIMIZER_ON_HOST, BASE_ON_HOST, ZERO2 = "none", "optimizer", "base", deepspeed.OFFLOAD
 _SHOWN = (
     "device",
     "precision",
@@ -35,6 +36,9 @@ Plan = dict[str, Any]
 def resolve(config: RunConfig, task: Task) -> Plan:
     """The plan for a new run. Plain values only. Raises ConfigError when the configuration contradicts the task."""
     train = config.train
+    contradictions = deepspeed.problems(config)
+    if contradictions:
+        raise ConfigError(contradictions)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     plan: Plan = {
         "device": str(device),
@@ -76,6 +80,8 @@ def follow(plan: Plan, config: RunConfig) -> None:
 
 def optimizer_place(plan: Plan) -> str:
     """The device that computes the optimizer's step: another one rounds differently."""
+    if plan.get("offload") == ZERO2:
+        return "cpu (DeepSpeed)"
     return "cpu" if plan.get("offload") == OPTIMIZER_ON_HOST else str(plan["device"])
 
 
