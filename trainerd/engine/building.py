@@ -72,8 +72,7 @@ def build(
 ) -> Training:
     """The training, at `state` or at its beginning; what must be closed afterwards is put on the stack.
     `traces`: a model without a memory table is traced once, for the estimate. `begun`: steps of this run have worked."""
-    device = plans.device_of(plan)
-    mixed = precision.Precision(plan["precision"], device)
+    mixed = precision.Precision(plan["precision"], plans.device_of(plan))
     pulse = Pulse(link.send)
     rng.seed(config.seed)
     task.bind(_context(config, plan, mixed, cache_dir))
@@ -81,13 +80,13 @@ def build(
     batches = Batches(len(dataset), config.train.batch_size, config.seed, lengths=lengths_of(task, dataset), limit=config.data.size)
     model = task.model()
     foreseen = fitting.foresee(task, model, dataset, config, plan, paths.home, mixed, link.send, traces=traces, begun=begun)
-    watch = _spill_watch(device, link, paged=config.train.optimizer == "paged_adamw8bit")  # before anything of the model is on the device
+    watch = _spill_watch(mixed.device, link, paged=config.train.optimizer == "paged_adamw8bit")  # while nothing of the model is there
     model = _placed(task, model, mixed, plan, link, stack)
     pulse.enter(phases.STARTING)
     optimizer, updates = _updates(model, task, config, plan, paths, mixed, link, stack)
     plan["optimizer"] = optimizers.kernel(optimizer)
     model = _prepared(task, model, mixed, plan)
-    loader = Loader(task, dataset, batches, num_workers=plan["num_workers"], seed=config.seed, pin_memory=device.type == "cuda")
+    loader = Loader(task, dataset, batches, num_workers=plan["num_workers"], seed=config.seed, pin_memory=mixed.device.type == "cuda")
     stack.callback(loader.close)
     training = Training(
         task=task,
@@ -105,11 +104,11 @@ def build(
         metrics=_metrics(config, paths, link, state, stack),
         finite=FiniteWatch(config.faults, model, mixed, batches.ids, link.send),
         exact=Exactness(link.send),
-        memory=MemoryWatch(config.memory, device, link.send, may_leave=link.starts_again),
+        memory=MemoryWatch(config.memory, mixed.device, link.send, may_leave=link.starts_again),
         spill=watch,
         steps_per_epoch=batches.steps_per_epoch,
         total_steps=_total_steps(config, batches),
-        about=_about(config, device),
+        about=_about(config, mixed.device),
         foreseen=foreseen,
     )
     pulse.is_saving = lambda: training.saver.busy
