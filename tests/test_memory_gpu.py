@@ -12,7 +12,7 @@ import torch
 from benchmarks.memory.families import family
 from tests.test_memory_faults import Runs
 from tests.toy import Script, Toy, config, run, same
-from trainerd.engine import guard
+from trainerd.engine import guard, measuring
 from trainerd.memory.allocator import Allocator, replay
 from trainerd.memory.optimizers import Optimizer
 from trainerd.memory.tape import Tape
@@ -133,3 +133,11 @@ def test_the_cap_is_an_out_of_memory_before_the_driver_spills() -> None:
             torch.empty(use.reserved_bytes + (256 << 20), dtype=torch.uint8, device=device)
     finally:
         senses.cap(1.0)
+
+
+def test_the_speeds_of_a_gpu_are_measured() -> None:
+    """Its own memory is faster than the bus, and both are what such things can be."""
+    found, _, _ = measuring.measured()
+    there, back, within = found.to_device_bytes_per_second, found.from_device_bytes_per_second, found.device_bytes_per_second
+    assert there is not None and back is not None and within is not None
+    assert min(there, back) > 1e8 and max(there, back) < within < 2e13

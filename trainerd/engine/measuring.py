@@ -1,6 +1,6 @@
 """Measures this machine once for the memory estimate, in a process of its own: `python -m trainerd.engine.measuring --home DIR`.
 
-The bare trainer's RAM, the speed of products and of copies to a GPU, and what a CUDA context takes. Must not train.
+The bare trainer's RAM, the speed of products, of memory and of copies to a GPU, and what a CUDA context takes. Must not train.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ def measured() -> tuple[profile.Profile, str, str | None]:
 
     _take_a_step(torch, torch.device("cpu"))
     process_bytes = int(psutil.Process().memory_info().rss) + _LATER_BYTES
-    passing = torch.ones(_COPY_BYTES, dtype=torch.uint8)
-    through = 2 * _COPY_BYTES / _fastest(lambda: passing.add_(1), torch.device("cpu"))  # read and written
+    through = _through(torch.ones(_COPY_BYTES, dtype=torch.uint8), torch.device("cpu"))
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     workspace = 0
     if device.type == "cuda":
@@ -53,6 +52,7 @@ def measured() -> tuple[profile.Profile, str, str | None]:
     there = torch.empty_like(host, device=device)
     to = _COPY_BYTES / _fastest(lambda: there.copy_(host), device)
     back = _COPY_BYTES / _fastest(lambda: host.copy_(there), device)
+    within = _through(there, device)
     free, total = torch.cuda.mem_get_info(device)
     others = _others(device.index or 0, total - free)
     context = total - free - torch.cuda.memory_reserved(device) - others
@@ -69,7 +69,7 @@ def measured() -> tuple[profile.Profile, str, str | None]:
         ram_bytes_per_second=through,
         to_device_bytes_per_second=to,
         from_device_bytes_per_second=back,
-        others_bytes=others,
+        device_bytes_per_second=within,
     )
     return found, name, driver
 
@@ -93,6 +93,11 @@ def _take_a_step(torch: Any, device: Any) -> None:
     with torch.autocast(device.type, low):
         layer(tiny)[0].float().sum().backward()
     optimizer.step()
+
+
+def _through(passed: Any, device: object) -> float:
+    """Bytes per second of a tensor that is read and written."""
+    return 2 * _COPY_BYTES / _fastest(lambda: passed.add_(1), device)
 
 
 def _fastest(work: Callable[[], object], device: object) -> float:
