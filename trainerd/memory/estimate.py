@@ -160,8 +160,7 @@ def _on_gpu(found: Played, profile: Profile, trust: Trust) -> _Device:
     }
     allocated = _ranged(trust, "allocated_bytes", peaks.allocated, (peaks.allocated + beyond) * (1 + _GPU_SLACK))
     reserved = _ranged(trust, "reserved_bytes", peaks.reserved, (peaks.reserved + beyond) * (1 + _RESERVED_SLACK))
-    most = profile.context_bytes if profile.measured else profile.context_most_bytes
-    driver = _ranged(trust, "driver_bytes", peaks.reserved + profile.context_bytes, reserved.upper + most)
+    driver = _ranged(trust, "driver_bytes", peaks.reserved + profile.context_bytes, reserved.upper + profile.context_most_bytes)
     return _Device(allocated, reserved, driver, raw)
 
 
