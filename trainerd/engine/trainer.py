@@ -16,7 +16,7 @@ import torch
 
 from trainerd.config.model import RunConfig
 from trainerd.contract import clock, files, phases, wire
-from trainerd.contract.errors import Refused, UsageError
+from trainerd.contract.errors import Refused, TrainerdError, UsageError
 from trainerd.contract.paths import Home, RunPaths
 from trainerd.engine import cleaning, compiling, finishing, gpu_use, guard, loop, optimizers, precision, preparing, provenance, receipt
 from trainerd.engine import plan as plans
@@ -57,6 +57,9 @@ class _Evicted(Link):
 
     def send(self, event: str, **fields: Any) -> None:
         self._link.send(event, **fields)
+
+    def give_up(self, error: TrainerdError | None) -> None:
+        self._link.give_up(error)
 
     def command(self) -> dict[str, Any] | None:
         leave, self._leave = self._leave, None
