@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from tests.person import ROOT
-from trainerd.memory import native, playing
+from trainerd.memory import losses, native, playing
 from trainerd.memory.allocator import Allocator, replay
 from trainerd.memory.estimate import estimate
 from trainerd.memory.profile import Profile
@@ -152,3 +152,16 @@ def test_a_long_model_is_played_within_a_budget_of_work() -> None:
     """Without a clock, which other programs disturb: so many storages and events, and no more, for the paper's model."""
     timeline = table(CadenceSettings(model="gru-mn")).timeline(Setup("cuda", "bf16", 32, 32))
     assert len(timeline.events) < 25_000 and len(timeline.sizes) < 13_000
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_pieces_of_a_loss_that_are_alike_are_counted_not_played(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A million samples cost no more work than thousands, and not one number of an estimate is another for it."""
+    model = table(CadenceSettings())
+    timeline = model.timeline(Setup(device, "fp32", 1_000_000, 1_000_000))
+    assert len(timeline.events) < 5_000
+    short = Setup(device, "bf16", 30_000, 90_000)
+    counted = estimate(model, short)
+    monkeypatch.setattr(losses, "_PLAYED", 1 << 30)
+    playing.forget()
+    assert len(model.timeline(short).events) > 2 * len(timeline.events) and estimate(model, short) == counted

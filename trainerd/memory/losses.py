@@ -12,6 +12,7 @@ from trainerd.memory.chunks import cut
 from trainerd.memory.tape import BYTES, GRADIENTS, LOGITS, Node, Tensor
 
 _ROWS, _SCALED_BYTES = 16, 4 << 20
+_PLAYED = 64  # of more pieces than that, all but the last are alike: these are played, the others counted
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -69,13 +70,20 @@ class _Pieces:
         tokens, words = self.hidden.shape[0], self.weight.shape[0]
         whole = self.cut.words >= words
         low = ops.to(self.weight.detach(), self.dtype) if whole else None
-        for start in range(0, max(1, tokens), self.cut.tokens):
+        pieces = -(-max(1, tokens) // self.cut.tokens)
+        counted = pieces - _PLAYED if self.tape.skips and self.tape.turn is None and pieces > _PLAYED else 0
+        for place in [*range(pieces - counted - 1), pieces - 1]:
+            born, flops = len(self.tape.sizes), self.tape.flops
+            start = place * self.cut.tokens
             some = ops.to(self.hidden.view(min(self.cut.tokens, tokens - start), self.hidden.shape[1]), self.dtype)
             with self.tape.counting_as(LOGITS):
                 if whole:
                     self._whole(some)
                 else:
                     self._by_words(some)
+            if counted and place == _PLAYED - 2:  # those left out are as this one, and leave nothing behind either
+                self.tape.left_out += counted * (len(self.tape.sizes) - born)
+                self.tape.flops += counted * (self.tape.flops - flops)
         del low
 
     def _whole(self, some: Tensor) -> None:

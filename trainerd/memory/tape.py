@@ -137,6 +137,7 @@ class Tape:
         """The shapes of all products, forwards."""
         self.skips = False
         """Whether places() may leave out places that are like others: then write_out() must follow."""
+        self.left_out = 0  # tensors of pieces that were counted without being played (losses.py)
         self.turn: alike.Turn | None = None
         self.cuts: list[alike.Cut] = []
         self.loops: list[int] = []

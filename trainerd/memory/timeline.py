@@ -167,7 +167,8 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup) -> Timelin
     tape.mark(STEP)
     began = tape.here()
     flops = _step(tape, model, optimizer, setup)
-    operations = sum(map((-1).__lt__, tape.events[began[0] :])) / (1 if setup.device == "cpu" else min(2, setup.accumulation))
+    played = 1 if setup.device == "cpu" else min(2, setup.accumulation)
+    operations = sum(map((-1).__lt__, tape.events[began[0] :])) / played + tape.left_out
     if setup.device != "cpu":
         tape.mark(STEP)
         tape.repeat(began)
