@@ -61,7 +61,7 @@ class Choice:
 def choose(home: Home, asked: Resolved, resume: bool) -> Choice:
     """The run for this configuration. Looks at the data up to its first usable row. Raises UsageError, Refused."""
     config = asked.config
-    wanted = identity(config, _fingerprint(asked), asked.task_file)
+    wanted = identity(config, look_at_data(asked), asked.task_file)
     if config.name is not None and _exists(home, config.name):
         return _named(home, config.name, asked, wanted, resume)
     choice = _by_identity(home, asked, wanted, resume)
@@ -115,7 +115,8 @@ def unfinished(home: Home, name: str | None) -> Choice:
     return Choice(record.id, True, config, record.identity, None, warnings=warnings)
 
 
-def _fingerprint(asked: Resolved) -> dict[str, Any]:
+def look_at_data(asked: Resolved) -> dict[str, Any]:
+    """What the data is, after a look up to its first usable row. Raises UsageError when it is not there or holds nothing."""
     if asked.task_file is not None:
         return fingerprint(asked.config.data)
     entry = catalogue.find_task(asked.config.task)

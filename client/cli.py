@@ -16,6 +16,7 @@ from trainerd.contract.paths import Home
 from trainerd.contract.requests import MOST_SECONDS
 
 from . import console
+from .seconds import Seconds
 
 # Verb -> one line of help; the file is commands/<verb>.py. Kept here so that --help imports nothing else.
 COMMANDS = {
@@ -42,18 +43,8 @@ ASKING = "_TRAINERD_COMPLETE"
 pass_home = click.make_pass_decorator(Home)
 
 
-class _Seconds(click.FloatRange):
-    """A time limit; "nan" is a number to Python and a limit to nobody."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        seconds = float(super().convert(value, param, ctx))
-        if seconds != seconds:
-            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
-        return seconds
-
-
 timeout = click.option(
-    "--timeout", type=_Seconds(0.1, MOST_SECONDS), default=60.0, metavar="S", show_default=True, help="Wait at most S seconds."
+    "--timeout", type=Seconds(0.1, MOST_SECONDS), default=60.0, metavar="S", show_default=True, help="Wait at most S seconds."
 )
 
 

@@ -9,7 +9,7 @@ import click
 
 from trainerd.config.load import Resolved, resolve
 
-from . import able, offers
+from . import able, choose, offers
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -46,3 +46,9 @@ def configuration(words: dict[str, Any], *, elsewhere: bool = False) -> Resolved
     if not elsewhere:
         able.refuse_impossible(asked.config)
     return asked
+
+
+def refuse_missing_data(asked: Resolved) -> None:
+    """Raise UsageError where `start` would: data that are not there, cannot be read, or hold nothing for this task."""
+    if asked.config.data.path is not None:
+        choose.look_at_data(asked)

@@ -59,11 +59,12 @@ def _chosen(asked: Resolved, found: Outlook) -> list[tuple[str, Any, str]]:
     room = f"{size(answer.estimate.needed.upper)} at most, {size(max(0, answer.budget_bytes))} left"
     chosen: list[tuple[str, Any, str]] = []
     if asked.config.train.micro_batch == "auto":
+        pieces = setup.micro_batch if setup.accumulation > 1 else asked.config.train.batch_size  # that may have more than the data
         if setup.accumulation == 1:
             why = f"the whole batch at once: {room}"
         else:
             why = f"the batch of {count(setup.effective_batch)} in {count(setup.accumulation)} pieces: {room}"
-        chosen.append(("train.micro_batch", setup.micro_batch, why))
+        chosen.append(("train.micro_batch", pieces, why))
     if asked.config.train.precision == "auto" and knows_precision(found.place):
         chosen.append(("train.precision", setup.precision, f"what {found.where} is fast in"))
     known = {key for key, _, _ in chosen}

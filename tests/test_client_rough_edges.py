@@ -152,6 +152,17 @@ def test_a_time_limit_is_a_number_of_seconds(person: Person) -> None:
         assert done.returncode == 2 and "Traceback" not in done.stderr and "itself" not in done.stderr, (given, done.stderr)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("monitor", "--interval"), ("memory", "monitor", "--duration"), ("memory", "monitor", "--interval"), ("selftest", "--seconds")],
+    ids="".join,
+)
+def test_nan_is_no_number_of_seconds(person: Person, words: tuple[str, ...]) -> None:
+    """It would pass every bound, and then be waited for without end."""
+    done = person.types(*words, "nan", timeout=30)
+    assert done.returncode == 2 and "'nan' is not a number of seconds" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
 def test_a_configuration_that_is_no_file_holds_nobody(person: Person, tmp_path: Path) -> None:
     """A pipe, a folder, a device, an alias that doubles itself, brackets without end, megabytes: 2 in words, soon."""
     os.mkfifo(tmp_path / "pipe")

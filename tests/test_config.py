@@ -144,12 +144,24 @@ def test_a_file_from_notepad_is_read(tmp_path: Path) -> None:
     (["train.epochs={}"], "a whole number"),
     (["data.columns=3"], "a section of keys"),
     (["memory.ram_limit=120%"], "between 0 % and 100 %"),
+    (["memory.ram_limit=5"], "'5' is 5 bytes; write it with its unit"),
+    (["train.batch_size=1000001"], "at most 1000000"),
+    (["train=5", "train.epochs=2"], "train = 5 (from --set): must be a section of keys."),
+    (["settings.gru=5", "settings.gru.hidden=32"], "settings.gru = 5 (from --set): must be a section of keys."),
+    (["faults.hang_limits=5", "faults.hang_limits.training=9"], "faults.hang_limits = 5 (from --set): must be a section of keys."),
+    (["train.epochs=5", "train.epochs.x=1"], "train.epochs = {'x': 1} (from --set): must be a whole number."),
     (["nonsense=1"], "there is task, preset"),
     (["=3"], "write it like"),
 ])  # fmt: skip
 def test_single_mistakes(sets: list[str], says: str) -> None:
-    """Each mistake is told by what is right."""
-    assert says in problems(sets=sets)[0]
+    """Each mistake is told by what is right, and once; a value in a section's place also when the section's keys are set beside it."""
+    found = problems(sets=sets)
+    assert says in found[0] and len(found) == 1, found
+
+
+def test_a_path_beside_a_value_for_the_data_hides_nothing() -> None:
+    """--set data=x is a problem although --data sets a key of that section."""
+    assert problems(sets=["data=x"], overrides={"data.path": "y"}) == ["data = x (from --set): must be a section of keys."]
 
 
 def test_tasks_are_found_by_name_or_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +221,7 @@ def test_the_json_schema_that_ships_is_the_models() -> None:
 
 def test_every_key_has_its_meaning() -> None:
     """The docstring under each field is its help, in every section."""
+
     def undocumented(model: Any, prefix: str = "") -> list[str]:
         found: list[str] = []
         for name, field in model.model_fields.items():

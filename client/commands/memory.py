@@ -19,6 +19,7 @@ from trainerd.contract.paths import Home
 
 from .. import console, forecast_view, freeing, machine_facts, machine_view, options, outlook, recommendation, samples
 from ..cli import pass_home
+from ..seconds import Seconds
 from ..words import size
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
@@ -50,6 +51,7 @@ def profile(home: Home, as_json: bool) -> int:
 def config(home: Home, /, as_json: bool, **words: Any) -> int:
     """Write optimal_config.json: what to train, as the planner chooses it for this machine. Exit code 5 when nothing fits."""
     asked = options.configuration(words)
+    options.refuse_missing_data(asked)
     found = outlook.look(home, asked)
     made = recommendation.recommend(asked, found)
     path = home.optimal_config
@@ -138,8 +140,8 @@ def _megabytes(value: int | None) -> str:
 
 
 @command.command("monitor", short_help="RAM, swap and GPU memory from moment to moment.")
-@click.option("--duration", type=click.FloatRange(0.1, 7 * 86400), default=60.0, metavar="S", show_default=True, help="Seconds to watch.")
-@click.option("--interval", type=click.FloatRange(0.2, 3600), default=2.0, metavar="S", show_default=True, help="Look every S seconds.")
+@click.option("--duration", type=Seconds(0.1, 7 * 86400), default=60.0, metavar="S", show_default=True, help="Seconds to watch.")
+@click.option("--interval", type=Seconds(0.2, 3600), default=2.0, metavar="S", show_default=True, help="Look every S seconds.")
 @click.option("--csv", "table", metavar="FILE", type=click.Path(path_type=Path), help="Also write every moment to this new file.")
 @_JSON
 @pass_home

@@ -20,6 +20,7 @@ from trainerd.contract.status import Reading
 
 from .. import ask, console, keys, revive, screen, tail, view
 from ..cli import pass_home
+from ..seconds import Seconds
 
 _SOON_SECONDS = 0.25
 _GIVE_UP_SECONDS = 60.0
@@ -29,7 +30,7 @@ _VERBS = {"p": "pause", "r": "resume", "c": "save"}
 
 
 @click.command("monitor")
-@click.option("--interval", type=click.FloatRange(0.2, 3600), default=5.0, metavar="S", show_default=True, help="Look every S seconds.")
+@click.option("--interval", type=Seconds(0.2, 3600), default=5.0, metavar="S", show_default=True, help="Look every S seconds.")
 @click.option("--once", is_flag=True, help="Print the screen once, and leave; changes nothing.")
 @click.option("--no-revive", is_flag=True, help="Do not start a supervisor again that was killed while its training was wanted.")
 @pass_home

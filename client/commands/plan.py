@@ -30,6 +30,8 @@ _MEASURE_SECONDS = 300
 def command(home: Home, /, budget: str | None, device: str | None, measure: bool, as_json: bool, **words: Any) -> int:
     """What a training would need, and whether it fits. Exit code 5 when it does not."""
     asked = options.configuration(words, elsewhere=budget is not None or device is not None)
+    if budget is None or words["data"] is not None:
+        options.refuse_missing_data(asked)
     if measure:
         _measure(home, as_json)
     found = outlook.look(home, asked, budget, device)

@@ -23,6 +23,7 @@ from trainerd.contract.errors import EXIT_DONE, EXIT_FAILED, Refused, RunFailed
 from trainerd.machine import gpu
 
 from .. import console, packages, verdict
+from ..seconds import Seconds
 
 _GONE_SECONDS = 10.0
 _ATTEMPTS = 3
@@ -39,13 +40,12 @@ class Shown(Protocol):
 
 @click.command("selftest")
 @click.option("--kills", type=click.IntRange(1, 1_000_000), metavar="N", help="Kill that often (50; 12 where every life is a new process).")
-@click.option("--seconds", type=click.FloatRange(1, 86_400), metavar="S", help="Kill no more after S seconds, and finish.")
+@click.option("--seconds", type=Seconds(1, 86_400), metavar="S", help="Kill no more after S seconds, and finish.")
 @click.option("--seed", type=click.IntRange(0, 2**31), metavar="N", help="Repeat a trial: the same aims, the same damage.")
 @click.option("--keep", is_flag=True, help="Keep the temporary home, for a bug report. A failed trial is kept anyway.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 def command(kills: int | None, seconds: float | None, seed: int | None, keep: bool, as_json: bool) -> int:
-    """Kill and damage a small training again and again, and compare it bit for bit with an undisturbed one. Exit code 0 or 4; 5 when this
-    machine has no room for it just now."""
+    """Kill and damage a small training again and again, and compare it bit for bit with an undisturbed one. Exit code 0 or 4."""
     seed = seed if seed is not None else time.time_ns() % 1_000_000
     words = ["--seed", str(seed)]
     for name, value in (("--kills", kills), ("--seconds", seconds)):
@@ -87,7 +87,7 @@ def _remove(home: Path) -> None:
 
 
 def _try(home: Path, words: list[str], shown: Shown) -> Event:
-    """Run the trial; returns its verdict. Raises RunFailed when it ended without one, Refused when there is no room for it."""
+    """Run the trial; returns its verdict. Raises RunFailed when it ended without one."""
     errors = home / "selftest-errors.log"
     child = interpreter.command("trainerd.engine.selftest", "--home", str(home), *words, *_gpu())
     with open(errors, "wb") as log:
@@ -96,11 +96,8 @@ def _try(home: Path, words: list[str], shown: Shown) -> Event:
         assert process.stdout is not None
         for line in process.stdout:
             event: Event = json.loads(line)
-            kind = event.pop("event")
-            if kind == "verdict":
+            if event.pop("event") == "verdict":
                 return event
-            if kind == "refused":
-                raise Refused(f"The selftest cannot run just now. {event['why']}", "Close some programs, and try again.")
             shown.update(event)
     finally:
         _end(process)

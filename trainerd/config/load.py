@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from trainerd.config import catalogue, deepspeed, yaml12
 from trainerd.config.model import RunConfig
-from trainerd.config.problems import in_words
+from trainerd.config.problems import in_words, no_section
 from trainerd.contract import runs
 from trainerd.contract.errors import ConfigError, UsageError
 
@@ -74,6 +74,7 @@ def resolve(
     for values, origin in typed:
         layers.add(values, origin)
     config = _validate(layers, entry)
+    layers.look_below()
     if config is None or layers.problems:
         raise ConfigError(layers.problems)
     config.task = spelled
@@ -90,6 +91,8 @@ class _Layers:
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    buried: list[tuple[str, Any]] = field(default_factory=list)
+    """Values that a section of keys was laid over."""
 
     def add(self, values: Mapping[Any, Any], origin: str) -> None:
         self._merge(self.values, values, origin, "")
@@ -100,6 +103,8 @@ class _Layers:
             dotted = f"{prefix}{name}"
             if isinstance(value, Mapping):
                 below = into.get(name)
+                if below is not None and not isinstance(below, dict):
+                    self.buried.append((dotted, below))
                 into[name] = below if isinstance(below, dict) else {}
                 self._merge(into[name], value, origin, f"{dotted}.")
             elif value is None and _is_section(dotted):
@@ -109,6 +114,13 @@ class _Layers:
             else:
                 into[name] = value
                 self.origins[dotted] = origin
+
+    def look_below(self) -> None:
+        """Note what was given for a section and is covered by its keys; where the keys are what is wrong, that is said already."""
+        for dotted, value in self.buried:
+            line = no_section(dotted, value, self.origins)
+            if not any(problem.startswith((f"{dotted} ", f"{dotted}:")) for problem in self.problems):
+                self.problems.append(line)
 
 
 def _is_section(dotted: str) -> bool:

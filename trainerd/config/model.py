@@ -8,14 +8,20 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 
 from trainerd.contract.sizes import parse_bytes as parse_bytes
+from trainerd.contract.sizes import parse_memory
 
 
 def _size(text: str) -> str:
     parse_bytes(text)
     return text
+
+
+def _written(value: Any) -> Any:
+    """A bare number of bytes, as YAML reads it, is a size too."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _limit(text: str) -> str:
@@ -25,11 +31,12 @@ def _limit(text: str) -> str:
         if not 0 < float(text.strip().rstrip("%")) <= 100:
             raise ValueError(f"{text!r} is not between 0 % and 100 %")
         return text
-    return _size(text)
+    parse_memory(text)
+    return text
 
 
 Size = Annotated[str, AfterValidator(_size)]
-Limit = Annotated[str, AfterValidator(_limit)]
+Limit = Annotated[str, BeforeValidator(_written), AfterValidator(_limit)]
 Auto = Literal["auto"]
 Seconds = Annotated[float, Field(ge=1)]
 
@@ -60,8 +67,8 @@ class TrainConfig(Section):
     """Passes over the data."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many steps, even within an epoch."""
-    batch_size: int = Field(32, ge=1)
-    """The effective batch: samples per step, whatever the micro-batch."""
+    batch_size: int = Field(32, ge=1, le=1_000_000)
+    """The effective batch: samples per step, whatever the micro-batch; at most a million."""
     micro_batch: Annotated[int, Field(ge=1)] | Auto = "auto"
     """Samples per forward pass; the rest of the batch is accumulated. auto: as many as fit by the estimate, less after an
     out-of-memory."""

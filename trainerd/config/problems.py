@@ -51,6 +51,11 @@ def in_words(error: ValidationError, model: type[BaseModel], prefix: str, origin
     return [_line(key, said, values, origins) for key, said in lines.items()]
 
 
+def no_section(key: str, value: Any, origins: Mapping[str, str]) -> str:
+    """That a value stands where a section of keys belongs."""
+    return _line(key, [f"must be {_WORDS['dict_type']}"], {key: value}, origins)
+
+
 def _line(key: str, said: list[str], values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     origin = f" (from {origins[key]})" if key in origins else ""
     if key not in values:
