@@ -25,7 +25,7 @@ def warnings(home: Home, asked: Resolved) -> list[str]:
         first = next((" ".join(f"--set {setting}" for setting in one.settings) for one in found.answer.proposals), None)
         better = f" It would fit for certain with: {first}" if first else ""
         return [*notes, f"{said} It may have to repeat steps in smaller pieces.{better}"]
-    raise Refused(f"It does not fit. {said}", "\n".join([*forecast_view.remedies(found.answer), _room(found)]))
+    raise Refused(f"It does not fit. {said}", "\n".join([*forecast_view.remedies(found), _room(found)]))
 
 
 def _room(found: outlook.Outlook) -> str:

@@ -33,19 +33,19 @@ def lines(outlook: Outlook, fancy: bool, style: Style) -> list[str]:
     shown += _listed("How far to trust it", [found.trust])
     shown += _listed("Assumed", found.assumed)
     shown += _listed("Not in the estimate", found.not_modelled)
-    return [*shown, *_changes(answer)]
+    return [*shown, *_changes(outlook)]
 
 
 def short(outlook: Outlook, fancy: bool, style: Style) -> list[str]:
     """What is trained, what it needs, and whether that fits."""
     answer = outlook.answer
     shown = [*_heading(answer.estimate, outlook, style), *_verdict(answer, outlook, fancy, style), *unverified([outlook.place.device])]
-    return [*shown, *_changes(answer)]
+    return [*shown, *_changes(outlook)]
 
 
-def _changes(answer: Answer) -> list[str]:
+def _changes(outlook: Outlook) -> list[str]:
     """Where something could be done about it."""
-    return ["", *remedies(answer)] if answer.verdict not in _SAID or answer.proposals else []
+    return ["", *remedies(outlook)] if outlook.answer.verdict != FITS else []
 
 
 def unverified(devices: Iterable[str]) -> list[str]:
@@ -59,10 +59,15 @@ def unknown(found: Unknown, style: Style) -> list[str]:
     return [*shown, *_wrapped(found.reason, _WIDE), *(line for will in found.will for line in _point(will))]
 
 
-def remedies(answer: Answer) -> list[str]:
+def remedies(outlook: Outlook) -> list[str]:
     """What would make it fit, for certain where it is tight; each has been estimated with the change made."""
+    answer, needed = outlook.answer, outlook.answer.estimate.needed
+    if not answer.proposals and answer.verdict == TIGHT:
+        said = f"Nothing the engine can change makes it certain. With {size(needed.upper)} it would be"
+        return _wrapped(f"{said}; `plan --measure` narrows the bound." if outlook.can_be_measured else f"{said}.", _WIDE)
     if not answer.proposals:
-        needed = answer.estimate.needed
+        if answer.no_model_fits:
+            return _wrapped(answer.no_model_fits, _WIDE)
         return _wrapped(f"Nothing the engine can change makes it fit: at best it needs {size(needed.point)}. A smaller model would.", _WIDE)
     certainly = " for certain" if answer.verdict == TIGHT else ""
     return [f"It would fit{certainly} with:", *(line for proposal in answer.proposals for line in _proposed(proposal))]

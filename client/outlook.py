@@ -16,7 +16,7 @@ from trainerd.config.model import RunConfig
 from trainerd.contract import runs
 from trainerd.contract.errors import Unreadable, UsageError
 from trainerd.contract.paths import Home
-from trainerd.contract.sizes import parse_bytes
+from trainerd.contract.sizes import parse_memory
 from trainerd.machine import adapters, cpu, gpu
 from trainerd.machine.memory import ram
 from trainerd.memory import forecast, profile, receipts, traced
@@ -46,6 +46,11 @@ class Outlook:
     stated: catalogue.Stated | None = None
     """What the preset says it needs; None when none was chosen, or its model or batch was changed."""
 
+    @property
+    def can_be_measured(self) -> bool:
+        """Whether the device is here and was not: one that is only asked about cannot be."""
+        return not self.place.profile.measured and (self.place.device == "cpu" or self.place.name != "cpu")
+
 
 @dataclass(frozen=True)
 class Unknown:
@@ -62,7 +67,7 @@ def look(home: Home, asked: Resolved, budget: str | None = None, device: str | N
         said = "With memory.offload=zero2 nothing is foretold: what DeepSpeed allocates is its own."
         return Unknown(f"{said} memory.offload=optimizer leaves as little on the GPU, needs less RAM, and is in the estimate.")
     place, where, words = _place(home, asked.config, budget, device)
-    found = table_of(home, asked, forecast.question(asked.config, place).setup)
+    found = table_of(home, asked, place)
     notes = () if budget is not None or device is not None else unused_gpu()
     if isinstance(found, Unknown):
         return replace(found, will=_what_it_will_do(asked.config, place, where, words), notes=notes)
@@ -100,8 +105,8 @@ def _what_it_will_do(config: RunConfig, place: forecast.Place, where: str, budge
     return (*said, "From then on `plan` knows it.")
 
 
-def table_of(home: Home, asked: Resolved, setup: Setup) -> tuple[Table, bool] | Unknown:
-    """The memory table of the task's model that can answer for this setup, and whether its batch can be split."""
+def table_of(home: Home, asked: Resolved, place: forecast.Place) -> tuple[Table, bool] | Unknown:
+    """The memory table of the task's model that can answer for what is asked there, and whether its batch can be split."""
     if asked.task_file is None:
         entry = catalogue.find_task(asked.config.task)
         settings = entry.settings_model.model_validate(asked.config.settings)
@@ -115,12 +120,13 @@ def table_of(home: Home, asked: Resolved, setup: Setup) -> tuple[Table, bool] | 
         except (OSError, Unreadable):
             continue
         known = _trace_of(home, name) if _model_of(record.identity) == wanted else None
-        if known is not None and tells(known[0], setup):
+        if known is not None and tells(known[0], forecast.question(asked.config, place, known[1]).setup):
             return known
         others += [known[0]] if known is not None else []
     name = f"{asked.task_file.name}:{asked.config.task.rpartition(':')[2]}"
     if not others:
         return Unknown(f"{name} has not been trained in this home yet: what its model needs is not known.")
+    setup = forecast.question(asked.config, place).setup
     return Unknown(f"{name} was last trained here {_traced_as(others[0])}: what its model needs {_asked_as(setup)} is not known.")
 
 
@@ -215,6 +221,6 @@ def _named(kind: str, gpus: list[gpu.GpuFacts]) -> str:
 
 def _bytes(text: str) -> int:
     try:
-        return parse_bytes(text)
+        return parse_memory(text)
     except ValueError as error:
         raise UsageError(f"--budget: {error}.", "Write it like --budget 3.5GB.") from None

@@ -166,9 +166,57 @@ def test_plan_for_another_machine(person: Person) -> None:
 
 
 def test_what_is_typed_wrong_is_said_in_words(person: Person) -> None:
-    """A budget that is no size."""
-    done = person.types("plan", "--budget", "lots")
-    assert done.returncode == 2 and "'lots' is not a size" in done.stderr and "Traceback" not in done.stderr
+    """A budget that is no size, or a few bytes."""
+    for given, says in (("lots", "'lots' is not a size"), ("5", "'5' is 5 bytes; write it with its unit"), ("3.5", "'3.5' is 3 bytes")):
+        done = person.types("plan", "--budget", given)
+        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_data_that_are_not_there_are_not_planned_with(person: Person, tmp_path: Path) -> None:
+    """Neither `plan`, also for another machine, nor `memory config` answers for data that `start` refuses: exit 2, saying which."""
+    own = tmp_path / "own.py"
+    own.write_text(TASK, encoding="utf-8")
+    nothing, folder = str(tmp_path / "nothing.csv"), str(tmp_path)
+    for command, path, says in (
+        (("plan",), nothing, "There is no data file"),
+        (("plan", "--budget", "3.5GB"), nothing, "There is no data file"),
+        (("plan",), folder, "holds no TSV, CSV"),
+        (("plan", "--task", f"{own}:Tiny"), nothing, "nothing.csv"),
+        (("memory", "config"), nothing, "There is no data file"),
+    ):
+        done = person.types(*command, "--data", path)
+        assert done.returncode == 2 and says in done.stderr and path in done.stderr, (command, done.stdout, done.stderr)
+    assert not person.home.optimal_config.exists()
+
+
+def test_a_step_has_no_more_samples_than_the_data(person: Person) -> None:
+    """A batch larger than --dataset-size is that many samples for the plan and for a start, as for the trainer; what is written stays
+    the batch that was asked for."""
+    words = ("--dataset-size", "200", "--set", "train.batch_size=1000000")
+    small = planned(person, "--device", "cpu", *words, "--set", "train.micro_batch=1000000")
+    assert small["estimate"]["setup"]["micro_batch"] == small["estimate"]["setup"]["effective_batch"] == 200
+    assert small["estimate"]["ram"]["upper"] < 2_000_000_000
+    done = person.types("memory", "config", "--json", *words)
+    assert done.returncode == 0 and json.loads(done.stdout)["config"]["train"]["micro_batch"] == 1_000_000, done.stdout + done.stderr
+
+
+def test_what_no_model_could_fit_into_is_not_blamed_on_the_model(person: Person) -> None:
+    """A budget below what Python and torch, or CUDA's context, take themselves: raise it. One above asks for a smaller model."""
+    on_cpu, on_gpu = (person.types("plan", *words, "--budget", "200MB") for words in (("--device", "cpu"), ()))
+    for done, says in ((on_cpu, "Python and torch alone need"), (on_gpu, "CUDA's context alone needs")):
+        text = " ".join(done.stdout.split())
+        assert done.returncode == 5 and f"No model fits: {says}" in text and "aise the limit" in text and "smaller model" not in text, text
+    large = person.types("plan", "--device", "cpu", "--budget", "420MB")
+    assert large.returncode == 5 and "A smaller model would." in " ".join(large.stdout.split()), large.stdout
+
+
+def test_a_tight_plan_without_a_way_out_says_what_would_settle_it(person: Person) -> None:
+    """How much would be certain, and, where the device is here, that measuring narrows the bound."""
+    fixed = ("--device", "cpu", "--set", "train.batch_size=1", "--set", "train.optimizer=adafactor", "--set", "train.precision=fp32")
+    needed = planned(person, "--budget", "1TB", *fixed)["estimate"]["ram"]
+    done = person.types("plan", "--budget", f"{needed['point'] + 1_000_000}B", *fixed)
+    text = " ".join(done.stdout.split())
+    assert done.returncode == 0 and "Nothing the engine can change makes it certain. With" in text and "`plan --measure`" in text, text
 
 
 def test_start_refuses_what_does_not_fit_and_the_change_it_names_helps(person: Person) -> None:
@@ -195,7 +243,7 @@ def test_a_machine_is_measured_once_and_then_a_steps_time_is_foretold(person: Pe
     measured = planned(person, "--measure")["profile"]
     assert measured["measured"] and measured["process_bytes"] > 100_000_000 and measured["torch"] == torch.__version__
     assert measured["ram_bytes_per_second"] > 1e8 and measured["gigaflops"]["fp32"] > 0.1
-    assert measured["to_device_bytes_per_second"] is None and measured["device_bytes_per_second"] is None
+    assert measured["to_device_bytes_per_second"] is None and measured["others_bytes"] is None
     again = planned(person)
     seconds = again["estimate"]["seconds_per_step"]
     assert again["profile"] == measured and 0 < seconds["point"] < seconds["upper"]

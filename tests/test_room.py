@@ -17,6 +17,7 @@ from trainerd.contract import files, runs, status
 from trainerd.contract.errors import Refused, UsageError
 from trainerd.contract.paths import Home
 from trainerd.engine import entry
+from trainerd.memory import disk
 from trainerd.supervisor import opening
 from trainerd.tasks.cadence import size
 from trainerd.tasks.cadence.settings import CadenceSettings
@@ -40,6 +41,17 @@ def test_a_start_without_room_is_refused_at_once(home: Home, monkeypatch: pytest
     room.refuse_without_room(home, RunConfig())
     monkeypatch.setattr(room, "free_bytes", lambda path: 3_000_000_000)
     room.refuse_without_room(home, config)
+
+
+def test_a_disk_that_metrics_would_fill_is_told_so() -> None:
+    """12 million steps of a small model: what is missing is for their metrics, and fewer steps are the remedy, not a smaller model."""
+    metrics = disk.metrics_bytes(12_000_000)
+    found = disk.room(230_000_000, 5_000_000, 4_000_000 + metrics, 3, True)
+    message, hint = disk.too_little("/home", found, 5_000_000, metrics)
+    assert "2,400,000,000 bytes of metrics (200 for each of 12,000,000 steps)" in message
+    assert "fewer steps (train.epochs, train.max_steps)" in hint and "smaller" not in hint
+    message, hint = disk.too_little("/home", disk.room(1, 5_000_000, 4_000_000, 3, True), 5_000_000, disk.metrics_bytes(100))
+    assert "make the model smaller" in hint and "the result and the metrics;" in message
 
 
 @pytest.mark.parametrize(("asked", "words"), [({"max_steps": 29}, "behind step 30"), ({"epochs": 1}, "behind epoch 2")])

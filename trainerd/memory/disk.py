@@ -46,7 +46,6 @@ def need_bytes(checkpoints: int, checkpoint_bytes: int, result_bytes: int) -> in
     return int((checkpoints * checkpoint_bytes + result_bytes) * MARGIN)
 
 
-WHAT_TO_DO = "Free some space, use another --home, or make the model smaller."
 _PER_WEIGHT_BYTES = 4
 _PER_STEP_BYTES = 200
 # How many numbers each optimizer keeps beside every weight.
@@ -68,8 +67,13 @@ def checkpoint_bytes(num_parameters: int, optimizer: str) -> int:
     return int(weights_bytes(num_parameters) * (1 + _STATE_PER_WEIGHT.get(optimizer, 2.0)))
 
 
-def too_little(where: str, found: Room, checkpoint_bytes: int) -> str:
-    """The refusal, in words."""
-    least = f"two checkpoints of {checkpoint_bytes:,} bytes, the result and the metrics"
+def too_little(where: str, found: Room, checkpoint_bytes: int, metrics_bytes: int = 0) -> tuple[str, str]:
+    """The refusal, and what to do, in words: about the larger of the checkpoints and the metrics."""
+    metrics, smaller = "the metrics", "make the model smaller"
+    if metrics_bytes > 2 * checkpoint_bytes:
+        metrics = f"{metrics_bytes:,} bytes of metrics ({_PER_STEP_BYTES} for each of {metrics_bytes // _PER_STEP_BYTES:,} steps)"
+        smaller = "train fewer steps (train.epochs, train.max_steps)"
+    least = f"two checkpoints of {checkpoint_bytes:,} bytes, the result and {metrics}"
     missing = f"{found.missing_bytes:,} bytes are missing where {where} is for {least}"
-    return f"The disk is too full to begin: {missing}; for everything that is kept, {found.need_bytes:,} bytes are needed."
+    message = f"The disk is too full to begin: {missing}; for everything that is kept, {found.need_bytes:,} bytes are needed."
+    return message, f"Free some space, use another --home, or {smaller}."

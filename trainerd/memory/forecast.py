@@ -39,9 +39,10 @@ class Place:
 
 
 def question(config: RunConfig, place: Place, splittable: bool = True) -> Question:
-    """What this configuration leaves open. A micro-batch larger than the batch is the batch."""
+    """What this configuration leaves open. A micro-batch larger than the batch is the batch, and that has no more samples than the
+    data; a model that is known whole is known with its own batch alone."""
     train = config.train
-    whole = train.batch_size
+    whole = min(train.batch_size, config.data.size or train.batch_size) if splittable else train.batch_size
     again = "none" if train.activation_checkpointing == "auto" else train.activation_checkpointing
     if config.memory.offload == "base" and again == "none":
         again = "full"  # as the engine takes it (trainerd/engine/plan.py)

@@ -7,6 +7,18 @@ from trainerd.contract.sizes import parse_bytes
 AUTO_SHARE = 0.875
 """14 GB of 16, 3.5 GB of 4: what is left is for the person at the machine."""
 ADVICE = "Set it higher, or close other programs."
+_OWN = {
+    "cpu": ("Python and torch alone need {own} of RAM", "ram_limit"),
+    "cuda": ("CUDA's context alone needs {own} on the GPU", "vram_limit"),
+}
+
+
+def no_model_fits(device: str, own_bytes: int, left_bytes: int) -> str:
+    """That not even an empty training would fit, and what to do, for the model is not what is too large; "" where one would."""
+    if own_bytes < left_bytes:
+        return ""
+    said, key = _OWN[device]
+    return f"No model fits: {said.format(own=f'{own_bytes / 1e6:,.0f} MB')}. Raise the limit (memory.{key}), or free memory."
 
 
 def used_already(key: str, limit: str, used_bytes: int, total_bytes: int) -> str:

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
+from trainerd.memory import limits
 from trainerd.memory.estimate import Estimate
 from trainerd.memory.techniques import DIFFERENT, TECHNIQUES, Technique
 from trainerd.memory.timeline import Setup, Table
@@ -57,6 +58,11 @@ class Answer:
     @property
     def setup(self) -> Setup:
         return self.estimate.setup
+
+    @property
+    def no_model_fits(self) -> str:
+        """In words, when the process alone is too much; "" else."""
+        return limits.no_model_fits(self.setup.device, self.estimate.own_bytes, self.budget_bytes)
 
 
 def judge(needed: Estimate, budget_bytes: int, ram_bytes: int | None = None) -> str:
