@@ -63,6 +63,19 @@ def _by_task(task: Task, model: nn.Module, folder: Path, step: int) -> None:
             raise
         said = f"The task's own export() failed: {taskfile.last_line(error, _file_of(task))}."
         raise ExportFailed(f"{said} All that was trained is saved (step {step:,}).", _MEND) from error
+    said = _left_wrong(folder)
+    if said:
+        raise ExportFailed(f"The task's own export() {said}. All that was trained is saved (step {step:,}).", _MEND)
+
+
+def _left_wrong(folder: Path) -> str:
+    """What of the result's folder is not as it must be, "" when all is. Links are removed, so that a mended export() finds none."""
+    if not folder.is_dir():
+        return f"has removed {folder}, where the result is written"
+    links = [path for path in sorted(folder.rglob("*")) if path.is_symlink()]
+    for link in links:
+        files.remove(link)
+    return f"has left {links[0]}, which is a link: it might lead anywhere" if links else ""
 
 
 def _file_of(task: Task) -> Path | None:
