@@ -68,7 +68,8 @@ def _measured(profile: Profile, plan: str) -> Iterator[str]:
     if profile.to_device_bytes_per_second is not None:
         there, back = profile.to_device_bytes_per_second / 1e9, (profile.from_device_bytes_per_second or 0) / 1e9
         context = f"CUDA context {size(profile.context_bytes)}, workspace {size(profile.workspace_bytes)}"
-        yield _row("", f"{context}; copies {there:.1f} GB/s to the GPU, {back:.1f} back")
+        within = f"; {profile.device_bytes_per_second / 1e9:,.0f} through its memory" if profile.device_bytes_per_second else ""
+        yield _row("", f"{context}; copies {there:.1f} GB/s to the GPU, {back:.1f} back{within}")
 
 
 def _fits(fits: list[Fit], style: Style) -> Iterator[str]:

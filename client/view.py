@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from trainerd.contract.errors import plain
 from trainerd.contract.status import (
     COMPLETED,
     CRASHED,
@@ -184,7 +185,7 @@ def trainer(status: Status) -> str:
     if known(status.trainer.restarts) and status.trainer.restarts:
         parts.append(f"{count(status.trainer.restarts)} restart{'s' if status.trainer.restarts > 1 else ''}")
     if status.trainer.last_exit:
-        parts.append(f"last exit: {clean(status.trainer.last_exit)}")
+        parts.append(f"last exit: {clean(plain(status.trainer.last_exit))}")
     return " · ".join(parts)
 
 

@@ -75,8 +75,8 @@ def checkpoint(reading: status.Reading) -> status.Checkpoint:
 def test_a_day_ahead_and_a_day_back_while_it_trains(home: Home) -> None:
     """The real engine: saves go on after each jump, nothing is restarted, the status stays fresh; and after a kill the next trainer,
     which finds checkpoints of tomorrow, goes on at once, saves, and ends with the same bits."""
-    config = small_run.config(3, epochs=120).model_dump(mode="json") | {"task": f"{TASK}:Unhurried"}
-    config["train"]["eval_every_steps"] = None
+    config = small_run.config(3, epochs=200).model_dump(mode="json") | {"task": f"{TASK}:Unhurried"}
+    config["train"]["eval_every_steps"] = 600  # each takes more than a second
     config["checkpoint"]["exact"] = False  # by what a save costs and when the last one was: the schedule that looks at times
     config["checkpoint"]["every_steps"] = 10
     with Jumping(home, ["trainerd.engine"], config=config, task_file=str(TASK)) as daemon:

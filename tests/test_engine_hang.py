@@ -62,7 +62,7 @@ def test_numbers_that_go_bad_at_the_same_step_twice_end_the_run_with_the_batch_n
     supervisor = supervisor_of(paths)
     assert supervisor.run() == status.FAILED
     reason = supervisor.report.status.reason
-    assert "the second time at the same step: NotFinite: The loss is not a finite number any more at step 13 (epoch 2, samples " in reason
+    assert "the second time at the same step: The loss is not a finite number any more at step 13 (epoch 2, samples " in reason
     told = events(paths)
     assert [event["kind"] for event in told].count("trainer started") == 2
     bad = [event for event in told if event["kind"] == "not finite"]

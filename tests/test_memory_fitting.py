@@ -320,6 +320,35 @@ def test_what_is_too_large_for_a_cpu_is_refused_before_the_first_step(tmp_path: 
         assert "It is tried; past the limit" in link.of("warning")[0]["text"]
 
 
+class Large(nn.Module):
+    """More weights than are traced, in RAM that nobody touches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(300_000, 1_000))
+
+
+class LargeToy(Toy):
+    model_kind = Large
+
+
+def test_a_model_too_large_to_trace_is_weighed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, gradients, AdamW's two states and a checkpoint's copy of weights and states: seven times its 1.2 GB. Less room: refused
+    before the first step, with what would need less; more: only foretold. A run with steps behind it goes on, a GPU is tried."""
+    least = 7 * 1_200_000_000
+    with pytest.raises(
+        Refused, match=r"weights, their gradients.* alone it needs 8\.\d GB of RAM.* would fit with --set train.optimizer="
+    ) as error:
+        fitted(LargeToy(), tmp_path, forecast.Place("cpu", least, "fp32"), monkeypatch)
+    assert error.value.exit_code == 5 and len(str(error.value)) <= 300
+    for room, begun in ((2 * least, False), (1000, True)):
+        link = fitted(LargeToy(), tmp_path, forecast.Place("cpu", room, "fp32"), monkeypatch, begun=begun)
+        (told,) = link.of("memory")
+        assert least < told["predicted_bytes"] < least + 1_000_000_000 and not link.of("warning")
+    said = fitted(LargeToy(), tmp_path, forecast.Place("cuda", 4_000_000_000, "fp32"), monkeypatch).of("warning")[0]["text"]
+    assert "GB of GPU memory" in said and "It is tried" in said
+
+
 def test_what_has_trained_is_never_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run with steps behind it goes on, whatever room there is now; and a batch larger than all the data is no larger than the data."""
     link = fitted(ManyToy(), tmp_path, forecast.Place("cpu", 1000, "fp32"), monkeypatch, begun=True, batch_size=100_000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from benchmarks.memory.families import family
 from tests.test_memory_faults import Runs
 from tests.toy import Script, Toy, config, run, same
-from trainerd.engine import guard
+from trainerd.contract.paths import Home
+from trainerd.engine import guard, measuring
+from trainerd.machine import gpu
 from trainerd.memory.allocator import Allocator, replay
 from trainerd.memory.optimizers import Optimizer
 from trainerd.memory.tape import Tape
@@ -133,3 +136,22 @@ def test_the_cap_is_an_out_of_memory_before_the_driver_spills() -> None:
             torch.empty(use.reserved_bytes + (256 << 20), dtype=torch.uint8, device=device)
     finally:
         senses.cap(1.0)
+
+
+def test_the_speeds_of_a_gpu_are_measured() -> None:
+    """Its own memory is faster than the bus, and both are what such things can be."""
+    found, _, _ = measuring.measured()
+    there, back, within = found.to_device_bytes_per_second, found.from_device_bytes_per_second, found.device_bytes_per_second
+    assert there is not None and back is not None and within is not None
+    assert min(there, back) > 1e8 and max(there, back) < within < 2e13
+
+
+def test_a_receipt_holds_what_the_driver_saw(tmp_path: Path) -> None:
+    """More than our allocator held, by a context's size, and what the driver says of this process; never more than all hold."""
+    if not any(one.used_bytes for one in gpu.processes()):
+        pytest.skip("the driver does not tell here what a process holds")
+    run(tmp_path, config({"max_steps": 12}), Script())
+    real = json.loads((Home(tmp_path).run("toy").folder / "receipt.json").read_text("utf-8"))["real"]
+    free_bytes, total_bytes = torch.cuda.mem_get_info()
+    assert real["reserved_bytes"] + (50 << 20) < real["driver_bytes"] < total_bytes
+    assert real["driver_bytes"] < total_bytes - free_bytes + torch.cuda.max_memory_reserved() + (64 << 20)

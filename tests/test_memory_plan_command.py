@@ -243,7 +243,7 @@ def test_a_machine_is_measured_once_and_then_a_steps_time_is_foretold(person: Pe
     measured = planned(person, "--measure")["profile"]
     assert measured["measured"] and measured["process_bytes"] > 100_000_000 and measured["torch"] == torch.__version__
     assert measured["ram_bytes_per_second"] > 1e8 and measured["gigaflops"]["fp32"] > 0.1
-    assert measured["to_device_bytes_per_second"] is None and measured["others_bytes"] is None
+    assert measured["to_device_bytes_per_second"] is None and measured["device_bytes_per_second"] is None
     again = planned(person)
     seconds = again["estimate"]["seconds_per_step"]
     assert again["profile"] == measured and 0 < seconds["point"] < seconds["upper"]

@@ -18,6 +18,7 @@ from client.commands import selftest as selftest_command
 from tests.freezer import Freezer
 from tests.person import Person
 from tests.supervised import wait_for
+from trainerd.contract.errors import Refused
 from trainerd.engine import locks
 from trainerd.engine.selftest import oracle
 from trainerd.engine.selftest.small_run import BATCH_SIZE
@@ -208,6 +209,25 @@ def test_a_trial_that_cannot_be_ended_is_not_waited_for(monkeypatch: pytest.Monk
         freezer.thaw()
         process.wait(10)
         freezer.close()
+
+
+FULL = """
+import sys
+from unittest import mock
+from trainerd.engine.selftest.__main__ import main
+from trainerd.machine import memory
+
+with mock.patch.object(memory, "ram", lambda *_: memory.RamFacts(24 << 30, 24 << 30)):
+    sys.exit(main())
+"""
+
+
+def test_a_machine_without_room_is_no_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the RAM is full a trainer is refused: that is told with what to do, and is no verdict over the engine."""
+    monkeypatch.setattr(selftest_command.interpreter, "command", lambda _, *words: [sys.executable, "-c", FULL, *words])
+    with pytest.raises(Refused, match=r"cannot run just now. It does not fit: .* Close some programs") as raised:
+        selftest_command._try(tmp_path, ["--kills", "1"], selftest_command._Nothing())
+    assert raised.value.exit_code == 5
 
 
 def test_a_gpu_that_is_used_is_left_alone(tmp_path: Path) -> None:

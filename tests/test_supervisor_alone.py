@@ -54,7 +54,7 @@ def test_a_killed_supervisor_takes_its_trainer_along_and_the_next_goes_on(home: 
 
 def test_a_left_over_trainer_is_waited_for(home: Home) -> None:
     """A trainer that outlives its supervisor (a long save) is not doubled: the new one says `waiting`, then works."""
-    with Daemon(home, {**LONG, "every": 10**6, "save_seconds": 2}, LONG) as daemon:
+    with Daemon(home, {**LONG, "every": 10**6, "save_seconds": 6}, LONG) as daemon:
         daemon.until_step(3)
         daemon.process.kill()
         daemon.process.wait(5)

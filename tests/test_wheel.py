@@ -89,7 +89,7 @@ def test_the_metadata_names_what_it_needs(wheel: Path) -> None:
     needed = {match.lower() for match in re.findall(r"^Requires-Dist: ([\w.-]+)[^;\n]*$", text, re.MULTILINE)}
     core = {"torch", "accelerate", "bitsandbytes", "psutil", "nvidia-ml-py", "watchdog", "platformdirs", "click", "pydantic", "tokenizers"}
     assert needed == core | {"numpy", "safetensors", "rich", "ruamel-yaml", "wakepy"}  # and jeepney, on Linux
-    assert set(re.findall(r"^Provides-Extra: (\w+)$", text, re.MULTILINE)) == {"parquet", "tensorboard", "test"}
+    assert set(re.findall(r"^Provides-Extra: (\w+)$", text, re.MULTILINE)) == {"deepspeed", "parquet", "tensorboard", "test"}
 
 
 def test_the_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ class Shown(Protocol):
 @click.option("--keep", is_flag=True, help="Keep the temporary home, for a bug report. A failed trial is kept anyway.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 def command(kills: int | None, seconds: float | None, seed: int | None, keep: bool, as_json: bool) -> int:
-    """Kill and damage a small training again and again, and compare it bit for bit with an undisturbed one. Exit code 0 or 4."""
+    """Kill and damage a small training again and again, and compare it bit for bit with an undisturbed one. Exit code 0 or 4; 5 when this
+    machine has no room for it just now."""
     seed = seed if seed is not None else time.time_ns() % 1_000_000
     words = ["--seed", str(seed)]
     for name, value in (("--kills", kills), ("--seconds", seconds)):
@@ -87,7 +88,7 @@ def _remove(home: Path) -> None:
 
 
 def _try(home: Path, words: list[str], shown: Shown) -> Event:
-    """Run the trial; returns its verdict. Raises RunFailed when it ended without one."""
+    """Run the trial; returns its verdict. Raises RunFailed when it ended without one, Refused when there is no room for it."""
     errors = home / "selftest-errors.log"
     child = interpreter.command("trainerd.engine.selftest", "--home", str(home), *words, *_gpu())
     with open(errors, "wb") as log:
@@ -96,8 +97,11 @@ def _try(home: Path, words: list[str], shown: Shown) -> Event:
         assert process.stdout is not None
         for line in process.stdout:
             event: Event = json.loads(line)
-            if event.pop("event") == "verdict":
+            kind = event.pop("event")
+            if kind == "verdict":
                 return event
+            if kind == "refused":
+                raise Refused(f"The selftest cannot run just now. {event['why']}", "Close some programs, and try again.")
             shown.update(event)
     finally:
         _end(process)

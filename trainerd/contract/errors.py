@@ -128,3 +128,17 @@ class Refused(TrainerdError):
 
 class AlreadyRunning(Refused):
     """Another supervisor holds this home."""
+
+
+_OURS = frozenset(name for name, kind in globals().items() if isinstance(kind, type) and issubclass(kind, TrainerdError))
+
+
+def is_ours(words: str) -> bool:
+    """Whether "Kind: text" is of an error above, whose text was written for a person."""
+    kind, colon, _ = words.partition(": ")
+    return bool(colon) and kind in _OURS
+
+
+def plain(words: str) -> str:
+    """Without the name of our class, which says nothing to a person; that of anybody else's exception stays."""
+    return words.partition(": ")[2] if is_ours(words) else words

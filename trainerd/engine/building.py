@@ -22,6 +22,7 @@ from trainerd.engine import (
     compiling,
     dropout,
     ds_config,
+    filling,
     fitting,
     lanes,
     optimizers,
@@ -78,7 +79,7 @@ def build(
     task.bind(_context(config, plan, mixed, cache_dir))
     dataset, held_out = _datasets(task)
     batches = Batches(len(dataset), config.train.batch_size, config.seed, lengths=lengths_of(task, dataset), limit=config.data.size)
-    model = task.model()
+    model = _model(task, config, link, begun=begun)
     foreseen = fitting.foresee(task, model, dataset, config, plan, paths.home, mixed, link.send, traces=traces, begun=begun)
     watch = _spill_watch(mixed.device, link, paged=config.train.optimizer == "paged_adamw8bit")  # while nothing of the model is there
     model = _placed(task, model, mixed, plan, link, stack)
@@ -121,6 +122,13 @@ def build(
 def _context(config: RunConfig, plan: plans.Plan, mixed: precision.Precision, cache_dir: Path) -> TaskContext:
     logits = plan.get("logits", "chunked")
     return TaskContext(device=mixed.device, dtype=mixed.dtype, seed=config.seed, cache_dir=cache_dir, data=config.data, logits=logits)
+
+
+def _model(task: Task, config: RunConfig, link: Link, *, begun: bool) -> torch.nn.Module:
+    """What the task builds, in a phase of its own: the data is done."""
+    link.send(wire.PHASE, name=phases.STARTING, done=None, total=None, unit=None)
+    with filling.watched(config.memory, link, begun=begun):
+        return task.model()
 
 
 def _placed(

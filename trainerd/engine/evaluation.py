@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from trainerd.contract.errors import UsageError
-from trainerd.engine import cleaning, guard, rng
+from trainerd.engine import cleaning, guard, returned, rng
 from trainerd.engine.batches import Ids, split
 from trainerd.engine.loader import Fetch, move
 from trainerd.engine.precision import Precision
-from trainerd.engine.step import uncounted
+from trainerd.engine.step import add_counts, add_metrics, uncounted
 from trainerd.engine.task import MapDataset, Task
 
 
@@ -107,24 +107,30 @@ class Evaluation:
             if leaving():
                 raise Leaving
             batch = fetch[0, ctx.step, ids]
-            for name, number in self._task.counts(batch).items():
-                counts[name] = counts.get(name, 0) + number
+            add_counts(self._task, self._task.counts(batch), counts)
             with self._precision.autocast():
-                losses, more = self._task.loss(self._model, move(batch, self._precision.device), ctx)
-            for name, (value, weight) in losses.items():
-                if name not in counts:
-                    raise uncounted(name)
-                sums[name] = sums.get(name, 0.0) + value.detach().double()
-                weights[name] = weight
-            for name, metric in more.items():
-                metrics[name] = metrics.get(name, 0.0) + (metric.detach() if isinstance(metric, Tensor) else metric) * len(ids)
+                given = self._task.loss(self._model, move(batch, self._precision.device), ctx)
+            try:
+                losses, more = given
+                for name, (value, weight) in losses.items():
+                    if name not in counts:
+                        raise uncounted(name)
+                    sums[name] = sums.get(name, 0.0) + value.detach().double()
+                    weights[name] = weight
+            except returned.WRONG as error:
+                raise returned.by_loss(self._task, given) or error from None
+            add_metrics(self._task, more, len(ids), metrics)
+            del given
         means = {name: float(value) / max(1, counts[name]) for name, value in sums.items()}
         total = sum(weights[name] * mean for name, mean in means.items())
         means |= {name: float(value) / len(order) for name, value in metrics.items()}
         ctx.epoch = epoch
         with self._precision.autocast():
             values = self._task.evaluate(self._model, ctx, {**means, "loss": total})
-        return {str(name): float(value) for name, value in values.items()}
+        try:
+            return {str(name): float(value) for name, value in values.items()}
+        except (*returned.WRONG, RuntimeError) as error:
+            raise returned.by_evaluate(self._task, values) or error from None
 
     @contextmanager
     def _mode(self, step: int, leaving: Callable[[], bool]) -> Iterator[None]:

@@ -87,8 +87,9 @@ def foresee(
 ) -> Forecast:
     """The table of the task's model and what this machine has left for it; a plan that left the micro-batch open is closed.
 
-    Without a table, or when a user's model cannot be traced, nothing is foretold, and the batch is tried whole. `begun`: steps of
-    this plan have worked. Raises Refused for another one that is too large for a CPU: there nothing fails at a limit, all crawls.
+    Without a table, or when a user's model cannot be traced, only what its weights need is foretold, and the batch is tried whole.
+    `begun`: steps of this plan have worked. Raises Refused for another one that is too large for a CPU: there nothing fails at a
+    limit, all crawls.
     """
     place = _place(config, plan, home)
     table: Table | None = None
@@ -111,10 +112,38 @@ def foresee(
         _fit(found, table, config, plan, send, len(dataset))
     plan.pop("open", None)
     found.began, found.peak_before = found.setup(plan, config), peak_before
-    foretold = None if table is None else forecast.foretold(config, found.setup(plan, config), place, table)
+    if table is not None:
+        foretold = forecast.foretold(config, found.setup(plan, config), place, table)
+    else:
+        foretold = _weighed(found, task, model, config, plan, mixed, send, begun=begun) if traces else None
     if foretold is not None:
         send(wire.MEMORY, predicted_bytes=int(foretold.needed.point))
     return found
+
+
+def _weighed(
+    found: Forecast, task: Task, model: nn.Module, config: RunConfig, plan: plans.Plan, mixed: Precision, send: Send, *, begun: bool
+) -> Estimate | None:
+    """The least that a model without a table or a trace needs. When even that is too much: refused on a CPU, warned of on a GPU."""
+    from trainerd.engine.trace import of_weights
+
+    if plan["offload"] == plans.BASE_ON_HOST:
+        return None  # what of it is on the device, the trace would tell
+    table = of_weights(task, model, mixed, plan.get("attention", attention.AUTO))
+    place = replace(found.place, receipts=())  # those tell of whole trainings
+    setup = replace(found.setup(plan, config), checkpointing="none", micro_batch=plan["effective_batch"])
+    answer = forecast.weighed(config, setup, place, table, splittable=False)
+    needed = answer.estimate.needed.point
+    if needed > answer.budget_bytes and not begun:
+        on_cpu = answer.setup.device == "cpu"
+        name, limit = ("RAM", "memory.ram_limit") if on_cpu else ("GPU memory", "memory.vram_limit")
+        parts = "for its weights, their gradients, the optimizer" + (" and a checkpoint's copy" if on_cpu else "")
+        left = f"{max(0, answer.budget_bytes) / 1e9:.1f} GB are left for it ({limit})"
+        said = f"It does not fit: {parts} alone it needs {needed / 1e9:.1f} GB of {name}, and {left}."
+        if on_cpu:
+            raise Refused(said, _what_helps(answer, for_weights=True))
+        send(wire.WARNING, text=f"{said} It is tried; running out of memory loses no step. {_what_helps(answer, for_weights=True)}")
+    return answer.estimate
 
 
 def _fit(found: Forecast, table: Table, config: RunConfig, plan: plans.Plan, send: Send, num_samples: int) -> None:
@@ -156,8 +185,11 @@ def _refuse_too_large(answer: planner.Answer) -> None:
     raise Refused(f"It does not fit: it needs {needed.point / 1e9:.1f} GB of RAM, and {left}.", _what_helps(answer))
 
 
-def _what_helps(answer: planner.Answer) -> str:
+def _what_helps(answer: planner.Answer, *, for_weights: bool = False) -> str:
+    """`for_weights`: what the layers compute is not in it, so it is not said that all would fit."""
     ways = " or ".join(" ".join(f"--set {setting}" for setting in proposal.settings) for proposal in answer.proposals)
+    if ways and for_weights:
+        return f"These alone would fit with {ways}."
     if not ways and answer.no_model_fits:
         return answer.no_model_fits
     return f"It would fit with {ways}." if ways else "A smaller model would fit, or more memory: close programs, or raise the limit."

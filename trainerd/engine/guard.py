@@ -15,6 +15,7 @@ import torch
 from trainerd.config.model import MemoryConfig
 from trainerd.contract import wire
 from trainerd.contract.errors import TrainerdError
+from trainerd.engine import gpu_use
 from trainerd.engine.cleaning import Cleaner, free
 from trainerd.engine.lookout import Growing, Lookout
 from trainerd.engine.pressure import LEAVE, SHRINK, Pressure, Want
@@ -155,6 +156,8 @@ class MemoryWatch:
         self._needs_cleaning = False
         """Blocks lie idle that others could have: after smaller parts, and when the cap has fallen."""
         self.oom_recoveries = 0
+        self.driver = gpu_use.NOBODY
+        """What the driver has seen of us at most; it knows what others held before this process was on the device."""
 
     @property
     def may_wait(self) -> bool:
@@ -184,6 +187,8 @@ class MemoryWatch:
         ram, vram = self._senses.ram(), self._senses.device()
         if self._ram is None:
             self._begin(ram, vram)
+        if vram is not None:
+            self.driver.look(vram.reserved_bytes)
         self._needs_cleaning |= vram is not None and self._hold_to_limit(now, vram)
         if (self._needs_cleaning or self._is_tight(ram, vram)) and self.cleaner.due(now, needed=self._needs_cleaning):
             self._needs_cleaning = False

@@ -14,6 +14,7 @@ from torch import nn
 
 from trainerd.config.model import RunConfig
 from trainerd.contract import phases, wire
+from trainerd.contract.errors import TrainerdError
 from trainerd.engine import cleaning, guard, pressure, relief, schedules
 from trainerd.engine import plan as plans
 from trainerd.engine.checkpoints import CheckpointStore
@@ -43,6 +44,9 @@ class Link:
 
     def send(self, event: str, **fields: Any) -> None:
         """Tell the outside; must neither block nor raise."""
+
+    def give_up(self, error: TrainerdError | None) -> None:
+        """Of a thread that cannot raise it where the work is: end the process, where that is ours to end. None: it leaves to make room."""
 
     def command(self) -> dict[str, Any] | None:
         """The next pending command, or None. Asked at every micro-batch: it must cost next to nothing."""

@@ -1,6 +1,6 @@
 """Measures this machine once for the memory estimate, in a process of its own: `python -m trainerd.engine.measuring --home DIR`.
 
-The bare trainer's RAM, the speed of products and of copies to a GPU, and what a CUDA context takes. Must not train.
+The bare trainer's RAM, the speed of products, of memory and of copies to a GPU, and what a CUDA context takes. Must not train.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _LATER_BYTES = 64 << 20  # tokens, batches and threads of a real run
 
 
 def measured() -> tuple[profile.Profile, str, str | None]:
-    """The profile, and the device and driver it is for."""
+    """The profile, and the device and driver it is for. In a process that has not been on a GPU yet."""
     import torch
 
-    from trainerd.engine import trainer  # noqa: F401 - what a trainer has loaded before its model
+    from trainerd.engine import gpu_use, trainer  # noqa: F401 - the trainer: what one has loaded before its model
     from trainerd.engine.fitting import device_facts
 
+    others = gpu_use.before_context()
     _take_a_step(torch, torch.device("cpu"))
     process_bytes = int(psutil.Process().memory_info().rss) + _LATER_BYTES
-    passing = torch.ones(_COPY_BYTES, dtype=torch.uint8)
-    through = 2 * _COPY_BYTES / _fastest(lambda: passing.add_(1), torch.device("cpu"))  # read and written
+    through = _through(torch.ones(_COPY_BYTES, dtype=torch.uint8), torch.device("cpu"))
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     workspace = 0
     if device.type == "cuda":
@@ -53,23 +53,23 @@ def measured() -> tuple[profile.Profile, str, str | None]:
     there = torch.empty_like(host, device=device)
     to = _COPY_BYTES / _fastest(lambda: there.copy_(host), device)
     back = _COPY_BYTES / _fastest(lambda: host.copy_(there), device)
-    free, total = torch.cuda.mem_get_info(device)
-    others = _others(device.index or 0, total - free)
-    context = total - free - torch.cuda.memory_reserved(device) - others
+    within = _through(there, device)
+    held, assumed = gpu_use.of(device, others).most(), profile.Profile()
+    context = None if held is None else held - torch.cuda.memory_reserved(device)
     found = profile.Profile(
         device=name,
         driver=driver or "",
         torch=str(torch.__version__),
         measured=True,
         process_bytes=process_bytes,
-        context_bytes=context,
-        context_most_bytes=context,
+        context_bytes=context or assumed.context_bytes,
+        context_most_bytes=context or assumed.context_most_bytes,
         workspace_bytes=workspace or _workspace(name),
         gigaflops=speeds,
         ram_bytes_per_second=through,
         to_device_bytes_per_second=to,
         from_device_bytes_per_second=back,
-        others_bytes=others,
+        device_bytes_per_second=within,
     )
     return found, name, driver
 
@@ -95,6 +95,11 @@ def _take_a_step(torch: Any, device: Any) -> None:
     optimizer.step()
 
 
+def _through(passed: Any, device: object) -> float:
+    """Bytes per second of a tensor that is read and written."""
+    return 2 * _COPY_BYTES / _fastest(lambda: passed.add_(1), device)
+
+
 def _fastest(work: Callable[[], object], device: object) -> float:
     """The shortest of a few times, in seconds."""
     import torch
@@ -109,20 +114,6 @@ def _fastest(work: Callable[[], object], device: object) -> float:
     return best
 
 
-_USED_BEFORE: dict[int, int] = {}
-
-
-def _note_others() -> None:
-    """What the device holds before this process has a context: that is other programs'."""
-    from trainerd.machine import gpu
-
-    _USED_BEFORE.update({found.index: found.used_bytes or 0 for found in gpu.devices()})
-
-
-def _others(index: int, used_now: int) -> int:
-    return min(_USED_BEFORE.get(index, 0), used_now)
-
-
 def _workspace(name: str) -> int:
     return (32 << 20) if profile.hopper(name) else profile.Profile().workspace_bytes
 
@@ -132,7 +123,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trainerd.engine.measuring", description=__doc__)
     parser.add_argument("--home", required=True, type=Path)
     home = Home(parser.parse_args(arguments).home.absolute())
-    _note_others()
     found, name, driver = measured()
     try:
         profile.write(profile.file_of(home.cache, name, driver, found.torch), found)

@@ -61,20 +61,17 @@ def _document(found: Forecast, plan: plans.Plan, config: RunConfig, paths: RunPa
         "trace": found.trace,
         "splittable": found.splittable,
         "predicted": dict(predicted.raw) if predicted else {},
-        "real": {**_on_device(device, found), "ram_bytes": _ram(found), "seconds_per_step": _seconds(paths)},
+        "real": {**_on_device(device, memory), "ram_bytes": _ram(found), "seconds_per_step": _seconds(paths)},
     }
 
 
-def _on_device(device: torch.device, found: Forecast) -> dict[str, Any]:
+def _on_device(device: torch.device, memory: MemoryWatch) -> dict[str, Any]:
     if device.type != "cuda":
         return {"allocated_bytes": None, "reserved_bytes": None, "driver_bytes": None}
-    reserved = torch.cuda.max_memory_reserved(device)
-    # Other programs come and go on the device: only a measured context makes the driver's view of us alone.
-    context = found.place.profile.context_bytes if found.place.profile.measured else None
     return {
         "allocated_bytes": torch.cuda.max_memory_allocated(device),
-        "reserved_bytes": reserved,
-        "driver_bytes": None if context is None else reserved + context,
+        "reserved_bytes": torch.cuda.max_memory_reserved(device),
+        "driver_bytes": memory.driver.most(),
     }
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trainerd.contract.errors import TrainerdError
-from trainerd.engine import cleaning, guard, rng
+from trainerd.engine import cleaning, guard, returned, rng
 from trainerd.engine.loader import Loader, Window, move
 from trainerd.engine.metrics import Number
 from trainerd.engine.precision import Precision
@@ -110,8 +110,7 @@ class Stepper:
             self._updates.backward(total, last=index + 1 == len(window.parts))
             total = total.detach()
             loss = total if loss is None else loss + total
-            for name, value in metrics.items():
-                sums[name] = sums.get(name, 0.0) + _detached(value) * len(ids)
+            add_metrics(self._task, metrics, len(ids), sums)
         if loss is None:
             raise TrainerdError(f"The batch of step {window.step + 1} is empty.", "Let dataset() give at least one sample.")
         num_samples = window.num_samples
@@ -124,15 +123,14 @@ class Stepper:
     def _losses(self, batch: Any, counts: Mapping[str, int]) -> tuple[Tensor, Mapping[str, float | Tensor]]:
         """One micro-batch's part of the loss, and the task's own metrics."""
         with self._precision.autocast():
-            losses, metrics = self._task.loss(self._model, move(batch, self._precision.device) if self._moves else batch, self._task.ctx)
-        return weighted(losses, counts), metrics
+            given = self._task.loss(self._model, move(batch, self._precision.device) if self._moves else batch, self._task.ctx)
+        return taken_apart(self._task, given, counts)
 
     def _counts(self, window: Window) -> dict[str, int]:
         """N of every name over the whole window."""
-        counts = dict(self._task.counts(window.parts[0][1]))
-        for _, batch in window.parts[1:]:
-            for name, number in self._task.counts(batch).items():
-                counts[name] = counts.get(name, 0) + number
+        counts: dict[str, int] = {}
+        for _, batch in window.parts:
+            add_counts(self._task, self._task.counts(batch), counts)
         return counts
 
     def _undo(self) -> None:
@@ -158,6 +156,33 @@ def weighted(losses: Losses, counts: Mapping[str, int]) -> Tensor:
     if total is None:
         raise TrainerdError("loss() returned no loss.", "It returns ({name: (sum, weight)}, metrics).")
     return total
+
+
+def taken_apart(task: Task, given: Any, counts: Mapping[str, int]) -> tuple[Tensor, Mapping[str, float | Tensor]]:
+    """What loss() returned: the weighted sum, and the metrics. Raises UsageError for what it must not return."""
+    try:
+        losses, metrics = given
+        return weighted(losses, counts), metrics
+    except returned.WRONG as error:
+        raise returned.by_loss(task, given) or error from None
+
+
+def add_metrics(task: Task, metrics: Mapping[str, float | Tensor], num_samples: int, sums: dict[str, Number]) -> None:
+    """Add the metrics of so many samples. Raises UsageError for what are none."""
+    try:
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + _detached(value) * num_samples
+    except returned.WRONG as error:
+        raise returned.by_loss(task, ({}, metrics)) or error from None
+
+
+def add_counts(task: Task, given: Any, counts: dict[str, int]) -> None:
+    """Add what counts() returned for one batch. Raises UsageError for what it must not return."""
+    try:
+        for name, number in given.items():
+            counts[name] = counts.get(name, 0) + number
+    except returned.WRONG as error:
+        raise returned.by_counts(task, given) or error from None
 
 
 def uncounted(name: str) -> TrainerdError:

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from trainerd.engine import attention, checkpointing, dropout, rng, streaming
 from trainerd.engine.loader import Fetch, lengths_of
 from trainerd.engine.precision import Precision
-from trainerd.engine.step import weighted
+from trainerd.engine.step import taken_apart
 from trainerd.engine.task import MapDataset, Task
 from trainerd.memory.traced import Trace, TracedTable, Traces, mode
 
@@ -141,6 +141,17 @@ def trace(
         return _table(task, copied, precision, found, kernel, streamed)
 
 
+def of_weights(task: Task, model: nn.Module, precision: Precision, kernel: str = attention.AUTO) -> TracedTable:
+    """The table of a model that is not traced: weights, gradients, and what the optimizer and a checkpoint make of them. What its layers
+    compute is missing, so it is the least that a training needs."""
+    gradients = [p.numel() * p.element_size() for p in model.parameters() if p.requires_grad]
+    born = list(range(len(gradients)))
+    complete = [[len(born), number, number] for number in born]
+    steps = [Trace(samples, gradients, born, gradients=complete) for samples in (1, 2)]
+    held_out = [Trace(samples, [], []) for samples in (1, 2)]
+    return _table(task, model, precision, {checkpointing.NONE: Traces(steps, held_out)}, kernel, [])
+
+
 def _table(
     task: Task, model: nn.Module, precision: Precision, found: dict[str, Traces], kernel: str, streamed: list[nn.Parameter]
 ) -> TracedTable:
@@ -185,11 +196,11 @@ def _one(task: Task, model: nn.Module, batch: Any, precision: Precision, samples
     weights = [p for p in model.parameters() if p.requires_grad]
     recorder = _Recorder(_known(model), weights)
     with recorder:
-        losses, metrics = _losses(task, model, batch, precision, recorder)
-        total = weighted(losses, counts)
+        given = _losses(task, model, batch, precision, recorder)
+        total, metrics = taken_apart(task, given, counts)
         recorder.forwards = False
         total.backward()  # type: ignore[no-untyped-call]
-        del losses, metrics, total
+        del given, metrics, total
     return recorder.trace(samples)
 
 
@@ -202,8 +213,8 @@ def _held_out(task: Task, model: nn.Module, batch: Any, precision: Precision, sa
         module.training = type(module).__module__.startswith("bitsandbytes")
     try:
         with torch.no_grad(), recorder:
-            losses, metrics = _losses(task, model, batch, precision, recorder)
-            del losses, metrics
+            given = _losses(task, model, batch, precision, recorder)
+            del given
     finally:
         task.ctx.training = True
         for module in training:

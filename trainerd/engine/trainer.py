@@ -16,9 +16,9 @@ import torch
 
 from trainerd.config.model import RunConfig
 from trainerd.contract import clock, files, phases, wire
-from trainerd.contract.errors import Refused, UsageError
+from trainerd.contract.errors import Refused, TrainerdError, UsageError
 from trainerd.contract.paths import Home, RunPaths
-from trainerd.engine import cleaning, compiling, finishing, guard, loop, optimizers, precision, preparing, provenance, receipt
+from trainerd.engine import cleaning, compiling, finishing, gpu_use, guard, loop, optimizers, precision, preparing, provenance, receipt
 from trainerd.engine import plan as plans
 from trainerd.engine.building import build
 from trainerd.engine.checkpoints import CheckpointStore
@@ -57,6 +57,9 @@ class _Evicted(Link):
 
     def send(self, event: str, **fields: Any) -> None:
         self._link.send(event, **fields)
+
+    def give_up(self, error: TrainerdError | None) -> None:
+        self._link.give_up(error)
 
     def command(self) -> dict[str, Any] | None:
         leave, self._leave = self._leave, None
@@ -127,7 +130,9 @@ class Trainer:
             if begun and found is None:
                 text = "No step of this run was ever saved, although some were trained: it begins again at its beginning."
                 self._link.send(wire.WARNING, text=text)
-            plan = dict(state["plan"] if state else self._plan or plans.resolve(self.config, self.task))
+            recorded = state["plan"] if state else self._plan
+            others = {} if recorded and recorded["device"] == "cpu" else gpu_use.before_context()  # a GPU that is not used may sleep
+            plan = dict(recorded or plans.resolve(self.config, self.task))
             plans.follow(plan, self.config)
             halved = plans.halve_after_kill(plan, self._too_large_micro_batch, self.task)
             self._tell_plan(plan)
@@ -143,6 +148,7 @@ class Trainer:
                 training.saver.schedule.go_on(found[1].spent_bytes, clock.wall() - found[1].at)
             del found, state, parts  # as large as the model
             self._training, self._began_at = training, training.step
+            training.memory.driver = gpu_use.of(plans.device_of(plan), others)
             self._make_room(training, store)
             if halved is not None:
                 training.exact.lost(training.step + 1, halved)

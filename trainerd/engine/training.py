@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from trainerd.contract import wire
+from trainerd.contract.errors import TrainerdError
 from trainerd.engine import aside, dumps, entry, preparing, provenance, space, taskfile
 from trainerd.engine.commands import Command, Commands
 from trainerd.engine.loop import FINISHED, MADE_ROOM, Link
@@ -13,6 +15,8 @@ from trainerd.engine.process import TrainerProcess
 from trainerd.engine.reporter import Reporter
 from trainerd.engine.task import Task
 from trainerd.engine.trainer import Trainer
+
+_LAST_WORDS_SECONDS = 1.0
 
 
 class PipeLink(Link):
@@ -29,6 +33,14 @@ class PipeLink(Link):
         self._reporter.send(event, **fields)
         if event in (wire.BEAT, wire.PHASE):
             dumps.wind_up(str(fields.get("phase") or fields.get("name")), self._faults)
+
+    def give_up(self, error: TrainerdError | None) -> None:
+        code = wire.EXIT_NO_ROOM
+        if error is not None:
+            code, fields = entry.verdict(error, retry_helps=False)
+            self._reporter.send(wire.EXCEPTION, **fields)
+        self._reporter.close(_LAST_WORDS_SECONDS)
+        os._exit(code)
 
     def command(self) -> Command | None:
         return self._commands.next()

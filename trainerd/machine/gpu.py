@@ -145,6 +145,11 @@ def processes(nvml: Any = None) -> list[GpuProcess]:
     return _asked(nvml, answer, [])
 
 
+def held_by(pid: int, index: int, nvml: Any = None) -> int | None:
+    """What this process holds of the GPU with torch's number, its context included; None where the driver does not tell."""
+    return next((one.used_bytes for one in processes(nvml) if (one.pid, one.gpu) == (pid, index)), None)
+
+
 def _asked(nvml: Any, answer: Callable[[Any], T], nobody: T) -> T:
     """What the driver says in a session of its own; `nobody` when there is none that answers."""
     nvml = nvml if nvml is not None else _load()

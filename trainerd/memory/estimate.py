@@ -28,8 +28,6 @@ _SHAPES, _SHAPES_PER_PRODUCT, _SHAPE_BYTES, _SHAPE_MOST_BYTES = 256, 24, 1 * _MI
 _ENOUGH_RUNS, _KEPT_SLACK = 3, 0.5
 _MANIFEST_BYTES = 1 * _MIB
 _EFFICIENCY, _SLOWEST = 0.4, 0.1  # of the measured speed of large products
-_BUS_BYTES_PER_SECOND = 6e9
-_BYTES_PER_SECOND = 8e9  # an optimizer goes through its states at memory speed; this where it was not measured
 
 _NOT_MODELLED = {
     "cpu": (
@@ -137,7 +135,7 @@ def estimate(
         reserved=device.reserved,
         driver=device.driver,
         seconds_per_step=seconds,
-        pace=pace.seconds(timeline, setup, profile.gigaflops),
+        pace=pace.seconds(timeline, setup, profile),
         breakdown=breakdown,
         phases=timeline.peaks,
         num_parameters=timeline.num_parameters,
@@ -168,8 +166,7 @@ def _on_gpu(found: Played, profile: Profile, trust: Trust) -> _Device:
     }
     allocated = _ranged(trust, "allocated_bytes", peaks.allocated, (peaks.allocated + beyond) * (1 + _GPU_SLACK))
     reserved = _ranged(trust, "reserved_bytes", peaks.reserved, (peaks.reserved + beyond) * (1 + _RESERVED_SLACK))
-    most = profile.context_bytes if profile.measured else profile.context_most_bytes
-    driver = _ranged(trust, "driver_bytes", peaks.reserved + profile.context_bytes, reserved.upper + most)
+    driver = _ranged(trust, "driver_bytes", peaks.reserved + profile.context_bytes, reserved.upper + profile.context_most_bytes)
     return _Device(allocated, reserved, driver, raw)
 
 
@@ -187,16 +184,16 @@ def _ram(timeline: Timeline, setup: Setup, profile: Profile, trust: Trust) -> tu
 
 
 def _seconds(timeline: Timeline, setup: Setup, profile: Profile, trust: Trust) -> tuple[Range | None, dict[str, float]]:
-    """A step's time from its products and a measured speed; None while neither a speed nor a receipt is known."""
+    """A step's time from its products, what it moves, and measured speeds; None while neither a speed nor a receipt is known."""
     speed = profile.gigaflops.get(setup.precision)
     if not speed:
         return None, {}
     best = timeline.flops / (speed * 1e9)
-    passing = timeline.state_bytes * 3 / ((profile.ram_bytes_per_second if setup.device == "cpu" else None) or _BYTES_PER_SECOND)
-    # What is streamed comes while something else is computed, at best.
-    coming = 2 * timeline.streamed_bytes * setup.accumulation / (profile.to_device_bytes_per_second or _BUS_BYTES_PER_SECOND)
-    point = max(best / _EFFICIENCY, coming) + passing
-    return _ranged(trust, "seconds_per_step", point, best / _SLOWEST + coming + passing), {"seconds_per_step": point}
+    through = pace.speeds(profile, setup.device)
+    # What goes over the bus does so while something else is computed, at best.
+    moving, updating = pace.over_the_bus(timeline, setup, through), pace.updating(timeline, setup, through)
+    point = max(best / _EFFICIENCY, moving) + updating
+    return _ranged(trust, "seconds_per_step", point, best / _SLOWEST + moving + updating), {"seconds_per_step": point}
 
 
 def _ranged(trust: Trust, measure: str, point: float, upper: float) -> Range:
@@ -220,7 +217,9 @@ def _assumed(profile: Profile, setup: Setup, is_traced: bool) -> list[str]:
 
 def _unmeasured(profile: Profile, setup: Setup) -> list[str]:
     if profile.measured:
-        return []
+        if setup.device != "cuda" or profile.device_bytes_per_second:
+            return []
+        return [f"{pace.DEVICE_BYTES_PER_SECOND / 1e9:.0f} GB/s for the GPU's own memory (its profile is older than that: plan --measure)"]
     if setup.device == "cuda":
         most, point = profile.context_most_bytes // _MIB, profile.context_bytes // _MIB
         return [f"a CUDA context of {point} MiB, at most {most} (not measured on this machine)"]

@@ -39,8 +39,8 @@ class Profile:
     to_device_bytes_per_second: float | None = None
     """From pinned RAM."""
     from_device_bytes_per_second: float | None = None
-    others_bytes: int | None = None
-    """What the desktop and other programs held of the GPU when this was measured; what they hold now is read anew for each plan."""
+    device_bytes_per_second: float | None = None
+    """How fast a GPU goes through its own memory; of a CPU that is `ram_bytes_per_second`."""
 
 
 def file_of(folder: Path, device: str, driver: str | None, torch: str | None) -> Path:

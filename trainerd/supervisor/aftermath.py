@@ -9,7 +9,7 @@ import errno
 import time
 from typing import TYPE_CHECKING, Any
 
-from trainerd.contract import phases, runs, status, wire
+from trainerd.contract import errors, phases, runs, status, wire
 from trainerd.contract.paths import Home
 from trainerd.machine import memory
 from trainerd.supervisor import death, journal, logs, opening, report, smaller
@@ -79,7 +79,7 @@ def result_stamp(home: Home, run: str) -> tuple[int, int] | None:
 def _left(supervisor: Supervisor, gone: TrainerProcess, leaving: Leaving, at_stake: str) -> None:
     words = ""
     if gone.exit_code not in (wire.EXIT_LEFT, wire.EXIT_NO_ROOM):
-        how = "it did not leave in time and was killed" if leaving.killed_at is not None else _explain(supervisor, gone).words
+        how = "it did not leave in time and was killed" if leaving.killed_at is not None else errors.plain(_explain(supervisor, gone).words)
         words = f" The trainer ended before it could save ({how})."
         if at_stake:
             words += f" Computed again on resume: {at_stake}"
@@ -176,15 +176,17 @@ def _died(supervisor: Supervisor, gone: TrainerProcess, why: Death) -> None:
         return
     if why.no_memory and smaller.goes_on(supervisor, gone, why):
         return
+    ours, said = errors.is_ours(why.words), errors.plain(why.words).rstrip(".?!")
     if gone.not_finite_again:  # the first time the last checkpoint helps, if it was an accident of the hardware
-        why = Death(f"the second time at the same step: {why.words}", permanent=True)
+        said = f"For the second time at the same step: {said}"
+        why = Death(said, permanent=True)
     restart = None if why.permanent else supervisor.policy.died(opening.committed_steps(supervisor.home.run(run).checkpoints))
     deaths = supervisor.policy.deaths
     supervisor.journal.note("death", exit_code=gone.exit_code, why=why.words, log=gone.log_path.name, deaths=deaths)
     if restart is None:
         often = "" if why.permanent else f" {deaths} times without a new checkpoint"
-        died = "" if why.trained else f"The trainer died{often}: "
-        supervisor.end(status.FAILED, f"{died}{why.words.rstrip('.?!')}.")
+        died = f"The trainer {'ended' if ours else 'died'}{often}: " if often or not (ours or why.trained) else ""
+        supervisor.end(status.FAILED, f"{died}{said}.")
         return
     supervisor.report.status.trainer.restarts += 1
     supervisor.before_step = restart.before_step
@@ -194,7 +196,7 @@ def _died(supervisor: Supervisor, gone: TrainerProcess, why: Death) -> None:
         when += f" from the checkpoint before step {restart.before_step:,}"
         supervisor.journal.note("fallback", before_step=restart.before_step)
     count = f" (death {deaths} of {MAX_DEATHS} without a new checkpoint)" if deaths > 1 else ""
-    supervisor.report.state(status.RECOVERING, f"The trainer died: {why.words.rstrip('.?!')}; {when}{count}.")
+    supervisor.report.state(status.RECOVERING, f"{'' if ours else 'The trainer died: '}{said}; {when}{count}.")
 
 
 def _waits_for_device(supervisor: Supervisor, gone: TrainerProcess, why: Death) -> bool:
@@ -205,7 +207,7 @@ def _waits_for_device(supervisor: Supervisor, gone: TrainerProcess, why: Death) 
     supervisor.journal.note("device lost", why=why.words, log=gone.log_path.name, next_look_seconds=delay_seconds)
     supervisor.start_at = time.monotonic() + delay_seconds
     when = f"Looking for it again in {delay_seconds:.0f} s."
-    supervisor.report.state(status.WAITING, f"Waiting for the GPU: {why.words.rstrip('.?!')}. {when}")
+    supervisor.report.state(status.WAITING, f"Waiting for the GPU: {errors.plain(why.words).rstrip('.?!')}. {when}")
     return True
 
 

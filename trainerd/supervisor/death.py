@@ -88,7 +88,7 @@ def explain(code: int, exception: Mapping[str, Any] | None, log_tail: str, *, ou
     if code == wire.EXIT_LEFT:
         return Death("somebody asked it to leave")
     if code == 0:
-        return Death("it ended without having finished (exit code 0, no result on disk)")
+        return Death("it ended without having finished (exit code 0, no result on disk); the task's own code may have called exit")
     by_code = _by_code(code, out_of_memory_killed)
     if by_code is not None and code in (-signal.SIGABRT, 128 + signal.SIGABRT):
         fatal = _FATAL.findall(log_tail)
@@ -122,6 +122,8 @@ def _by_code(code: int, out_of_memory_killed: bool) -> str | None:
 
 def _exception(event: Mapping[str, Any]) -> str:
     kind, text = str(event.get("type") or "an exception"), str(event.get("text") or "").strip()
+    if kind == SystemExit.__name__:
+        return _shorten(f"the task's own code called exit ({kind}: {text})")
     lines = text.splitlines()
     first = lines[0] if lines else ""
     return _with_meaning(_shorten(first if first.startswith(kind) else f"{kind}: {first}".rstrip(": ")))

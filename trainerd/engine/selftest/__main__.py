@@ -1,7 +1,7 @@
 """`python -m trainerd.engine.selftest --home DIR …`: the trial in a process of its own, one JSON line per event on its stdout.
 
 Must not print words: they are the client's. The end of its stdin means that nobody waits any more. The last line is the
-verdict. The folder is the asker's, to keep or to remove; only when he is gone it is removed here.
+verdict, or why there can be none just now. The folder is the asker's, to keep or to remove; only when he is gone it is removed here.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from trainerd.contract import wire
+from trainerd.contract.errors import EXIT_FAILED, EXIT_REFUSED, Refused
 
-_EXIT_BROKEN, _EXIT_LEFT = 4, 130
+_EXIT_LEFT = 130
 
 
 class Left(Exception):
@@ -44,10 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
         watch()
         verdict = devices.everything(asked, environment, _tell, watch)
         _tell("verdict", **verdict)
+    except Refused as refused:
+        _tell("refused", why=str(refused))
+        return EXIT_REFUSED
     except (Left, KeyboardInterrupt, BrokenPipeError):
         shutil.rmtree(asked.home, ignore_errors=True)
         return _EXIT_LEFT
-    return 0 if verdict["passed"] else _EXIT_BROKEN
+    return 0 if verdict["passed"] else EXIT_FAILED
 
 
 def _tell(event: str, **fields: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from trainerd.config.model import RunConfig
 from trainerd.contract import wire
+from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home, RunPaths
 from trainerd.engine.selftest import damage, oracle, small_run
 from trainerd.engine.selftest.life import Life
@@ -64,6 +65,8 @@ class _Seen:
     commits: int = 0
     named: set[str] = field(default_factory=set)
     error: str | None = None
+    refused: str | None = None
+    """Why the machine has no room for it just now."""
 
 
 @dataclass
@@ -90,7 +93,7 @@ class Trial:
         self._reach = max(_REACH, 2 * _COMMITS_OF_A_RUN // max(1, self.kills))
 
     def run(self) -> Tally:
-        """Everything; what does not hold is the tally's `problem`."""
+        """Everything; what does not hold is the tally's `problem`. Raises Refused when the machine has no room for a trainer."""
         try:
             while self._wants_more():
                 seed = self.seed + self.tally.runs % _NUM_SEEDS
@@ -201,6 +204,7 @@ class Trial:
             self.tally.exact, self.tally.because = False, event["because"]
         elif kind == wire.EXCEPTION:
             seen.error = f"{event.get('type')}: {event.get('text')}"
+            seen.refused = event.get("text") if event.get("type") == Refused.__name__ else None
 
     def _spoil(self, ledger: Ledger, found: oracle.Found) -> set[str]:
         """Damage the newest checkpoint, or the newest two; returns the names that the next life must give."""
@@ -222,6 +226,8 @@ class Trial:
         spoiled.clear()
 
     def _must_have_finished(self, life: Life, seen: _Seen) -> None:
+        if life.code == wire.EXIT_PERMANENT and seen.refused is not None:
+            raise Refused(seen.refused)
         if life.code != wire.EXIT_FINISHED:
             raise Broken(f"the trainer ended by itself with {life.code}: {seen.error or 'see its log'}")
 
