@@ -22,4 +22,5 @@ def refuse_without_room(home: Home, config: RunConfig) -> None:
     checkpoint = disk.checkpoint_bytes(parameters, config.train.optimizer)
     found = disk.room(free, checkpoint, disk.weights_bytes(parameters), config.checkpoint.keep, config.checkpoint.keep_best)
     if found.missing_bytes:
-        raise Refused(*disk.too_little(str(home.root), found, checkpoint))
+        message, hint = disk.too_little(str(home.root), found, checkpoint)
+        raise Refused(message, hint)

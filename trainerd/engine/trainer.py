@@ -230,7 +230,8 @@ class Trainer:
         metrics = disk.metrics_bytes(training.total_steps - training.step)
         found = disk.room(free, one, weights_bytes(training.model) + metrics, store.keep, store.keep_best, there=there)
         if found.missing_bytes and training.step == 0:
-            raise Refused(*disk.too_little(str(self.home.root), found, one, metrics))
+            message, hint = disk.too_little(str(self.home.root), found, one, metrics)
+            raise Refused(message, hint)
         if (found.keep, found.keep_best) == (store.keep, store.keep_best):
             return
         best = store.keep_best and self.config.train.early_stopping is not None  # its result is the best one
