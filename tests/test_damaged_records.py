@@ -89,7 +89,7 @@ def test_start_warns_of_a_damaged_run(home: Home, monkeypatch: pytest.MonkeyPatc
     """It may be the very run that was meant: said before a new one begins; --no-resume asked for a new one and is not told."""
     write(home, "mine")
     damage(home, "mine")
-    monkeypatch.setattr(choose, "_fingerprint", lambda _: {})
+    monkeypatch.setattr(choose, "look_at_data", lambda _: {})
     asked = choose.Resolved(RunConfig(), frozenset())
     assert "mine" in choose.choose(home, asked, resume=True).warnings[0]
     assert choose.choose(home, asked, resume=False).warnings == []
