@@ -260,14 +260,14 @@ def test_a_training_outlives_power_cuts_and_log_outs(account: Account, person: P
     before = seen.status.checkpoint.step if seen.status.checkpoint else 0
 
     account.logs_in()
-    goes_on(person, before)
+    second = goes_on(person, before, seen)
     account.logs_out()
     person.waits_until_gone()
     kept = runs.read(person.home, person.run())
     assert (kept.wanted, kept.outcome, kept.step) == ("running", None, person.steps()[-1][0])
 
     account.logs_in()
-    goes_on(person, kept.step or 0)
+    goes_on(person, kept.step or 0, second)
     assert person.types("stop").returncode == 0
     account.logs_out()
     account.logs_in()
@@ -275,5 +275,13 @@ def test_a_training_outlives_power_cuts_and_log_outs(account: Account, person: P
     assert not person.sees().alive and runs.names(person.home) == [kept.id]
 
 
-def goes_on(person: Person, step: int) -> None:
-    person.waits_for(lambda r: r.alive and r.state == status.RUNNING and r.status and (r.status.progress.step or 0) > step, what="going on")
+def goes_on(person: Person, step: int, before: status.Reading) -> status.Reading:
+    """Beyond this step, under a supervisor of its own: the file of the one before is there until the new one has written its first."""
+
+    def is_new(reading: status.Reading) -> bool:
+        now, then = reading.status and reading.status.supervisor, before.status and before.status.supervisor
+        return now is not None and then is not None and now.instance != then.instance
+
+    return person.waits_for(
+        lambda r: r.alive and r.state == status.RUNNING and is_new(r) and r.status and (r.status.progress.step or 0) > step, what="going on"
+    )
