@@ -1,6 +1,6 @@
 """Whether a trainer hangs: signs of life and ticks in, a verdict out. Must not know clocks, processes or what follows.
 
-A tick adds at most twice its length: after a suspended laptop, a stopped supervisor or a jump of the clock nothing is
+A gap of more than two ticks counts as one: after a suspended laptop, a stopped supervisor or a jump of the clock nothing is
 counted that nobody has watched. Time in which the trainer wanted to run and was not let does not count either.
 """
 
@@ -82,7 +82,9 @@ class HangWatch:
 
     def tick(self, elapsed_seconds: float, starved_share: float = 0.0) -> Hang | None:
         """So much time has passed, in that share of which the trainer was not let run. The verdict."""
-        counted = max(0.0, min(elapsed_seconds, self._most_seconds)) * (1.0 - min(max(starved_share, 0.0), 1.0))
+        # Of a longer gap nobody knows anything: the machine slept, or the supervisor was stopped. It counts as one tick.
+        known_seconds = elapsed_seconds if elapsed_seconds <= self._most_seconds else self._most_seconds / 2
+        counted = max(0.0, known_seconds) * (1.0 - min(max(starved_share, 0.0), 1.0))
         self.silent_seconds += counted
         if self._save is not None:
             self._saving_seconds += counted
