@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.toy import LEAVE, Script, Toy, config, run, same
+from tests.toy import LEAVE, Blocks, Script, Toy, config, run, same
 from trainerd.contract.errors import ConfigError
 from trainerd.engine import checkpointing
 from trainerd.engine.streaming import Copies, Stream
@@ -33,18 +33,9 @@ class Adapted(nn.Module):
         return x + self.dropout(torch.tanh(self.base(y) + self.adapter(y)))
 
 
-class Model(nn.Module):
+class Model(Blocks):
     def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(20, _WIDTH).requires_grad_(False)
-        self.blocks = nn.ModuleList(Adapted() for _ in range(_BLOCKS))
-        self.out = nn.Linear(_WIDTH, 20)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.out(x)
+        super().__init__(Adapted, _BLOCKS, _WIDTH)
 
 
 class Task(Toy):

@@ -28,7 +28,7 @@ _FOLDER = Path(__file__).parent
 pressure._PATIENCE_SECONDS = 2.0
 aside._HOLD_SECONDS = 1.0
 memory.ram = lambda pid=None: memory.RamFacts(int((_FOLDER / "used.txt").read_text() or 0), 16_000_000_000)
-aside._tree_bytes = lambda pid: int((_FOLDER / "own.txt").read_text())
+memory.process_tree_bytes = lambda pid: int((_FOLDER / "own.txt").read_text())
 guard._senses = lambda device: guard.Senses(memory.ram, lambda: 2_000_000_000, lambda: None, lambda share: None)
 
 class Long(Tiny):

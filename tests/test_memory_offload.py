@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.memory_oracle import TensorCount
 from tests.test_memory_fitting import CPU, DeepToy, bound, counted
-from tests.toy import Script, Toy, config
+from tests.toy import Blocks, Script, Toy, config
 from trainerd.config.model import RunConfig
 from trainerd.contract.errors import ConfigError
 from trainerd.contract.paths import Home
@@ -43,18 +43,9 @@ class Adapted(nn.Module):
         return x + self.down(torch.tanh(self.up(x))) + self.second(self.first(x))
 
 
-class Lora(nn.Module):
+class Lora(Blocks):
     def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(20, _WIDTH).requires_grad_(False)
-        self.blocks = nn.ModuleList(Adapted() for _ in range(_BLOCKS))
-        self.out = nn.Linear(_WIDTH, 20)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.out(x)
+        super().__init__(Adapted, _BLOCKS, _WIDTH)
 
 
 class LoraToy(Toy):

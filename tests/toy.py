@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,22 @@ class ToyModel(nn.Module):
         if self.training:
             self.seen += 1
         return self.out(torch.tanh(self.mix(self.dropout(self.embed(tokens)))))
+
+
+class Blocks(nn.Module):
+    """Blocks over a frozen embedding: for what is done block by block. `make()` gives one."""
+
+    def __init__(self, make: Callable[[], nn.Module], number: int, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, width).requires_grad_(False)
+        self.blocks = nn.ModuleList(make() for _ in range(number))
+        self.out = nn.Linear(width, 20)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.out(x)
 
 
 class Samples:

@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import psutil
-
 from trainerd.config.model import MemoryConfig
 from trainerd.contract import wire
 from trainerd.engine.lookout import Growing
@@ -51,7 +49,7 @@ class Beside:
         self._growing.seen(now, facts, over=over, ceiling_bytes=self._pressure.ceiling_bytes)
         if not over:
             return None
-        own_bytes = _tree_bytes(pid)
+        own_bytes = memory.process_tree_bytes(pid) or 0
         wanted = self._pressure.judge(now, facts.used_bytes, own_bytes, None)
         if wanted.what == LEAVE:
             return wanted
@@ -84,19 +82,3 @@ class Waiting:
             self._send(wire.WAITING, reason=f"Preparing the data waits for memory: {wanted.because}.")
             time.sleep(min(LOOK_SECONDS, self._hold_seconds))
         self._hold_seconds = min(_LONGEST_SECONDS, self._hold_seconds * 2)
-
-
-def _tree_bytes(pid: int) -> int:
-    """What a process and all it started hold; shared pages count for each, which is near enough to know who is large."""
-    try:
-        root = psutil.Process(pid)
-        tree = [root, *root.children(recursive=True)]
-    except psutil.Error:
-        return 0
-    found = 0
-    for process in tree:
-        try:
-            found += int(process.memory_info().rss)
-        except psutil.Error:
-            continue  # it has ended
-    return found

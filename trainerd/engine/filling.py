@@ -6,26 +6,23 @@ process again it ends at once, whatever the call is at; in a library user's proc
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import psutil
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from trainerd.config.model import MemoryConfig
 from trainerd.contract import wire
 from trainerd.contract.errors import Refused
-from trainerd.engine.lookout import Lookout
+from trainerd.engine.lookout import LAST_SHARE, Lookout
 from trainerd.engine.loop import Link
 from trainerd.machine import memory
-from trainerd.machine.memory import RamFacts
+from trainerd.machine.memory import RamFacts, own_bytes
 from trainerd.memory.limits import resolve_limit
 
 _GROWTH_SHARE = 0.05  # by which others may grow meanwhile and it is still we who have passed the limit
-_LAST_SHARE = 0.97
 _PATIENCE_SECONDS = 10.0
 WHAT_TO_DO = "A smaller model would fit, or more memory: close programs, or raise the limit."
 
@@ -40,7 +37,7 @@ class Filling:
         self._link = link
         self._begun = begun
         # A limit that others have passed before bounds nothing (fitting.py): what the machine has does.
-        self._ceiling_bytes = limit_bytes if ram.used_bytes <= limit_bytes else int(ram.total_bytes * _LAST_SHARE)
+        self._ceiling_bytes = limit_bytes if ram.used_bytes <= limit_bytes else int(ram.total_bytes * LAST_SHARE)
         self._own_before = own_bytes()
         self._others_bytes = ram.used_bytes - self._own_before + int(ram.total_bytes * _GROWTH_SHARE)
         self._since: float | None = None
@@ -85,8 +82,3 @@ def watched(config: MemoryConfig, link: Link, *, begun: bool) -> Iterator[None]:
         hook.remove()
     filling.seen(time.monotonic(), memory.ram())  # what was built within a second
     filling.check()
-
-
-def own_bytes() -> int:
-    """The RAM this process holds."""
-    return int(psutil.Process(os.getpid()).memory_info().rss)

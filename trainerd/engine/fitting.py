@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -225,8 +223,7 @@ def _place(config: RunConfig, plan: plans.Plan, home: Home) -> forecast.Place:
 def _ram_left(config: RunConfig) -> int:
     """Below the limit; when others have passed that before we began, it bounds nothing but growth (pressure.py): then of the machine."""
     ram = machine_memory.ram()
-    ours = int(psutil.Process(os.getpid()).memory_info().rss)
-    others = max(0, ram.used_bytes - ours)
+    others = max(0, ram.used_bytes - machine_memory.own_bytes())
     left = resolve_limit(config.memory.ram_limit, ram.total_bytes) - others
     return left if left > 0 else ram.total_bytes - others
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
 from trainerd.config.model import MemoryConfig
@@ -104,13 +103,8 @@ class Senses:
 
 
 def _senses(device: torch.device) -> Senses:
-    process = psutil.Process()
-
-    def own_bytes() -> int:
-        return int(process.memory_info().rss)
-
     if device.type != "cuda":
-        return Senses(machine_memory.ram, own_bytes, lambda: None, lambda share: None)
+        return Senses(machine_memory.ram, machine_memory.own_bytes, lambda: None, lambda share: None)
 
     def use() -> DeviceUse:
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
@@ -119,7 +113,7 @@ def _senses(device: torch.device) -> Senses:
     def cap(share: float) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
-    return Senses(machine_memory.ram, own_bytes, use, cap)
+    return Senses(machine_memory.ram, machine_memory.own_bytes, use, cap)
 
 
 class MemoryWatch:

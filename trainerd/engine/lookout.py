@@ -15,7 +15,7 @@ from trainerd.machine.memory import RamFacts
 
 _LOOK_SECONDS = 1.0
 _AGAIN_SECONDS = 60.0
-_LAST_SHARE = 0.97
+LAST_SHARE = 0.97  # of the machine: beyond it the system may end a program
 _END_SECONDS = 2.0
 _LAST = "The machine has hardly any RAM left, and less by the second: the system may end a program, this training perhaps. Close others."
 
@@ -63,7 +63,7 @@ class Growing:
         self._is_over = over
         grows = self._before_bytes is not None and ram.used_bytes > self._before_bytes
         self._before_bytes = ram.used_bytes
-        if grows and ram.used_bytes > ram.total_bytes * _LAST_SHARE and now - self._last_at >= _AGAIN_SECONDS:
+        if grows and ram.used_bytes > ram.total_bytes * LAST_SHARE and now - self._last_at >= _AGAIN_SECONDS:
             self._last_at = now
             self._send(wire.NOTE, kind="ram_at_its_last", **facts)
             self._send(wire.WARNING, text=_LAST)

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from trainerd.contract.paths import Home
+from trainerd.machine import memory
 from trainerd.memory import profile
 
 _SIDE_CPU, _SIDE_GPU = 1024, 4096
@@ -32,7 +31,7 @@ def measured() -> tuple[profile.Profile, str, str | None]:
 
     others = gpu_use.before_context()
     _take_a_step(torch, torch.device("cpu"))
-    process_bytes = int(psutil.Process().memory_info().rss) + _LATER_BYTES
+    process_bytes = memory.own_bytes() + _LATER_BYTES
     through = _through(torch.ones(_COPY_BYTES, dtype=torch.uint8), torch.device("cpu"))
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     workspace = 0

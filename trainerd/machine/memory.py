@@ -86,6 +86,11 @@ def swap() -> RamFacts:
     return RamFacts(int(memory.used), int(memory.total))
 
 
+def own_bytes() -> int:
+    """The RAM this process holds, what it shares with others included."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def process_tree_bytes(pid: int) -> int | None:
     """RAM of a process and all it started, shared pages counted once (PSS; private bytes on Windows). None: it is gone.
 

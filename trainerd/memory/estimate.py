@@ -39,6 +39,7 @@ _NOT_MODELLED = {
     "cuda": (
         "cuDNN's choice of algorithm and its workspace",
         "torch.compile, which allocates differently",
+        "PYTORCH_CUDA_ALLOC_CONF: the replay is of torch's default allocator",
         "what other programs will take of the GPU later",
         "prepared data and logs, on the disk",
     ),

@@ -38,7 +38,7 @@ class HangWatch:
 
     def __init__(self, faults: Mapping[str, Any], slowest: Mapping[str, float] | None = None, tick_seconds: float = 1.0) -> None:
         self._faults = faults
-        self._most_seconds = 2.0 * tick_seconds
+        self._tick_seconds = tick_seconds
         self._doublings = 0
         self.slowest = {str(k): float(v) for k, v in (slowest or {}).items() if isinstance(v, (int, float)) and math.isfinite(v)}
         self.started()
@@ -83,7 +83,7 @@ class HangWatch:
     def tick(self, elapsed_seconds: float, starved_share: float = 0.0) -> Hang | None:
         """So much time has passed, in that share of which the trainer was not let run. The verdict."""
         # Of a longer gap nobody knows anything: the machine slept, or the supervisor was stopped. It counts as one tick.
-        known_seconds = elapsed_seconds if elapsed_seconds <= self._most_seconds else self._most_seconds / 2
+        known_seconds = elapsed_seconds if elapsed_seconds <= 2 * self._tick_seconds else self._tick_seconds
         counted = max(0.0, known_seconds) * (1.0 - min(max(starved_share, 0.0), 1.0))
         self.silent_seconds += counted
         if self._save is not None:
