@@ -118,6 +118,25 @@ def test_the_faster_way_to_fit_is_taken() -> None:
     assert chosen(whole, splittable=False) == Setup("cuda", "fp32", 64, 64, checkpointing="selective")
 
 
+def _gradients_last(samples: int, held_mb: int) -> traced.Trace:
+    """So many MB per sample on the way there; a gradient of 300 MB when they have gone."""
+    return traced.Trace(samples, [samples * held_mb * MB, 300 * MB], [0, ~0, 1], samples * 1e9, gradients=[[3, 1, 0]])
+
+
+def test_a_batch_in_one_piece_may_need_less_than_one_in_two() -> None:
+    """Gradients that wait for the second piece lie beside its activations; the plan that needs none of them is found."""
+    modes = {}
+    for mode, held in {"none": 200, "full": 60}.items():
+        some = [_gradients_last(samples, held) for samples in (1, 2)]
+        modes[mode] = traced.Traces(some, [traced.Trace(trace.samples, [trace.samples * held * MB], [0, ~0]) for trace in some])
+    table = traced.TracedTable("made", "fp32", [("fp32", [75_000, 1000])], [], [], [], 75_000_000, modes)
+    needs = [estimate(table, Setup("cuda", "fp32", n, 4, checkpointing="full")).needed.upper for n in (4, 2, 1)]
+    assert needs[0] < min(needs[1:]) - 200 * MB
+    asked = RunConfig.model_validate({"task": "a", "train": {"batch_size": 4, "precision": "fp32"}, "memory": {"offload": "none"}})
+    answer = forecast.answer(asked, forecast.Place("cuda", int(needs[0]) + MB, "fp32"), table)
+    assert (answer.verdict, answer.setup.micro_batch, answer.setup.checkpointing) == (FITS, 4, "full")
+
+
 def test_checkpointing_of_no_blocks_is_refused() -> None:
     """`plan` and `start` say so before anything is started."""
     for mode in AGAIN:

@@ -94,7 +94,8 @@ def choose(question: Question, table: Table, estimating: Estimating) -> Answer:
             taken = used if best.setup.micro_batch == question.setup.micro_batch else (*used, "smaller micro-batch")
             better = _proposals(question, table, ask) if wanted == TIGHT else ()
             return Answer(best, judge(best, question.budget_bytes, question.ram_bytes), question.budget_bytes, taken, better)
-    smallest = ask(ways[-1][0].with_micro_batch(1)) if _may_split(question) else ask(ways[-1][0])
+    last = ways[-1][0]
+    smallest = min((ask(setup) for setup in ([last, last.with_micro_batch(1)] if _may_split(question) else [last])), key=_upper)
     return Answer(smallest, TOO_LARGE, question.budget_bytes, (), _proposals(question, table, ask))
 
 
@@ -105,6 +106,10 @@ def _fastest(found: list[tuple[Estimate, tuple[str, ...]]]) -> tuple[Estimate, t
         if other[0].pace < best[0].pace * _CLEARLY:
             best = other
     return best
+
+
+def _upper(estimate: Estimate) -> float:
+    return estimate.needed.upper
 
 
 def _may_split(question: Question) -> bool:
@@ -135,8 +140,11 @@ def _largest(setup: Setup, question: Question, ask: Estimating, wanted: str) -> 
     batch = setup.effective_batch
     if not _may_split(question):
         return ask(setup) if good(1, setup.micro_batch) else None
-    low, high = 1, batch
-    if not good(high):
+    if good(1):
+        return ask(setup.with_micro_batch(batch))
+    # In one piece no gradients wait beside the activations, so two may need more than one; from there on it goes down.
+    low, high = 2, batch
+    if high < low or not good(high):
         return None
     while low < high:
         middle = (low + high) // 2
