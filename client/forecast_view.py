@@ -82,7 +82,7 @@ def _proposed(proposal: Proposal) -> list[str]:
 
 def _heading(found: Estimate, outlook: Outlook, style: Style) -> list[str]:
     setup = found.setup
-    pieces = f"{count(setup.accumulation)} × {count(setup.micro_batch)}" if setup.accumulation > 1 else "at once"
+    pieces = f"as {count(setup.accumulation)} × {count(setup.micro_batch)}" if setup.accumulation > 1 else "at once"
     learned = "" if found.num_trainable == found.num_parameters else f", {count(found.num_trainable)} of them learned"
     said = (
         f"{found.kind}: {count(found.num_parameters)} parameters{learned}, on {outlook.where}; "
