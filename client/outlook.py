@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +21,7 @@ from trainerd.contract.paths import Home
 from trainerd.contract.sizes import parse_memory
 from trainerd.machine import adapters, cpu, gpu
 from trainerd.machine.memory import ram
-from trainerd.memory import forecast, profile, receipts, traced
+from trainerd.memory import allocator_settings, forecast, profile, receipts, traced
 from trainerd.memory.limits import resolve_limit
 from trainerd.memory.planner import Answer
 from trainerd.memory.profile import Profile
@@ -176,13 +178,15 @@ def _place(home: Home, config: RunConfig, budget: str | None, device: str | None
     name = gpus[0].name if kind == "cuda" and gpus else "cpu"
     path = profile.file_of(home.cache, name, gpu.driver_version() if kind == "cuda" else None, torch)
     known = profile.read(path)
+    allocator = allocator_settings.asked(os.environ, sys.platform)
     if budget is not None:
         if name == "cpu" and kind == "cuda":
             known = Profile()
-        place = forecast.Place(kind, _bytes(budget), _precision(kind, gpus), known, (), name)
+        place = forecast.Place(kind, _bytes(budget), _precision(kind, gpus), known, (), name, None, allocator)
         return place, "a GPU" if kind == "cuda" else "a CPU", f"a budget of {budget}"
     left, words = _left(config, kind, gpus)
-    place = forecast.Place(kind, left, _precision(kind, gpus), known, receipts.read(home), name, _left(config, "cpu", gpus)[0])
+    ram_left = _left(config, "cpu", gpus)[0]
+    place = forecast.Place(kind, left, _precision(kind, gpus), known, receipts.read(home), name, ram_left, allocator)
     return place, _named(kind, gpus), words
 
 

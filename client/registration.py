@@ -17,6 +17,7 @@ from trainerd.contract.paths import Home
 from trainerd.contract.runs import RunRecord
 from trainerd.machine import autostart
 from trainerd.machine.autostart import Entry, Found
+from trainerd.memory.allocator_settings import VARIABLES
 
 from . import console
 
@@ -25,7 +26,7 @@ LOG = "autostart.log"  # in training_logs: one line for each log-in
 _SWITCH = "TRAINERD_AUTOSTART"
 _SCRIPT = "run_optimized_training.py"
 # What the shell that started the training set and a log-in does not: with another device or library it would be another run.
-_KEPT_VARIABLES = ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "HF_HOME", "TRAINERD_STATE")
+_KEPT_VARIABLES = ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "HF_HOME", "TRAINERD_STATE", *VARIABLES)
 
 
 @dataclass

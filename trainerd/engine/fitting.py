@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +27,7 @@ from trainerd.engine.precision import Precision
 from trainerd.engine.task import MapDataset, Task
 from trainerd.machine import gpu
 from trainerd.machine import memory as machine_memory
-from trainerd.memory import forecast, planner, profile, receipts, traced
+from trainerd.memory import allocator_settings, forecast, planner, profile, receipts, traced
 from trainerd.memory.estimate import Estimate, estimate
 from trainerd.memory.limits import resolve_limit
 from trainerd.memory.timeline import Setup, Table, tells
@@ -62,6 +64,7 @@ class Forecast:
             checkpointing=plan["activation_checkpointing"].replace("off", "none"),
             attention=plan.get("attention", attention.AUTO),
             compiled=plan.get("compile", False),
+            allocator=self.place.allocator if self.place.device == "cuda" else "",
         )
 
     def predicted(self, plan: plans.Plan, config: RunConfig) -> Estimate | None:
@@ -217,7 +220,8 @@ def _place(config: RunConfig, plan: plans.Plan, home: Home) -> forecast.Place:
         budget = resolve_limit(config.memory.vram_limit, total) - max(0, total - free - ours)
     else:
         budget = _ram_left(config)
-    return forecast.Place(device.type, budget, plan["precision"], measured, receipts.read(home), name, _ram_left(config))
+    allocator = allocator_settings.asked(os.environ, sys.platform)
+    return forecast.Place(device.type, budget, plan["precision"], measured, receipts.read(home), name, _ram_left(config), allocator)
 
 
 def _ram_left(config: RunConfig) -> int:

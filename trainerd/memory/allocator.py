@@ -1,13 +1,14 @@
 """torch's CUDA caching allocator, replayed: from births and deaths of storages to allocated and reserved bytes.
 
-The rules are those of c10/cuda/CUDACachingAllocator.cpp (one stream, no max_split_size, no power-of-two rounding): malloc,
-get_free_block, should_split, get_allocation_size, alloc_found_block, free_block, try_merge_blocks, release_cached_blocks,
-garbage_collect_cached_blocks; find_expandable_block and map_block for expandable segments. Written from that source and not
-yet compared with a GPU; tests/test_memory_gpu.py does so where there is one. Must not know what the storages hold.
+The rules are those of c10/cuda/CUDACachingAllocator.cpp (one stream): malloc, round_size, roundup_power2_next_division,
+get_free_block, should_split, get_allocation_size, alloc_found_block, free_block, try_merge_blocks, release_available_cached_blocks,
+release_cached_blocks, garbage_collect_cached_blocks; find_expandable_block and map_block for expandable segments. Written from that
+source and not yet compared with a GPU; tests/test_memory_gpu.py does so where there is one. Must not know what the storages hold.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 _MIN_BLOCK = 512
 _SMALL = 1 << 20  # at most this comes from the small pool
 _SMALL_SEGMENT = 2 << 20
-_LARGE_SEGMENT = 20 << 20
+LARGE_SEGMENT = 20 << 20
 _LEAST_OWN_SEGMENT = 10 << 20  # from here on a request has a segment of its own
 _ROUND_LARGE = 2 << 20
+_FIRST_POWER = 20  # below 1 MiB it is divided as from there on
 _FAR = 1 << 50  # address space between segments: they never touch
 
 
@@ -63,9 +65,8 @@ class _Block:
 class _Pool:
     """Free blocks of one kind, the smallest first and of equal ones the lowest; `unmapped` only by address."""
 
-    def __init__(self, small: bool) -> None:
-        self.small = small
-        self.page = _SMALL_SEGMENT if small else _LARGE_SEGMENT
+    def __init__(self, small: bool, page: int) -> None:
+        self.small, self.page = small, page
         self.order: list[tuple[int, int]] = []
         self.blocks: dict[int, _Block] = {}
         self.unmapped: list[int] = []
@@ -88,25 +89,38 @@ class _Pool:
 
 
 class Allocator:
-    """Counts what torch would have allocated and reserved. `limit` is the process's cap, `device_bytes` the whole device."""
+    """Counts what torch would have allocated and reserved. `limit` is the process's cap, `device_bytes` the whole device; the others
+    are the variable's (allocator_settings.py), in bytes: `rounding` is max_non_split_rounding_mb, `divisions` are by powers of two."""
 
-    def __init__(self, *, expandable: bool = False, limit: int | None = None, collect_at: float = 0.0, device_bytes: int = 1 << 42) -> None:
+    def __init__(
+        self,
+        *,
+        expandable: bool = False,
+        limit: int | None = None,
+        collect_at: float = 0.0,
+        device_bytes: int = 1 << 42,
+        max_split: float = math.inf,
+        rounding: int = LARGE_SEGMENT,
+        large_segment: int = LARGE_SEGMENT,
+        divisions: Sequence[int] = (),
+    ) -> None:
         self.expandable, self.limit, self.collect_at = expandable, limit, collect_at
-        self.device_bytes = device_bytes
+        self.device_bytes, self.max_split, self.rounding = device_bytes, max_split, rounding
+        self.large_segment, self.divisions = large_segment, divisions
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = self.retries = 0
-        self._pools = (_Pool(True), _Pool(False))
+        self._pools = (_Pool(True, _SMALL_SEGMENT), _Pool(False, large_segment))
         self._next_address = _FAR
 
     def malloc(self, size: int) -> _Block | None:
         """A block for `size` bytes; nothing for none, as in torch."""
         if size <= 0:
             return None
-        size = -(-size // _MIN_BLOCK) * _MIN_BLOCK
+        size = self._rounded(size)
         pool = self._pools[size > _SMALL]
         pool.calls += 1
         block = self._cached(pool, size) or self._fresh(pool, size)
         rest = block.size - size
-        if rest >= _MIN_BLOCK if pool.small or self.expandable else rest > _SMALL:
+        if rest >= _MIN_BLOCK if pool.small or self.expandable else rest > _SMALL and size < self.max_split:
             pool.put(block.cut(size))
         block.free = False
         self.allocated += block.size
@@ -132,6 +146,16 @@ class Allocator:
                 elif block.prev is None and block.next is None:
                     pool.take(block)
                     self.reserved -= block.size
+
+    def _rounded(self, size: int) -> int:
+        """To 512 bytes; where powers of two are divided, to the next of these parts."""
+        if self.divisions and size >= _MIN_BLOCK:
+            power = size.bit_length() - 1
+            times = self.divisions[min(max(0, power - _FIRST_POWER), len(self.divisions) - 1)]
+            if times > 1 and size > _MIN_BLOCK * times:
+                part = (1 << power) // times
+                return -(-size // part) * part
+        return -(-size // _MIN_BLOCK) * _MIN_BLOCK
 
     def _merged(self, block: _Block) -> _Block:
         """`block` with the free neighbours that are mapped like it; those leave the pool."""
@@ -160,6 +184,8 @@ class Allocator:
                 if _reach(other) >= _reach(block):
                     break
                 block = other
+        if size < self.max_split <= block.size or self.max_split <= size <= block.size - self.rounding:
+            return None  # what is never split goes to requests of nearly its own size
         pool.take(block)
         return block
 
@@ -167,8 +193,8 @@ class Allocator:
         """Memory from the driver; at the limit, after giving back what is cached."""
         if self.collect_at and self.limit is not None:
             self._collect(int(self.collect_at * self.limit))
-        whole = segment_bytes(size)
-        if not self._allows(whole):
+        whole = segment_bytes(size, self.large_segment)
+        if not self._allows(whole) and not (self._gave_up_oversize(pool, size) and self._allows(whole)):
             self.retries += 1
             self.empty_cache()
             if not self._allows(whole):
@@ -179,6 +205,22 @@ class Allocator:
         self._next_address += _FAR
         self._reserve(whole)
         return block
+
+    def _gave_up_oversize(self, pool: _Pool, size: int) -> bool:
+        """With max_split_size: one block that is never split and large enough goes back, else the largest of them until it is enough."""
+        if self.max_split == math.inf or self.expandable:
+            return False
+        wanted = max(size, int(self.max_split))
+        place = bisect_left(pool.order, (wanted, 0))
+        given = 0
+        going = pool.order[place : place + 1] or pool.order[::-1]
+        for held, address in list(going):
+            if given >= wanted or held < self.max_split:
+                break
+            pool.take(pool.blocks[address])
+            self.reserved -= held
+            given += held
+        return given >= wanted
 
     def _allows(self, more: int) -> bool:
         return self.limit is None or self.reserved + more <= self.limit
@@ -278,12 +320,12 @@ def replay(sizes: Sequence[int], events: Sequence[int], allocator: Allocator) ->
     return Peaks(allocator.peak_allocated, allocator.peak_reserved, allocator.retries)
 
 
-def segment_bytes(size: int) -> int:
+def segment_bytes(size: int, large_segment: int = LARGE_SEGMENT) -> int:
     """What is asked of the driver for a request of this size."""
     if size <= _SMALL:
         return _SMALL_SEGMENT
     if size < _LEAST_OWN_SEGMENT:
-        return _LARGE_SEGMENT
+        return large_segment
     return -(-size // _ROUND_LARGE) * _ROUND_LARGE
 
 

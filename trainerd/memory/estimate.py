@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from trainerd.memory import disk, pace, receipts
+from trainerd.memory import allocator_settings, disk, pace, receipts
 from trainerd.memory.playing import Played, played
 from trainerd.memory.profile import Profile
 from trainerd.memory.receipts import Trust
@@ -39,7 +39,6 @@ _NOT_MODELLED = {
     "cuda": (
         "cuDNN's choice of algorithm and its workspace",
         "torch.compile, which allocates differently",
-        "PYTORCH_CUDA_ALLOC_CONF: the replay is of torch's default allocator",
         "what other programs will take of the GPU later",
         "prepared data and logs, on the disk",
     ),
@@ -121,7 +120,7 @@ def estimate(
         breakdown[_PROCESS] = profile.process_bytes
     left_out = list(_NOT_MODELLED[setup.device])
     if setup.device == "cuda":
-        left_out.insert(0, UNVERIFIED)
+        left_out = [UNVERIFIED, *allocator_settings.settings(setup.allocator).left_out, *left_out]
     return Estimate(
         setup=setup,
         kind=table.kind,
@@ -211,6 +210,7 @@ def _ranged(trust: Trust, measure: str, point: float, upper: float) -> Range:
 def _assumed(profile: Profile, setup: Setup, is_traced: bool) -> list[str]:
     return [
         *([_COMPILED] if setup.compiled else []),
+        *([f"torch's allocator as {allocator_settings.VARIABLES[0]} asks for it: {setup.allocator}"] if setup.allocator else []),
         *([_BY_CPU] if is_traced and setup.device == "cuda" else []),
         *_unmeasured(profile, setup),
     ]

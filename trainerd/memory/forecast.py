@@ -36,6 +36,8 @@ class Place:
     """What receipts call the device."""
     ram_bytes: int | None = None
     """What of the RAM is left for us when the device is a GPU; None: not known."""
+    allocator: str = ""
+    """What the trainer's environment asks torch's allocator for (allocator_settings.py)."""
 
 
 def question(config: RunConfig, place: Place, splittable: bool = True) -> Question:
@@ -57,6 +59,7 @@ def question(config: RunConfig, place: Place, splittable: bool = True) -> Questi
         compiled=train.compile,
         checkpointing=again,
         attention=train.attention,
+        allocator=place.allocator if place.device == "cuda" else "",
     )
     values: dict[str, object] = {"memory.logits": config.memory.logits, "memory.offload": config.memory.offload}
     values["train.activation_checkpointing"] = "none" if train.compile else train.activation_checkpointing

@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
-from trainerd.memory import native
+from trainerd.memory import allocator_settings
 from trainerd.memory.allocator import Peaks
 from trainerd.memory.timeline import STEP, Setup, Table, Timeline
 
@@ -57,7 +57,9 @@ def _play(table: Table, setup: Setup, workspace_bytes: int) -> Played:
         timeline = table.timeline(setup)
         peaks = Peaks(0, 0)
         if setup.device == "cuda":
-            peaks = native.peaks([*timeline.sizes, workspace_bytes], _with_workspace(timeline, len(timeline.sizes)))
+            peaks = allocator_settings.peaks(
+                [*timeline.sizes, workspace_bytes], _with_workspace(timeline, len(timeline.sizes)), setup.allocator
+            )
     finally:
         if collecting:
             gc.enable()

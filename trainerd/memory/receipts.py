@@ -76,8 +76,9 @@ def read(home: Home) -> list[dict[str, Any]]:
 
 
 def setup_kind(setup: Setup) -> dict[str, Any]:
-    """What of a setup decides which of torch's kernels and which states there are. A micro-batch only makes them larger."""
-    return {
+    """What of a setup decides which of torch's kernels and which states there are, and how they are allocated. A micro-batch only
+    makes them larger. torch's own allocator is not named: a receipt of an earlier trainerd means that one."""
+    kind = {
         "precision": setup.precision,
         "optimizer": setup.optimizer,
         "offload": setup.offload,
@@ -86,9 +87,10 @@ def setup_kind(setup: Setup) -> dict[str, Any]:
         "attention": setup.attention,
         "compiled": setup.compiled,
     }
+    return kind | {"allocator": setup.allocator} if setup.allocator else kind
 
 
-_USUAL = {"offload": "none", "checkpointing": "none", "logits": "chunked", "attention": "auto", "compiled": False}
+_USUAL = {"offload": "none", "checkpointing": "none", "logits": "chunked", "attention": "auto", "compiled": False, "allocator": ""}
 
 
 def _in_words(kind: Mapping[str, Any]) -> str:

@@ -41,6 +41,8 @@ class Setup:
     """The kernel of scaled_dot_product_attention that was asked for (train.attention)."""
     compiled: bool = False
     """Whether torch.compile is on: then the estimate is that of the model without it, and says so."""
+    allocator: str = ""
+    """What torch's CUDA allocator is asked for by its variable (allocator_settings.py); empty: nothing, or a CPU."""
 
     @property
     def accumulation(self) -> int:
