@@ -65,9 +65,6 @@ class Unknown:
 
 def look(home: Home, asked: Resolved, budget: str | None = None, device: str | None = None) -> Outlook | Unknown:
     """What training `asked` would need here, or within `budget` ("3.5GB") on a "gpu" or "cpu". Raises UsageError."""
-    if asked.config.memory.offload == "zero2":
-        said = "With memory.offload=zero2 nothing is foretold: what DeepSpeed allocates is its own."
-        return Unknown(f"{said} memory.offload=optimizer leaves as little on the GPU, needs less RAM, and is in the estimate.")
     place, where, words = _place(home, asked.config, budget, device)
     found = table_of(home, asked, place)
     notes = () if budget is not None or device is not None else unused_gpu()

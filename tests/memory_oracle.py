@@ -39,6 +39,8 @@ class TensorCount(TorchDispatchMode):
         return result
 
     def _meet(self, tensor: torch.Tensor) -> None:
+        if tensor.is_meta:
+            return  # a size without bytes
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen:

@@ -117,6 +117,16 @@ def whole(config: RunConfig, micro_batch: int, document: Mapping[str, Any] | Non
     return made | {name: own[name] for name in _FREE if own.get(name, AUTO) != AUTO}
 
 
+def buffers(config: RunConfig, *, on_gpu: bool) -> dict[str, Any]:
+    """What its zero_optimization will say: how large its buffers are, and where. A person's own that is not there says nothing."""
+    try:
+        own = read(Path(config.memory.deepspeed_config)) if config.memory.deepspeed_config is not None else None
+    except FileNotFoundError:
+        own = None
+    zero: dict[str, Any] = whole(config, 1, own, on_gpu=on_gpu)["zero_optimization"]
+    return zero
+
+
 def _contradictions(config: RunConfig, document: Mapping[str, Any]) -> list[str]:
     found: list[str] = []
     train = config.train

@@ -119,7 +119,7 @@ class MemoryConfig(Section):
     offload: Literal["auto", "none", "optimizer", "base", "zero2"] = "auto"
     """What lies in RAM in place of the GPU's memory. optimizer: its state, its own copy of the weights, and the gradients: 16
     bytes of RAM per weight; base: the frozen weights of the task's blocks, copied to the GPU while each computes; zero2: the optimizer,
-    by DeepSpeed's ZeRO-2 (Linux, the extra `deepspeed`), 24 bytes of RAM per weight; auto: nothing, unless it would not fit otherwise."""
+    by DeepSpeed's ZeRO-2 (Linux, the extra `deepspeed`), 20 to 40 bytes per weight; auto: nothing, unless it would not fit otherwise."""
     deepspeed_config: str | None = None
     """A ds_config.json of your own for zero2; "auto" in it is what this configuration says, and a contradiction is refused. What
     DeepSpeed was given is in the run's folder as ds_config.json."""

@@ -33,6 +33,14 @@ def written(config: RunConfig, plan: plans.Plan, paths: RunPaths) -> dict[str, A
     return document
 
 
+def at_hand(config: RunConfig, paths: RunPaths) -> RunConfig:
+    """The configuration, with what the run was given last in place of a person's own that has gone away."""
+    wanted, last = config.memory.deepspeed_config, paths.folder / FILE
+    if wanted is None or Path(wanted).is_file() or not last.is_file():
+        return config
+    return config.model_copy(update={"memory": config.memory.model_copy(update={"deepspeed_config": str(last)})})
+
+
 def _own(config: RunConfig, last: Path) -> dict[str, Any] | None:
     wanted = config.memory.deepspeed_config
     if wanted is None:

@@ -31,6 +31,7 @@ from trainerd.memory import allocator_settings, forecast, planner, profile, rece
 from trainerd.memory.estimate import Estimate, estimate
 from trainerd.memory.limits import resolve_limit
 from trainerd.memory.timeline import Setup, Table, tells
+from trainerd.memory.zero2 import Buckets
 
 Send = Callable[..., None]
 
@@ -48,6 +49,8 @@ class Forecast:
     """What this life of the run began with."""
     recoveries: int = 0
     """Out-of-memories before it."""
+    buckets: Buckets | None = None
+    """DeepSpeed's, where it has the optimizer."""
     peak_before: int = 0
     """RAM that was held for a moment before the training, where the system's count cannot leave it out."""
 
@@ -65,6 +68,7 @@ class Forecast:
             attention=plan.get("attention", attention.AUTO),
             compiled=plan.get("compile", False),
             allocator=self.place.allocator if self.place.device == "cuda" else "",
+            buckets=self.buckets,
         )
 
     def predicted(self, plan: plans.Plan, config: RunConfig) -> Estimate | None:
@@ -96,10 +100,6 @@ def foresee(
     table: Table | None = None
     name: str | None = None
     peak_before = 0
-    if plan["offload"] == plans.ZERO2:
-        plan.pop("open", None)
-        send(wire.NOTE, kind="no_memory_estimate", text="what DeepSpeed allocates is not in the estimate")
-        return Forecast(None, place, None, task.splittable)
     try:
         table = task.memory_table()
         if table is None and traces:
@@ -108,7 +108,8 @@ def foresee(
     except Exception as error:  # a user's model may do anything; its own training tells what is wrong
         text = f"{type(error).__name__}: {error}"[:300]
         send(wire.NOTE, kind="no_memory_estimate", text=text)
-    found = Forecast(table, place, name if table is not None else None, task.splittable)
+    trace = name if table is not None else None
+    found = Forecast(table, place, trace, task.splittable, buckets=forecast.buckets(config, place.device))
     if table is not None and not begun:
         _fit(found, table, config, plan, send, len(dataset))
     plan.pop("open", None)

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trainerd.contract.errors import ConfigError
-from trainerd.memory import receipts
+from trainerd.memory import receipts, zero2
 from trainerd.memory.estimate import Estimate, estimate
 from trainerd.memory.planner import Answer, Question, choose
 from trainerd.memory.profile import Profile
 from trainerd.memory.techniques import TECHNIQUES
 from trainerd.memory.timeline import Setup, Table, tells
+from trainerd.memory.zero2 import Buckets
 
 if TYPE_CHECKING:  # pydantic costs more than an estimate may take to import; whoever has a RunConfig has it already
     from trainerd.config.model import RunConfig
@@ -60,12 +61,24 @@ def question(config: RunConfig, place: Place, splittable: bool = True) -> Questi
         checkpointing=again,
         attention=train.attention,
         allocator=place.allocator if place.device == "cuda" else "",
+        buckets=buckets(config, place.device),
     )
     values: dict[str, object] = {"memory.logits": config.memory.logits, "memory.offload": config.memory.offload}
     values["train.activation_checkpointing"] = "none" if train.compile else train.activation_checkpointing
     values |= {"train.micro_batch": train.micro_batch, "train.precision": train.precision, "train.optimizer": train.optimizer}
     fixed = frozenset(key for key, value in values.items() if value != "auto")
     return Question(setup, place.budget_bytes, fixed, splittable, place.ram_bytes)
+
+
+def buckets(config: RunConfig, device: str) -> Buckets | None:
+    """DeepSpeed's, as the configuration and a person's own ds_config.json have them; None where it has no part in the training."""
+    if config.memory.offload != zero2.NAME:
+        return None
+    from trainerd.config import deepspeed
+
+    zero = deepspeed.buffers(config, on_gpu=device != "cpu")
+    copies = 2 if zero["overlap_comm"] else 1
+    return Buckets(int(zero["reduce_bucket_size"]), copies, bool(zero["offload_optimizer"]["pin_memory"]))
 
 
 def foretold(config: RunConfig, setup: Setup, place: Place, table: Table) -> Estimate | None:

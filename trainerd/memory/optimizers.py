@@ -20,7 +20,8 @@ NAMES = ("adamw", "adam", "sgd", "adafactor", "adamw8bit", "paged_adamw8bit")
 
 
 class Optimizer:
-    """The states of one optimizer on a tape; `host_bytes` is what lies in pageable or managed host memory instead.
+    """The states of one optimizer on a tape; `host_bytes` is what lies in host memory instead, `pinned_bytes` the part a GPU copies from
+    and to by itself, `state_bytes` the states alone, wherever they are.
 
     `on_host`: the optimizer is on the CPU (trainerd/engine/offload.py). `moving_bytes` are then its own copy of the weights, the
     sums of the gradients, and where they land: pinned memory, when the device is a GPU.
@@ -31,9 +32,9 @@ class Optimizer:
             raise ValueError(f"no memory table for the optimizer {name!r}; there is {', '.join(NAMES)}")
         self.tape, self.name, self.on_host = tape, name, on_host
         self.kernel = kernel or _kernel(tape)
-        self.host_bytes = self.moving_bytes = 0
+        self.host_bytes = self.pinned_bytes = self.moving_bytes = self.state_bytes = 0
         self._elsewhere = on_host and tape.device != "cpu"
-        tape.gradients_leave = on_host
+        tape.leaving = _gone if on_host else None
         self._states: list[Tensor] = []
 
     @property
@@ -63,6 +64,8 @@ class Optimizer:
         self.moving_bytes = _MASTERS * sum(sizes)
         if self._elsewhere:
             self.moving_bytes += _LANDINGS * max(sizes, default=0)
+            self.pinned_bytes = self.moving_bytes
+            self.host_bytes += self.moving_bytes
         else:
             self._states.append(self.tape.new((self.moving_bytes,), "uint8"))
 
@@ -76,10 +79,14 @@ class Optimizer:
 
     def _hold(self, number: int, dtype: str) -> None:
         paged = self.name == "paged_adamw8bit" and dtype == "uint8" and number >= _PAGED_LEAST
+        self.state_bytes += number * BYTES[dtype]
         if self._elsewhere or paged:
             self.host_bytes += number * BYTES[dtype]
         else:
             self._states.append(self.tape.new((number,), dtype))
+
+    def after_backward(self) -> None:
+        """What goes when the way back has been gone."""
 
     def work(self) -> None:
         """What the step itself allocates and frees."""
@@ -133,6 +140,11 @@ def state_of(name: str, shape: Sequence[int], dtype: str = "fp32") -> list[tuple
         return [(numbers, "fp32"), (numbers, "fp32")]
     blocks = -(-numbers // _EIGHT_BIT_BLOCK)
     return [(numbers, "uint8"), (numbers, "uint8"), (blocks, "fp32"), (blocks, "fp32")]
+
+
+def _gone(gradient: Tensor) -> bool:
+    """It is on its way to the host, and the device keeps nothing of it."""
+    return True
 
 
 def _kernel(tape: Tape) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trainerd.memory import zero2
 from trainerd.memory.profile import Profile
 from trainerd.memory.timeline import Setup, Timeline
 
@@ -26,6 +27,8 @@ _WEIGHT_PASSES = 4  # read on both ways; its gradient is read and written
 _UPDATE_PASSES = 3  # an optimizer reads the weight and its gradient, and writes the weight
 _SUM_PASSES = 3
 _STATE_PASSES = 2
+_BUFFER_PASSES = 4  # DeepSpeed scales the gradients where they lie, and writes the weights into a buffer first
+_ON_HOST = ("optimizer", zero2.NAME)
 _THERE_AND_BACK = 2  # a streamed block comes for the way there, and once more for the way back
 
 
@@ -51,7 +54,10 @@ def speeds(profile: Profile, device: str) -> Speeds:
 
 def over_the_bus(timeline: Timeline, setup: Setup, speed: Speeds) -> float:
     """Seconds of one step; while something else is computed, at best: a base that is streamed, gradients on their way to the CPU."""
-    leaving = timeline.num_trainable * _WEIGHT_BYTES / speed.back if setup.offload == "optimizer" else 0.0
+    weights = timeline.num_trainable * _WEIGHT_BYTES
+    leaving = weights / speed.back if setup.offload in _ON_HOST else 0.0
+    if setup.offload == zero2.NAME and setup.accumulation > 1:
+        leaving += weights / speed.there  # sums come to the GPU, are added to there, and go again
     return setup.accumulation * (leaving + _THERE_AND_BACK * timeline.streamed_bytes / speed.there)
 
 
@@ -60,9 +66,10 @@ def updating(timeline: Timeline, setup: Setup, speed: Speeds) -> float:
     first, and the weights go back afterwards: nothing computes meanwhile."""
     weights = timeline.num_trainable * _WEIGHT_BYTES
     passing = _UPDATE_PASSES * weights + _STATE_PASSES * timeline.state_bytes
-    if setup.offload != "optimizer":
+    if setup.offload not in _ON_HOST:
         return passing / speed.device
-    return (passing + (setup.accumulation - 1) * _SUM_PASSES * weights) / speed.ram + weights / speed.there
+    sums = (setup.accumulation - 1) * _SUM_PASSES if setup.offload != zero2.NAME else _BUFFER_PASSES
+    return (passing + sums * weights) / speed.ram + weights / speed.there
 
 
 def seconds(timeline: Timeline, setup: Setup, profile: Profile) -> float:

@@ -117,8 +117,8 @@ class Tape:
         """The kernel of attention that was asked for: math holds a table of scores."""
         self.adds_in_place = True
         """torch adds gradients in place where it may; never while a dispatch mode is counting."""
-        self.gradients_leave = False
-        """A gradient leaves the device as soon as it is complete: the optimizer is on the host."""
+        self.leaving: Callable[[Tensor], bool] | None = None
+        """Takes a gradient as soon as it is complete, and returns that it has left the device: the optimizer is on the host."""
         self.casts: dict[int, Tensor] = {}
         self.grad_enabled = True
         self.kind = WEIGHTS
@@ -353,7 +353,8 @@ class Tape:
             begin = end
 
     def close(self) -> None:
-        """Let go of the parameters: each holds its node, and that the parameter."""
+        """Let go of the parameters: each holds its node, and that the parameter; and of who takes gradients, for it holds the tape."""
+        self.leaving = None
         for parameter in self.parameters:
             parameter.node = parameter.grad = None
 
@@ -379,7 +380,7 @@ def _accumulate(node: Node, grads: list[Tensor | None]) -> Sequence[Tensor | Non
     """A leaf takes its gradient: the tensor itself the first time, added in place later."""
     variable, grad = node.variable, grads[0]
     grads[0] = None
-    if variable is None or grad is None or (variable.leaf and grad.tape.gradients_leave):
+    if variable is None or grad is None or (variable.leaf and grad.tape.leaving is not None and grad.tape.leaving(grad)):
         return ()
     if variable.grad is None:
         tape, taken = grad.tape, sys.getrefcount(grad) == 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from trainerd.memory import zero2
 from trainerd.memory.timeline import Setup, Table, tells
 
 EXACT, ROUNDING, DIFFERENT = "exact", "rounding", "different"
@@ -55,15 +56,20 @@ def _optimizer(name: str) -> Callable[[Setup, Table], Setup | None]:
     def applied(setup: Setup, table: Table) -> Setup | None:
         if name == "paged_adamw8bit" and setup.device == "cpu":
             return None
+        if setup.offload == zero2.NAME and name != "sgd":
+            return None  # DeepSpeed lays all weights into one line (config/deepspeed.py)
+        if setup.offload == "optimizer" and "8bit" in name:
+            return None  # the small state stays on the device (trainerd/engine/optimizers.py)
         return replace(setup, optimizer=name) if setup.optimizer in ("adamw", "adam") else None
 
     return applied
 
 
 def _optimizer_on_host(setup: Setup, table: Table) -> Setup | None:
-    if setup.device == "cpu" or setup.offload != "none" or "8bit" in setup.optimizer:
+    """In place of DeepSpeed's as well, which is never proposed: it needs more of both memories."""
+    if setup.device == "cpu" or setup.offload not in ("none", zero2.NAME) or "8bit" in setup.optimizer:
         return None
-    return replace(setup, offload="optimizer")
+    return replace(setup, offload="optimizer", buckets=None)
 
 
 def _base_on_host(setup: Setup, table: Table) -> Setup | None:

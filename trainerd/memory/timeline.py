@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
-from trainerd.memory import alike
+from trainerd.memory import alike, zero2
 from trainerd.memory.alike import NotAlike
 from trainerd.memory.optimizers import Optimizer
 from trainerd.memory.tape import ACTIVATIONS, STAGING, Tape, Tensor, levels
@@ -34,7 +34,8 @@ class Setup:
     logits: str = "chunked"
     """chunked or full: the loss over many words, of a table that offers it."""
     offload: str = "none"
-    """none; optimizer: its state, its own copy of the weights and the gradients lie on the host; base: frozen weights of the blocks do."""
+    """none; optimizer: its state, its own copy of the weights and the gradients lie on the host; base: frozen weights of the blocks do;
+    zero2: as optimizer, in DeepSpeed's way."""
     checkpointing: str = "none"
     """none, selective or full: what the model's blocks compute again on the way back."""
     attention: str = "auto"
@@ -43,6 +44,8 @@ class Setup:
     """Whether torch.compile is on: then the estimate is that of the model without it, and says so."""
     allocator: str = ""
     """What torch's CUDA allocator is asked for by its variable (allocator_settings.py); empty: nothing, or a CPU."""
+    buckets: zero2.Buckets | None = None
+    """DeepSpeed's, where offload is zero2; None: its sizes as nobody says otherwise."""
 
     @property
     def accumulation(self) -> int:
@@ -152,12 +155,10 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup) -> Timelin
     saved = [t.storage.size for t in [*trainable, *tape.buffers]]
     copies = [tape.new(b.shape, b.dtype) for b in tape.buffers if b.storage.size <= _STATISTICS_BYTES]
     tape.mark(OPTIMIZER)
-    before = tape.live
-    optimizer = Optimizer(tape, setup.optimizer, on_host=setup.offload == "optimizer")
+    optimizer = _optimizer(tape, setup)
     optimizer.allocate()
-    pinned = optimizer.moving_bytes if setup.device != "cpu" else 0
-    state_bytes = tape.live - before + optimizer.host_bytes - (optimizer.moving_bytes - pinned)
-    host_bytes, staging = optimizer.host_bytes + pinned, sum(saved) + state_bytes
+    state_bytes, host_bytes = optimizer.state_bytes, optimizer.host_bytes
+    staging = sum(saved) + state_bytes
     kept: list[Tensor] = []
     if setup.device == "cpu":
         tape.mark(SAVING)
@@ -190,7 +191,7 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup) -> Timelin
         weight_bytes=sum(saved),
         state_bytes=state_bytes,
         host_bytes=host_bytes,
-        pinned_bytes=pinned,
+        pinned_bytes=optimizer.pinned_bytes,
         resting_bytes=held[-1],
         worst_evaluation_bytes=worst,
         operations=operations,
@@ -201,6 +202,12 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup) -> Timelin
     )
     del copies, kept
     return found
+
+
+def _optimizer(tape: Tape, setup: Setup) -> Optimizer:
+    if setup.offload == zero2.NAME:
+        return zero2.Partitions(tape, setup.optimizer, setup.buckets or zero2.Buckets(), accumulates=setup.accumulation > 1)
+    return Optimizer(tape, setup.optimizer, on_host=setup.offload == "optimizer")
 
 
 def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup) -> float:
@@ -217,6 +224,7 @@ def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup) -> float
     del batch
     tape.backward(loss)
     del loss
+    optimizer.after_backward()
     alike.write_out(tape, began[0])
     if several and not on_cpu:
         tape.follow(began)

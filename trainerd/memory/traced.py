@@ -160,7 +160,7 @@ class _Retold:
         tape = self.tape
         for number, place in complete:
             gradient, weight = alive.pop(number, None), self.weights[place]
-            if gradient is None or tape.gradients_leave or weight.grad is not None:
+            if gradient is None or (tape.leaving is not None and tape.leaving(weight)) or weight.grad is not None:
                 continue
             tape.given.append((len(tape.events), gradient.storage.number, ACTIVATIONS))
             tape.kinds[gradient.storage.number] = GRADIENTS
