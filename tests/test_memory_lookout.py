@@ -5,13 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from tests.supervised import wait_for
 from tests.toy import Script, Toy, config, run
 from tests.trainers import TASK, RunningTrainer, new_run, outcome
 from trainerd.contract import wire
 from trainerd.contract.paths import RunPaths
+from trainerd.engine import aside, pressure
 from trainerd.engine.lookout import Growing
 from trainerd.machine.memory import RamFacts
 
@@ -114,6 +118,32 @@ def test_a_preparation_that_needs_more_than_the_limit_goes_on(tmp_path: Path) ->
     machine.uses(4)
     assert trainer.exit_code() == wire.EXIT_FINISHED and not trainer.of(wire.WAITING)
     assert len(trainer.of(wire.WARNING)) == 1
+
+
+def test_a_preparation_comes_back_by_the_rule_of_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room with something to spare for 15 seconds without a break; short again within ten minutes of that, 30, and 15 minutes at most;
+    later 15 again. It says meanwhile what it waits for."""
+    now, link, short = [0.0], Script(), list[tuple[float, float]]()
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(aside, "time", clock)
+
+    def ram() -> RamFacts:
+        return RamFacts(int(11.9 * GB) if any(begin <= now[0] < end for begin, end in short) else 11 * GB, 16 * GB)
+
+    monkeypatch.setattr(aside.memory, "ram", ram)
+    waiting, wanted = aside.Waiting(link.send), pressure.Want(pressure.LEAVE, "RAM is short", "ram", 14 * GB, 2 * GB)
+
+    def seconds_until_room(at: float, *shortages: tuple[float, float]) -> float:
+        now[0], short[:] = at, [(at + begin, at + end) for begin, end in shortages]
+        waiting.until_room(wanted)
+        return now[0] - at
+
+    assert seconds_until_room(0, (0, 5), (12, 13)) == 28
+    assert seconds_until_room(100) == 30 and seconds_until_room(200) == 60
+    assert [seconds_until_room(1000.0 * number) for number in range(1, 3)] == [15, 15]
+    quick = [seconds_until_room(now[0] + 1) for _ in range(8)]
+    assert quick == [30, 60, 120, 240, 480, 900, 900, 900]
+    assert {event["reason"] for event in link.of(wire.WAITING)} == {"Preparing the data waits for memory: RAM is short."}
 
 
 def test_what_is_told_of_a_shortage_is_told_once_for_each() -> None:

@@ -16,8 +16,8 @@ from trainerd.contract import status
 from trainerd.contract.paths import Home
 from trainerd.contract.status import Status
 from trainerd.machine import gpu, memory
+from trainerd.machine.asking import Asking
 from trainerd.supervisor import reclaim
-from trainerd.supervisor.asking import Asking
 from trainerd.supervisor.reclaim import Reclaim, Seen
 from trainerd.supervisor.room import Room, _Used
 from trainerd.supervisor.sensors import Sensors

@@ -16,11 +16,10 @@ from trainerd.engine.lookout import Growing
 from trainerd.engine.pressure import LEAVE, Pressure, Want
 from trainerd.machine import memory
 from trainerd.memory.limits import resolve_limit
+from trainerd.memory.room_again import ROOM, RoomAgain
 
 LOOK_SECONDS = 1.0
 _HOLD_SECONDS = 15.0
-_LONGEST_SECONDS = 900.0
-_SPARE_SHARE = 0.02
 Send = Callable[..., None]
 
 
@@ -63,22 +62,19 @@ class Beside:
 
 
 class Waiting:
-    """Waits until there is room again, longer each time. A LEAVE ends the process by itself meanwhile: nothing is trained yet."""
+    """Waits until there is room again, by the rule trainers come back by. A LEAVE ends the process by itself meanwhile."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
-        self._hold_seconds = _HOLD_SECONDS
+        self._rule = RoomAgain(_HOLD_SECONDS)
 
     def until_room(self, wanted: Want) -> None:
-        """Return when what was held has had room, with something to spare, for a while without a break."""
+        """Return when what was held may come back."""
         self._send(wire.NOTE, kind="stepped_aside", own_bytes=wanted.own_bytes, ceiling_bytes=wanted.ceiling_bytes, text=wanted.because)
-        since: float | None = None
+        self._rule.left(time.monotonic(), wanted.own_bytes, wanted.ceiling_bytes)
         while True:
-            now, facts = time.monotonic(), memory.ram()
-            missing = facts.used_bytes + wanted.own_bytes + int(facts.total_bytes * _SPARE_SHARE) - wanted.ceiling_bytes
-            since = None if missing > 0 else now if since is None else since
-            if since is not None and now - since >= self._hold_seconds:
-                break
+            facts = memory.ram()
+            if self._rule.seen(time.monotonic(), facts.used_bytes, facts.total_bytes) == ROOM:
+                return
             self._send(wire.WAITING, reason=f"Preparing the data waits for memory: {wanted.because}.")
-            time.sleep(min(LOOK_SECONDS, self._hold_seconds))
-        self._hold_seconds = min(_LONGEST_SECONDS, self._hold_seconds * 2)
+            time.sleep(min(LOOK_SECONDS, _HOLD_SECONDS))

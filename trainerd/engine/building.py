@@ -191,7 +191,7 @@ def _spill_watch(device: torch.device, link: Link, *, paged: bool) -> spill.Spil
     def shared() -> int | None:
         return None if paged else spill.shared(lanes.pinned_bytes())
 
-    return spill.SpillWatch(shared, lambda: spill.look(device.index or 0), link.send, spill.python_program())
+    return spill.SpillWatch(shared, spill.Look(device.index or 0), link.send, spill.python_program())
 
 
 def _updates(

@@ -27,6 +27,7 @@ from trainerd.engine.precision import Precision
 from trainerd.engine.task import MapDataset, Task
 from trainerd.machine import gpu
 from trainerd.machine import memory as machine_memory
+from trainerd.machine.asking import within
 from trainerd.memory import allocator_settings, forecast, planner, profile, receipts, traced
 from trainerd.memory.estimate import Estimate, estimate
 from trainerd.memory.limits import resolve_limit
@@ -34,6 +35,7 @@ from trainerd.memory.timeline import Setup, Table, tells
 from trainerd.memory.zero2 import Buckets
 
 Send = Callable[..., None]
+_DRIVER_SECONDS = 5.0
 
 
 @dataclass
@@ -236,7 +238,7 @@ def _ram_left(config: RunConfig) -> int:
 def device_facts(device: torch.device) -> tuple[str, str | None]:
     """What a profile and a receipt call the device, and its driver's version."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device), gpu.driver_version()
+        return torch.cuda.get_device_name(device), within(_DRIVER_SECONDS, gpu.driver_version)
     return "cpu", None
 
 

@@ -1,7 +1,8 @@
 """The most of a GPU that its driver saw this process hold, for the receipt. Must not limit, free or foretell anything.
 
-The driver is asked when our allocator holds more than ever, and once at the end: what it keeps for itself only grows. Where it does
-not tell what a process holds (Windows, a container that numbers processes anew) it is what all hold, less what they held before us.
+The driver is asked when our allocator holds more than ever, and once at the end: what it keeps for itself only grows; from a thread of
+its own, for one that is stuck never answers, and a step must not wait for it. Where it does not tell what a process holds (Windows, a
+container that numbers processes anew) it is what all hold, less what they held before us.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ from typing import Any
 import torch
 
 from trainerd.machine import gpu
+from trainerd.machine.asking import Asking, within
+
+_FIRST_SECONDS = 5.0
+_LAST_SECONDS = 2.0
 
 
 def before_context(nvml: Any = None) -> dict[int, int]:
     """What others hold of each GPU; nothing once this process has a context, for then nobody can tell us from them."""
     if not torch.cuda.is_available() or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return {}
-    return {one.index: one.used_bytes for one in gpu.devices(nvml) if one.used_bytes is not None}
+    found = within(_FIRST_SECONDS, lambda: gpu.devices(nvml))
+    return {one.index: one.used_bytes for one in found or () if one.used_bytes is not None}
 
 
 class DriverPeak:
@@ -32,21 +38,23 @@ class DriverPeak:
         self._nvml = nvml
         self._highest = -1
         self._most: int | None = None
+        self.asking = Asking(self._ask)
 
     def look(self, reserved_bytes: int) -> None:
-        """Ask, when our allocator holds more than at any look before."""
-        if self._index is not None and reserved_bytes > self._highest:
+        """Ask, when our allocator holds more than at any look before. Returns at once."""
+        if self._index is not None and reserved_bytes > self._highest and self.asking.want(reserved_bytes):
             self._highest = reserved_bytes
-            self._ask(reserved_bytes)
 
     def most(self) -> int | None:
-        """The most that was seen, now included; None where nobody can tell."""
+        """The most that was seen, now included unless nobody answers any more; None where nobody can tell."""
         if self._index is not None:
-            self._ask(self._reserved())
+            self.asking.settle(_LAST_SECONDS)
+            self.asking.ask(self._reserved(), seconds=_LAST_SECONDS)
         return self._most
 
     def _ask(self, reserved_bytes: int) -> None:
-        """What is less than our allocator holds was told of somebody else's process, or while others gave back what they held."""
+        """In the driver's thread. What is less than our allocator holds was told of somebody else's process, or while others gave back
+        what they held."""
         assert self._index is not None
         for told in (self._own, self._beside_others):
             held = told(self._index)

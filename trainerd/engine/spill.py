@@ -19,6 +19,7 @@ import psutil
 
 from trainerd.contract import wire
 from trainerd.machine import gpu, shared_vram
+from trainerd.machine.asking import Asking
 
 SPILLED, THROTTLED, BUSY_GPU, STARVED, UNKNOWN = "spilled", "throttled", "busy gpu", "starved", "unknown"
 _WINDOW = 5
@@ -33,6 +34,7 @@ _OTHERS_PERCENT = 20.0
 _OWN_CPU_SHARE = 0.3  # of one processor: a training thread that got less was not let work
 _LOOK_SECONDS = 5.0  # at what is not the driver's: reading it costs milliseconds
 _AGAIN_SECONDS = 600.0
+_ANSWER_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -158,10 +160,16 @@ class SpillWatch:
         )
 
 
-def look(index: int) -> Evidence:
-    """What this machine tells about its GPU with this number, and this process on it."""
-    load = gpu.load(index, os.getpid())
-    return Evidence(load.throttled, load.others_percent)
+class Look:
+    """What this machine tells about its GPU with this number, and this process on it; nothing while its driver does not answer."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._driver = Asking(gpu.load)
+
+    def __call__(self) -> Evidence:
+        load = self._driver.ask(self._index, os.getpid(), seconds=_ANSWER_SECONDS) or gpu.GpuLoad()
+        return Evidence(load.throttled, load.others_percent)
 
 
 def shared(pinned_bytes: int) -> int | None:

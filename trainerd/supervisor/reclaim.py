@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from trainerd.contract.status import Status
 from trainerd.machine import gpu
-from trainerd.supervisor.asking import Asking
+from trainerd.machine.asking import Asking
 
 _LONGEST_SECONDS = 20.0
 LOOK_SECONDS = 0.2

@@ -1,8 +1,7 @@
 """Waits until the machine has memory again for the next trainer: after one that left to make room, and after one whose GPU memory the
 driver has not taken back yet (reclaim.py). Must not start or end one, nor wait for a driver.
 
-The trainer said how much it held and how much may be in use; it comes back when both have been true together for a while, with
-something to spare: what a program gives back for a moment is no reason to come and go.
+The trainer said how much it held and how much may be in use; when both are true together long enough, trainerd/memory/room_again.py says.
 """
 
 from __future__ import annotations
@@ -12,15 +11,12 @@ from typing import Any
 
 from trainerd.contract.status import Status
 from trainerd.machine import gpu, memory
+from trainerd.machine.asking import Asking
+from trainerd.memory.room_again import HOLDING, SHORT, RoomAgain
 from trainerd.supervisor import reclaim
-from trainerd.supervisor.asking import Asking
 from trainerd.supervisor.reclaim import Reclaim
 
 _LOOKS = 3
-_SPARE_SHARE = 0.02
-_QUICK_SECONDS = 600.0
-"""Short of memory again this soon after coming back: the next wait is twice as long."""
-_LONGEST_SECONDS = 900.0
 _NAMES = {"ram": "RAM", "vram": "GPU memory"}
 
 
@@ -38,28 +34,26 @@ class Room:
         used: Callable[[str], tuple[int, int] | None] | None = None,
         note: Note = lambda kind, **facts: None,
     ) -> None:
-        self._first_seconds = self._hold_seconds = hold_seconds
+        self._look_seconds = hold_seconds / _LOOKS
+        self._rule = RoomAgain(hold_seconds)
         self._used = used or _Used()
         self._reclaim = Reclaim(note)
-        self._wanted: tuple[str, int, int] | None = None
-        self._since: float | None = None
-        self._returned_at: float | None = None
+        self._resource: str | None = None
+        """What it waits for; None: it does not."""
 
     @property
     def look_seconds(self) -> float:
         """Until the next look."""
         if self._reclaim.is_waiting:
             return reclaim.LOOK_SECONDS
-        return self._first_seconds / _LOOKS
+        return self._look_seconds
 
     def made(self, told: Mapping[str, Any], now: float) -> None:
         """A trainer has left to make room, and `told` what it held, and what may be in use."""
-        quickly = self._returned_at is not None and now - self._returned_at < _QUICK_SECONDS
-        self._hold_seconds = min(_LONGEST_SECONDS, self._hold_seconds * 2) if quickly else self._first_seconds
-        self._since = None
         own, ceiling = told.get("own_bytes"), told.get("ceiling_bytes")
         if isinstance(own, int) and isinstance(ceiling, int):
-            self._wanted = (str(told.get("resource")), own, ceiling)
+            self._resource = str(told.get("resource"))
+            self._rule.left(now, own, ceiling)
 
     def left(self, pid: int, status: Status) -> None:
         """A trainer is gone, however it ended; `status` is as it was while it lived."""
@@ -70,25 +64,24 @@ class Room:
         return self._reclaim.waits(now) or self._waits_for_others(now)
 
     def _waits_for_others(self, now: float) -> str | None:
-        if self._wanted is None:
+        resource, rule = self._resource, self._rule
+        if resource is None:
             return None
-        resource, own, ceiling = self._wanted
         found = self._used(resource)
         if found is None:
-            self._wanted = None  # nobody tells any more: the trainer finds out by itself
+            self._resource = None  # nobody tells any more: the trainer finds out by itself
             return None
         if found is ASKED:
             return "Waiting for memory: the GPU's driver is asked how much is in use."
         used, total = found
-        missing = used + own + int(total * _SPARE_SHARE) - ceiling
-        if missing > 0:
-            self._since = None
+        how = rule.seen(now, used, total)
+        if how == SHORT:
             held = f"{used / 1e9:.1f} GB of {_NAMES.get(resource, resource)} are in use by others"
-            return f"Waiting for memory: {held}, the training needs {own / 1e9:.1f} GB and {ceiling / 1e9:.1f} GB may be used in all."
-        self._since = now if self._since is None else self._since
-        if now - self._since < self._hold_seconds:
-            return f"Waiting for memory: there is enough again; the training goes on if it stays so for {self._hold_seconds:.0f} s."
-        self._wanted, self._returned_at = None, now
+            needs = f"the training needs {rule.own_bytes / 1e9:.1f} GB and {rule.ceiling_bytes / 1e9:.1f} GB may be used in all"
+            return f"Waiting for memory: {held}, {needs}."
+        if how == HOLDING:
+            return f"Waiting for memory: there is enough again; the training goes on if it stays so for {rule.hold_seconds:.0f} s."
+        self._resource = None
         return None
 
 

@@ -12,10 +12,10 @@ from typing import Any
 from trainerd.contract import clock
 from trainerd.contract.status import Status
 from trainerd.machine import memory
+from trainerd.machine.asking import Asking
 from trainerd.machine.gpu import GpuFacts, GpuReader
 from trainerd.machine.power import power
 from trainerd.memory.limits import resolve_limit
-from trainerd.supervisor.asking import Asking
 
 _SECOND = 0.95  # a little less, so that a tick that comes early by a hair is not skipped
 _POWER_SECONDS = 5.0
