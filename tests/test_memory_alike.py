@@ -25,7 +25,7 @@ def _told(of: Timeline) -> dict[str, Any]:
     events = []
     for event in of.events:
         if event >= 0:
-            numbers[event] = len(numbers)
+            numbers[event] = len(events)
             events.append((len(events), of.sizes[event], of.kinds[event]))
         else:
             events.append((~numbers[~event], 0, ""))

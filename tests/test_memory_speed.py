@@ -6,11 +6,12 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from tests.person import ROOT
-from trainerd.memory import losses, native, playing
+from trainerd.memory import losses, native, playing, rounds
 from trainerd.memory.allocator import Allocator, replay
 from trainerd.memory.estimate import estimate
 from trainerd.memory.profile import Profile
@@ -38,7 +39,7 @@ def test_an_estimate_imports_no_pydantic() -> None:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_the_fast_replay_counts_what_the_plain_one_counts(seed: int) -> None:
-    """Random traces with sizes at every border of the rules: both counters equal, whatever is left alive."""
+    """Random traces with sizes at every border of the rules: both counters equal, whatever is left alive, and is born again."""
     draw = random.Random(seed)
     sizes: list[int] = []
     events: list[int] = []
@@ -47,6 +48,9 @@ def test_the_fast_replay_counts_what_the_plain_one_counts(seed: int) -> None:
     for _ in range(draw.randrange(2, 500)):
         if alive and draw.random() < 0.47:
             events.append(~alive.pop(draw.randrange(len(alive)) if draw.random() < 0.5 else -1))
+        elif len(sizes) > len(alive) and draw.random() < 0.3:
+            events.append(draw.choice(sorted(set(range(len(sizes))).difference(alive))))
+            alive.append(events[-1])
         else:
             events.append(len(sizes))
             alive.append(len(sizes))
@@ -62,10 +66,14 @@ def test_the_fast_replay_of_a_training_is_that_of_the_plain_one(settings: dict[s
     assert native.peaks(timeline.sizes, timeline.events) == replay(timeline.sizes, timeline.events, Allocator())
     # What a timeline says of itself, counted one event after another.
     live = highest = 0
-    for event in timeline.events:
-        live += timeline.sizes[event] if event >= 0 else -timeline.sizes[~event]
-        highest = max(highest, live)
-    assert timeline.peak == highest == max(timeline.peaks.values()) == sum(timeline.breakdown.values())
+    phases: dict[str, int] = {}
+    for (begin, phase), (end, _) in pairwise([*timeline.marks, (len(timeline.events), "")]):
+        phases[phase] = max(live, phases.get(phase, 0))
+        for event in timeline.events[begin:end]:
+            live += timeline.sizes[event] if event >= 0 else -timeline.sizes[~event]
+            phases[phase] = max(phases[phase], live)
+        highest = max(highest, phases[phase])
+    assert timeline.peaks == phases and timeline.peak == highest == max(timeline.peaks.values()) == sum(timeline.breakdown.values())
     assert timeline.resting_bytes == live
 
 
@@ -87,7 +95,7 @@ def test_a_second_micro_batch_follows_from_the_first(settings: dict[str, object]
             found.backward(loss)
             del loss
         if copied:
-            found.follow(began)
+            rounds.follow(found, began)
         return found
 
     one, other = tape(copied=True), tape(copied=False)
@@ -101,8 +109,8 @@ def _told(tape: Tape) -> list[tuple[int, int, str]]:
     found = []
     for event in tape.events:
         if event >= 0:
-            numbers[event] = len(numbers)
-            found.append((numbers[event], tape.sizes[event], tape.kinds[event]))
+            numbers[event] = len(found)
+            found.append((len(found), tape.sizes[event], tape.kinds[event]))
         else:
             found.append((~numbers[~event], 0, ""))
     return found

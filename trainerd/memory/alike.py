@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, repeat
+from operator import add, sub
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ class _Pattern:
 
 _Home = tuple[int, int, int, int]
 """Of a storage: its loop, the way, which of the places that are played, and the how-manieth that was born there."""
+_Shaped = tuple[bool, int, int, int, int]
+"""An event without its place: whether something is born, whose loop and way, how many places away, and which."""
 
 
 class _Writing:
@@ -131,8 +134,9 @@ class _Writing:
             return
         pattern.parts[place] = part
         if 1 <= place <= _HEAD + 2:
-            storage = part.cut.storage
-            self.homes.update((storage + index, (*key, place, index)) for index in range(part.births))
+            born = range(part.births)
+            storages = range(part.cut.storage, part.cut.storage + part.births)
+            self.homes.update(zip(storages, zip(repeat(loop), repeat(part.cut.way), repeat(place), born, strict=False), strict=True))
 
     def _make_storages(self, key: tuple[int, int], pattern: _Pattern) -> None:
         """Sizes of what was born at the missing places, and the work done there: on the line through both patterns."""
@@ -143,19 +147,19 @@ class _Writing:
         if not one.births == other.births == before.births:
             raise NotAlike
         sizes, more, less = (tape.sizes[p.cut.storage : p.cut.storage + p.births] for p in (one, other, before))
-        steps = [y - x for x, y in zip(sizes, more, strict=True)]
-        if less != [size - (pattern.missing + 1) * step for size, step in zip(sizes, steps, strict=True)]:
-            raise NotAlike
+        steps = list(map(sub, more, sizes))
         pattern.first = len(tape.sizes)
-        kinds = tape.kinds[one.cut.storage : one.cut.storage + one.births]
         made, further = self._work(one), self._work(other)
         for back in range(pattern.missing, 0, -1):
-            tape.sizes += [size - back * step for size, step in zip(sizes, steps, strict=True)]
-            tape.kinds += kinds
+            less = list(map(add, less, steps))
+            tape.sizes += less
             tape.flops += made[0] - back * (further[0] - made[0])
-            tape.multiplied += [
-                tuple(x - back * (y - x) for x, y in zip(a, b, strict=True)) for a, b in zip(made[1], further[1], strict=True)
-            ]
+        if list(map(add, less, steps)) != sizes:
+            raise NotAlike
+        tape.kinds += tape.kinds[one.cut.storage : one.cut.storage + one.births] * pattern.missing
+        for a, b in zip(made[1], further[1], strict=True):
+            if a != b:  # else no other shape than those that are known
+                tape.multiplied += [tuple(x - back * (y - x) for x, y in zip(a, b, strict=True)) for back in range(1, pattern.missing + 1)]
 
     def _work(self, part: _Part) -> tuple[float, list[tuple[int, ...]]]:
         end = self.ends[id(part)]
@@ -167,18 +171,27 @@ class _Writing:
         shape = self._shape(key, pattern.parts[_HEAD])
         if shape != self._shape(key, pattern.parts[_HEAD + 1]):
             raise NotAlike
-        found: list[list[int]] = []
-        steps = [(1 if born else -1) * self.patterns[loop, way].births for born, loop, way, _, _ in shape]
-        least, most = min((away for *_, away, _ in shape), default=0), max((away for *_, away, _ in shape), default=0)
-        for copy in range(pattern.missing):
-            if found and copy - 1 + least >= 0 and copy + most < pattern.missing:
-                found.append([event + step for event, step in zip(found[-1], steps, strict=True)])
-                continue
-            numbers = [self.patterns[loop, way].number(_HEAD + copy + away, index) for _, loop, way, away, index in shape]
-            found.append([n if born else ~n for n, (born, *_) in zip(numbers, shape, strict=True)])
+        # Each copy is the one before, a place further; what speaks of a place beyond the gap is put right afterwards.
+        here, steps, beyond = list[int](), list[int](), list[int]()
+        for at, (born, loop, way, away, index) in enumerate(shape):
+            other = self.patterns[loop, way]
+            number, step = other.first + away * other.births + index, other.births
+            here.append(number if born else ~number)
+            steps.append(step if born else -step)
+            if away:
+                beyond.append(at)
+        found = [here]
+        for _ in range(1, pattern.missing):
+            here = list(map(add, here, steps))
+            found.append(here)
+        for at in beyond:
+            born, loop, way, away, index = shape[at]
+            for copy in range(pattern.missing - away, pattern.missing) if away > 0 else range(-away):
+                number = self.patterns[loop, way].number(_HEAD + copy + away, index)
+                found[copy][at] = number if born else ~number
         return found
 
-    def _shape(self, key: tuple[int, int], part: _Part) -> list[tuple[bool, int, int, int, int]]:
+    def _shape(self, key: tuple[int, int], part: _Part) -> list[_Shaped]:
         """Its events without the place: born or ended, whose, how many places away, and which. Other loops must miss as many."""
         assert part.cut.turn is not None
         place, missing = part.cut.turn[1], self.patterns[key].missing
@@ -238,12 +251,12 @@ class _Writing:
 
     def _check(self, written: list[int]) -> None:
         """Nothing ends twice, and what was born at a missing place ends as it does at the pattern's."""
-        ended, known = [event for event in written if event < 0], {~event for event in self.events if event < 0}
-        more = sum(
-            pattern.missing * sum(pattern.parts[_HEAD].cut.storage + index in known for index in range(pattern.births))
-            for pattern in self.patterns.values()
-        )
-        if len(set(ended)) != len(ended) or len(ended) != len(known) + more:
+        known, more = set(self.events), 0
+        for pattern in self.patterns.values():
+            first = pattern.parts[_HEAD].cut.storage
+            ended = sum(map(known.__contains__, range(~first, ~first - pattern.births, -1)))
+            more += pattern.missing * (pattern.births + ended)
+        if len(set(written)) != len(written) or len(written) != len(known) + more:
             raise NotAlike
 
 

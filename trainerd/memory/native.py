@@ -18,11 +18,11 @@ _ADDRESS = (1 << _FAR) - 1
 
 
 def peaks(sizes: Sequence[int], events: Sequence[int]) -> Peaks:
-    """The peaks after these events: n is the birth of storage n, ~n its end."""
+    """The peaks after these events: n is the birth of storage n, ~n its end. What has ended may be born again."""
     units = [(size + 511) >> _UNIT for size in sizes]
     # Of each pool the free blocks: size and address as one number, sorted; and their sizes by where they begin, and where they end.
     small, large, begins, ends = list[int](), list[int](), dict[int, int](), dict[int, int]()
-    places = [0] * len(sizes)
+    places, wholes = [0] * len(sizes), dict[int, int]()
     allocated = reserved = most = address = 0
     for event in events:
         if event >= 0:
@@ -46,14 +46,17 @@ def peaks(sizes: Sequence[int], events: Sequence[int]) -> Peaks:
                 insort(keys, rest << _FAR | start)
             else:
                 ends.pop(place + whole, None)
-                units[event] = size = whole
+                if rest:  # too little to be split off
+                    wholes[event] = size = whole
             places[event] = place
             allocated += size
             if allocated > most:
                 most = allocated
         elif size := units[~event]:
+            keys = small
+            if size > _SMALL:
+                keys, size = large, wholes.pop(~event, size)
             allocated -= size
-            keys = small if size <= _SMALL else large
             place = places[~event]
             end = place + size
             if end in begins:

@@ -7,9 +7,9 @@ node until that has run (backward.py). When a leaf takes a gradient as it is, is
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, count
+from itertools import accumulate, count, pairwise
 from math import prod
 from operator import invert, neg
 from typing import Any
@@ -68,7 +68,11 @@ class Tensor:
         return seen
 
     def detach(self) -> Tensor:
-        return self.view(*self.shape, contiguous=self.contiguous)
+        seen = Tensor()
+        seen.tape, seen.shape, seen.dtype, seen.storage = self.tape, self.shape, self.dtype, self.storage
+        seen.node = seen.grad = None
+        seen.output, seen.leaf, seen.contiguous = 0, False, self.contiguous
+        return seen
 
 
 Backward = Callable[["Node", "list[Tensor | None]"], "Sequence[Tensor | None]"]
@@ -128,6 +132,9 @@ class Tape:
         self.marks: list[tuple[int, str]] = []
         self._ended = self.events.append
         self._live = self._peak = self._peak_event = self._counted = 0
+        self.rounds: list[int] = []
+        """Where storages that have ended begin to be born again, under the same number (rounds.py), and how many were."""
+        self.reborn = 0
         self.given: list[tuple[int, int, str]] = []
         """Gradients that leaves took as they were: when, which storage, and of which kind it had been."""
         self.flops = 0.0
@@ -322,36 +329,6 @@ class Tape:
         """The next event, and the next storage."""
         return len(self.events), len(self.sizes)
 
-    def repeat(self, began: tuple[int, int]) -> None:
-        """The events since `began` once more, but for what was made in them and is still there."""
-        self._play(began, {})
-
-    def follow(self, began: tuple[int, int]) -> None:
-        """A second micro-batch after that since `began`: where leaves took their gradients, it is added to those and ends there."""
-        ends: dict[int, list[tuple[int, str]]] = {}
-        for at, number, kind in self.given:
-            if at >= began[0]:
-                ends.setdefault(at - began[0], []).append((number, kind))
-        self._play(began, ends)
-
-    def _play(self, began: tuple[int, int], ends: Mapping[int, list[tuple[int, str]]]) -> None:
-        """These events with storages of their own. `ends`: what does not stay this time, by its place, and of which kind it is."""
-        at, low = began
-        played, events, shift = self.events[at:], self.events, len(self.sizes) - low
-        stays = set(range(low, len(self.sizes))).difference(map(invert, played))
-        for some in ends.values():
-            stays.difference_update(number for number, _ in some)
-        self.sizes += self.sizes[low:]
-        self.kinds += self.kinds[low:]
-        begin = 0
-        for end in sorted({*ends, len(played)}):
-            part = played[begin:end]
-            events += [e + shift if e >= 0 else e - shift for e in part if e not in stays and (e >= 0 or ~e >= low)]
-            for number, kind in ends.get(end, ()):
-                events.append(~(number + shift))
-                self.kinds[number + shift] = kind
-            begin = end
-
     def close(self) -> None:
         """Let go of the parameters: each holds its node, and that the parameter; and of who takes gradients, for it holds the tape."""
         self.leaving = None
@@ -362,10 +339,16 @@ class Tape:
         """Bytes by kind at the peak, or after so many events."""
         if at is None:
             self._count()
-        before = self.events[: self._peak_event if at is None else at]
+        at = self._peak_event if at is None else at
+        alive: set[int] = set()
+        for begin, end in pairwise([0, *(place for place in self.rounds if place < at), at]):
+            some = self.events[begin:end]
+            alive.update(some)
+            alive.difference_update(map(invert, some))
         found: dict[str, int] = {}
-        for number in sorted({event for event in before if event >= 0}.difference(map(invert, before))):
-            found[self.kinds[number]] = found.get(self.kinds[number], 0) + self.sizes[number]
+        for number in sorted(alive):
+            if number >= 0:
+                found[self.kinds[number]] = found.get(self.kinds[number], 0) + self.sizes[number]
         return found
 
 

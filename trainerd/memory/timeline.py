@@ -7,12 +7,12 @@ a step on the host together; gradients live from the first micro-batch of a step
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
-from trainerd.memory import alike, zero2
+from trainerd.memory import alike, rounds, zero2
 from trainerd.memory.alike import NotAlike
 from trainerd.memory.optimizers import Optimizer
 from trainerd.memory.tape import ACTIVATIONS, STAGING, Tape, Tensor, levels
@@ -171,22 +171,24 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup) -> Timelin
     began = tape.here()
     flops = _step(tape, model, optimizer, setup)
     played = 1 if setup.device == "cpu" else min(2, setup.accumulation)
-    operations = sum(map((-1).__lt__, tape.events[began[0] :])) / played + tape.left_out
-    if setup.device != "cpu":
-        tape.mark(STEP)
-        tape.repeat(began)
+    operations = (len(tape.sizes) - began[1] + tape.reborn) / played + tape.left_out
+    ended = len(tape.events)
+    second, left_out = rounds.again(tape, began) if setup.device != "cpu" else ([], [])
     worst = _evaluation(tape, model, setup)
-    events = list(tape.events)
-    held = levels(tape.sizes, events)
-    once = len(tape.marks) - 2 if setup.device != "cpu" else None  # the second step is no higher than the first, but for what that left
-    highest, at_peak = _highest(tape.marks, held, leaving_out=once)
+    held = levels(tape.sizes, tape.events)
+    phases, highest, at_peak = _by_phase(tape.marks, held)
+    breakdown, marks = tape.breakdown(at_peak), tape.marks
+    if second:  # no higher than the first, but for what that left
+        phases[STEP] = max(phases[STEP], rounds.highest_again(held, began[0], ended, left_out))
+        tape.events[ended:ended] = second
+        marks = [*marks[:-1], (ended, STEP), (ended + len(second), EVALUATING)]
     found = Timeline(
         sizes=tape.sizes,
         kinds=tape.kinds,
-        events=events,
-        marks=tape.marks,
+        events=list(tape.events),
+        marks=marks,
         peak=highest,
-        breakdown=tape.breakdown(at_peak),
+        breakdown=breakdown,
         flops=flops,
         weight_bytes=sum(saved),
         state_bytes=state_bytes,
@@ -198,7 +200,7 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup) -> Timelin
         num_products=len(set(tape.multiplied)),
         num_parameters=sum(p.numel for p in tape.parameters),
         num_trainable=sum(p.numel for p in trainable),
-        peaks=_by_phase(tape.marks, held),
+        peaks=phases,
     )
     del copies, kept
     return found
@@ -227,7 +229,7 @@ def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup) -> float
     optimizer.after_backward()
     alike.write_out(tape, began[0])
     if several and not on_cpu:
-        tape.follow(began)
+        rounds.follow(tape, began)
     optimizer.clip()
     optimizer.work()
     optimizer.zero_grad()
@@ -250,28 +252,14 @@ def _evaluation(tape: Tape, model: Built, setup: Setup) -> int:
     return aside.peak
 
 
-def peaks(timeline: Timeline) -> dict[str, int]:
-    """The highest point of every phase."""
-    return _by_phase(timeline.marks, levels(timeline.sizes, timeline.events))
-
-
-def _by_phase(marks: Sequence[tuple[int, str]], held: list[int]) -> dict[str, int]:
+def _by_phase(marks: Sequence[tuple[int, str]], held: list[int]) -> tuple[dict[str, int], int, int]:
+    """The highest point of every phase, of all, and after how many events that was first held."""
     found: dict[str, int] = {}
-    for (_, phase), some in zip(marks, _spans(marks, held), strict=True):
-        found[phase] = max(found.get(phase, 0), max(some))
-    return found
-
-
-def _spans(marks: Sequence[tuple[int, str]], held: list[int]) -> Iterator[list[int]]:
-    borders = [at for at, _ in marks] + [len(held) - 1]
-    return (held[at : end + 1] for at, end in pairwise(borders))
-
-
-def _highest(marks: Sequence[tuple[int, str]], held: list[int], leaving_out: int | None) -> tuple[int, int]:
-    """The most that was held, and after how many events it was first held; `leaving_out` the phase of this number."""
-    best = (0, 0)
-    for number, some in enumerate(_spans(marks, held)):
+    best = at = 0
+    for (begin, phase), (end, _) in pairwise([*marks, (len(held) - 1, "")]):
+        some = held[begin : end + 1]
         highest = max(some)
-        if highest > best[0] and number != leaving_out:
-            best = highest, marks[number][0] + some.index(highest)
-    return best
+        found[phase] = max(found.get(phase, 0), highest)
+        if highest > best:
+            best, at = highest, begin + some.index(highest)
+    return found, best, at
