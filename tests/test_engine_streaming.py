@@ -3,13 +3,14 @@
 import gc
 import weakref
 
+import accelerate
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.toy import LEAVE, Blocks, Script, Toy, config, run, same
+from tests.toy import LEAVE, Blocks, Script, Toy, config, lines, run, same, weights
 from trainerd.contract.errors import ConfigError
 from trainerd.engine import checkpointing
 from trainerd.engine.streaming import Copies, Stream
@@ -99,6 +100,26 @@ def _built():
     return Model()
 
 
+def test_sampling_in_an_evaluation_is_the_same(tmp_path):
+    """A task that generates in evaluate(), token by token through every block: the same numbers with the base streamed, and afterwards."""
+
+    class Writes(Task):
+        best_metric = "loss"
+
+        def evaluate(self, model, ctx, losses):
+            tokens = torch.arange(4).view(2, 2)
+            for _ in range(6):
+                tokens = torch.cat((tokens, model(tokens)[:, -1:].argmax(-1)), 1)
+            scale = model(tokens).double().square().sum()
+            return {**losses, "written": float((tokens * torch.arange(tokens.numel()).view_as(tokens)).sum()), "scale": float(scale)}
+
+    again = {"activation_checkpointing": "full", "eval_every_steps": 4}
+    run(tmp_path / "resident", config(again), task=Writes())
+    run(tmp_path / "streamed", config({"eval_every_steps": 4}, memory=BASE), task=Writes())
+    assert same(tmp_path / "resident", tmp_path / "streamed")
+    assert any("scale" in str(line) for line in lines(tmp_path / "streamed"))
+
+
 @pytest.mark.parametrize("ahead", [False, True])
 def test_few_blocks_of_the_base_are_there_at_once(ahead):
     """One, or two where the next is fetched ahead; every block twice a step; the gradients are those of the resident model."""
@@ -174,6 +195,45 @@ def test_weights_mapped_from_a_file_are_not_read_into_memory(tmp_path):
     checkpointing.wrap(model, list(model.blocks), checkpointing.FULL)
     _step(model)
     assert [p.data_ptr() for p in model.blocks.parameters() if not p.requires_grad] == before
+
+
+@pytest.mark.parametrize("where", ["RAM", "disk", "both"])
+def test_a_finished_model_that_does_not_fit_runs_by_accelerates_dispatch(where, tmp_path):
+    """As docs/write-a-task.md says: the task's model with what was learned, its weights in RAM, on the disk, or half each; the numbers of
+    the resident one, to the bit."""
+    run(tmp_path / "home", config({"max_steps": 6}, memory=BASE), task=Task())
+    resident, model = _built(), _built()
+    for one in (resident, model):
+        kept = one.load_state_dict(weights(tmp_path / "home"), strict=False)
+        assert not kept.unexpected_keys
+    tokens = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        expected = resident.eval()(tokens)
+        if where == "RAM":
+            accelerate.cpu_offload(model, "cpu")
+        elif where == "disk":
+            accelerate.disk_offload(model, str(tmp_path / "offloaded"), "cpu")
+        else:
+            places = {"embed": "cpu", "out": "cpu", **{f"blocks.{n}": "cpu" if n % 2 else "disk" for n in range(_BLOCKS)}}
+            accelerate.dispatch_model(model, places, offload_dir=str(tmp_path / "offloaded"))
+        assert all(p.is_meta for p in model.blocks[0].parameters()) and torch.equal(model.eval()(tokens), expected)
+
+
+def test_accelerates_hooks_leave_a_model_that_does_not_train():
+    """Why a training's own evaluation does not use them: with the hooks removed again, the model's weights are others than the optimizer's;
+    with our stream closed they are the same, and learn."""
+    for ours in (False, True):
+        model = _built()
+        learned = [p for p in model.parameters() if p.requires_grad]
+        if ours:
+            Stream(model, list(model.blocks), torch.device("cpu")).close()
+        else:
+            accelerate.cpu_offload(model, "cpu")
+            accelerate.hooks.remove_hook_from_submodules(model)
+        now = {id(p) for p in model.parameters()}
+        assert [id(p) in now for p in learned] == [ours] * len(learned)
+        _step(model)
+        assert all((p.grad is not None) is ours for p in learned)
 
 
 @pytest.mark.gpu
