@@ -12,7 +12,7 @@ from .words import size
 
 
 def warnings(home: Home, asked: Resolved) -> list[str]:
-    """What to warn of. Raises Refused, with the smallest changes that would help, when it is not going to fit."""
+    """What to warn of. Raises Refused, with the smallest changes that would help, when it is surely not going to fit."""
     found = outlook.look(home, asked)
     notes = list(found.notes)
     if isinstance(found, outlook.Unknown) or found.answer.verdict == planner.FITS:
@@ -21,6 +21,8 @@ def warnings(home: Home, asked: Resolved) -> list[str]:
     what = "GPU memory" if found.place.device == "cuda" else "RAM"
     doubt = "".join(f" {line}" for line in forecast_view.unverified([found.place.device]))
     said = f"This training needs {size(needed.point)} of {what}, at most {size(needed.upper)}; {found.budget}.{doubt}"
+    if found.answer.verdict == planner.TOO_LARGE and not found.is_certain:
+        return [*notes, said]
     if found.answer.verdict == planner.TIGHT:
         first = next((" ".join(f"--set {setting}" for setting in one.settings) for one in found.answer.proposals), None)
         better = f" It would fit for certain with: {first}" if first else ""

@@ -12,16 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainerd.config import catalogue
-from trainerd.config.identity import identity
+from trainerd.config.identity import fingerprint, identity
 from trainerd.config.load import Resolved
 from trainerd.config.model import RunConfig
 from trainerd.contract import runs
 from trainerd.contract.errors import Unreadable, UsageError
 from trainerd.contract.paths import Home
+from trainerd.contract.runs import RunRecord
 from trainerd.contract.sizes import parse_memory
 from trainerd.machine import adapters, cpu, gpu
 from trainerd.machine.memory import ram
-from trainerd.memory import allocator_settings, forecast, profile, receipts, traced
+from trainerd.memory import allocator_settings, forecast, planner, profile, receipts, traced
 from trainerd.memory.limits import resolve_limit
 from trainerd.memory.planner import Answer
 from trainerd.memory.profile import Profile
@@ -32,6 +33,8 @@ from . import diagnosis, packages
 
 _BF16_ON_CPU = {"amx_bf16", "avx512_bf16"}
 _BF16_ON_CUDA = (8, 0)  # older ones emulate it, many times as slow
+_COUNT_SECONDS = 0.3
+_MAY_BE_FEWER = "How many samples the data have is not known yet. The trainer reads them, and takes no more than there are: it decides."
 _NOT_PART_OF_THE_MODEL = ("seed", "batch_size", "optimizer")
 
 
@@ -45,6 +48,8 @@ class Outlook:
     budget: str
     notes: tuple[str, ...] = ()
     """What a person should know of this machine first: a GPU that will not be used."""
+    is_certain: bool = True
+    """Whether the data surely have the samples of the batch that was asked about: a step of the trainer takes no more than there are."""
     stated: catalogue.Stated | None = None
     """What the preset says it needs; None when none was chosen, or its model or batch was changed."""
 
@@ -66,12 +71,45 @@ class Unknown:
 def look(home: Home, asked: Resolved, budget: str | None = None, device: str | None = None) -> Outlook | Unknown:
     """What training `asked` would need here, or within `budget` ("3.5GB") on a "gpu" or "cpu". Raises UsageError."""
     place, where, words = _place(home, asked.config, budget, device)
-    found = table_of(home, asked, place)
+    found = _table_of(home, asked, place)
     notes = () if budget is not None or device is not None else unused_gpu()
     if isinstance(found, Unknown):
         return replace(found, will=_what_it_will_do(asked.config, place, where, words), notes=notes)
-    table, splittable = found
-    return Outlook(forecast.answer(asked.config, place, table, splittable), place, where, words, notes, _stated(asked))
+    config, is_certain = _of_samples(asked, found)
+    if config is not asked.config and asked.task_file is None:
+        found = replace(found, table=_built_in(config))  # few rows have few words
+    answer = forecast.answer(config, place, found.table, found.splittable)
+    if answer.verdict == planner.TOO_LARGE and not is_certain:
+        notes = (*notes, _MAY_BE_FEWER)
+    return Outlook(answer, place, where, words, notes, is_certain, _stated(asked))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The memory table of a task's model, whether its batch can be split, and how many samples the data had when it was trained."""
+
+    table: Table
+    splittable: bool = True
+    samples: int | None = None
+
+
+def _of_samples(asked: Resolved, found: _Known) -> tuple[RunConfig, bool]:
+    """The configuration with no more samples than the data have, as far as that is known; and whether it is known that they have those
+    of the batch. A file's lines are counted, no longer than nobody notices; some of them may be unusable, or held out."""
+    config, data = asked.config, asked.config.data
+    whole = min(config.train.batch_size, data.size or config.train.batch_size)
+    if not found.splittable:
+        return config, True  # such a batch is not made smaller
+    if asked.task_file is None:
+        counted = catalogue.find_task(config.task).data_module.rows_at_most
+        samples, is_exact = counted(data, 2 * whole, _COUNT_SECONDS)
+    else:
+        samples, is_exact = found.samples, True
+    if samples is None:
+        return config, False
+    if samples < whole:
+        config = config.model_copy(update={"data": data.model_copy(update={"size": samples})})
+    return config, is_exact or samples >= 2 * whole
 
 
 def _stated(asked: Resolved) -> catalogue.Stated | None:
@@ -104,13 +142,16 @@ def _what_it_will_do(config: RunConfig, place: forecast.Place, where: str, budge
     return (*said, "From then on `plan` knows it.")
 
 
-def table_of(home: Home, asked: Resolved, place: forecast.Place) -> tuple[Table, bool] | Unknown:
-    """The memory table of the task's model that can answer for what is asked there, and whether its batch can be split."""
+def _built_in(config: RunConfig) -> Table:
+    entry = catalogue.find_task(config.task)
+    found: Table = entry.blocks_module.table(entry.settings_model.model_validate(config.settings), config.data)
+    return found
+
+
+def _table_of(home: Home, asked: Resolved, place: forecast.Place) -> _Known | Unknown:
+    """The memory table of the task's model that can answer for what is asked there."""
     if asked.task_file is None:
-        entry = catalogue.find_task(asked.config.task)
-        settings = entry.settings_model.model_validate(asked.config.settings)
-        found: Table = entry.blocks_module.table(settings, asked.config.data)
-        return found, True
+        return _Known(_built_in(asked.config))
     wanted = _model_of(identity(asked.config, {}, asked.task_file))
     others: list[TracedTable] = []
     for name in reversed(runs.names(home)):
@@ -118,10 +159,13 @@ def table_of(home: Home, asked: Resolved, place: forecast.Place) -> tuple[Table,
             record = runs.read(home, name)
         except (OSError, Unreadable):
             continue
-        known = _trace_of(home, name) if _model_of(record.identity) == wanted else None
-        if known is not None and tells(known[0], forecast.question(asked.config, place, known[1]).setup):
-            return known
-        others += [known[0]] if known is not None else []
+        known = _trace_of(home, record, asked) if _model_of(record.identity) == wanted else None
+        if known is None:
+            continue
+        table, splittable, samples = known
+        if tells(table, forecast.question(asked.config, place, splittable).setup):
+            return _Known(table, splittable, samples)
+        others.append(table)
     name = f"{asked.task_file.name}:{asked.config.task.rpartition(':')[2]}"
     if not others:
         return Unknown(f"{name} has not been trained in this home yet: what its model needs is not known.")
@@ -151,18 +195,31 @@ def _model_of(known: Mapping[str, Any]) -> dict[str, Any]:
     return {**chosen, "columns": data.get("columns") if isinstance(data, Mapping) else None}
 
 
-def _trace_of(home: Home, run: str) -> tuple[TracedTable, bool] | None:
+def _trace_of(home: Home, record: RunRecord, asked: Resolved) -> tuple[TracedTable, bool, int | None] | None:
+    """What was traced in that run, and how many samples there were, where it had the data that are asked about."""
     from trainerd.contract import files
 
     try:
-        receipt = files.read_json(home.run(run).folder / receipts.FILE, "A receipt")
+        receipt = files.read_json(home.run(record.id).folder / receipts.FILE, "A receipt")
     except (OSError, Unreadable):
         return None
     name = receipt.get("trace")
     if not isinstance(name, str) or "/" in name or "\\" in name:
         return None
     table = traced.read(home.cache / "traces" / name)
-    return None if table is None else (table, receipt.get("splittable") is not False)
+    if table is None:
+        return None
+    samples = receipt.get("samples")
+    is_same = isinstance(samples, int) and record.identity.get("data") == _data_of(asked)
+    return table, receipt.get("splittable") is not False, samples if is_same else None
+
+
+def _data_of(asked: Resolved) -> Any:
+    """What an identity says of the data that are asked about; nothing where they cannot be looked at."""
+    try:
+        return identity(asked.config, fingerprint(asked.config.data), asked.task_file).get("data")
+    except UsageError:
+        return None
 
 
 def _place(home: Home, config: RunConfig, budget: str | None, device: str | None) -> tuple[forecast.Place, str, str]:

@@ -47,6 +47,8 @@ class Forecast:
     trace: str | None = None
     """The name of the trace's file under the home's cache, when the model was traced."""
     splittable: bool = True
+    samples: int | None = None
+    """How many there are to train on."""
     began: Setup | None = None
     """What this life of the run began with."""
     recoveries: int = 0
@@ -111,7 +113,7 @@ def foresee(
         text = f"{type(error).__name__}: {error}"[:300]
         send(wire.NOTE, kind="no_memory_estimate", text=text)
     trace = name if table is not None else None
-    found = Forecast(table, place, trace, task.splittable, buckets=forecast.buckets(config, place.device))
+    found = Forecast(table, place, trace, task.splittable, samples=len(dataset), buckets=forecast.buckets(config, place.device))
     if table is not None and not begun:
         _fit(found, table, config, plan, send, len(dataset))
     plan.pop("open", None)

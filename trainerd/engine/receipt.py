@@ -60,6 +60,7 @@ def _document(found: Forecast, plan: plans.Plan, config: RunConfig, paths: RunPa
         "steps": steps,
         "trace": found.trace,
         "splittable": found.splittable,
+        "samples": found.samples,
         "predicted": dict(predicted.raw) if predicted else {},
         "real": {**_on_device(device, memory), "ram_bytes": _ram(found), "seconds_per_step": _seconds(paths)},
     }

@@ -7,6 +7,7 @@ Usable rows are used, the others counted by reason: every row met is in `usable`
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,26 @@ def check(data: DataConfig, settings: CadenceSettings) -> dict[str, Any]:
         raise source.nothing_usable()
     kind, digest = _fingerprint(source.paths)
     return {"kind": kind, "name": Path(data.path).name, "size_bytes": source.size_bytes, "sha256": digest}
+
+
+def rows_at_most(data: DataConfig, enough: int, seconds: float) -> tuple[int | None, bool]:
+    """No fewer than the rows of the configured data, counted until they are `enough` or the time is over (None); and whether it is just
+    their number."""
+    if data.path is None:
+        return min(data.size or generator.DEFAULT_ROWS, generator.TOTAL_ROWS), True
+    count, until = 0, time.monotonic() + seconds
+    try:
+        paths = _paths(Path(data.path).expanduser())
+    except UsageError:
+        return None, False
+    for path in paths:
+        found = formats.records_at_most(path, enough - count, until)
+        if found is None:
+            return None, False
+        count += found
+        if count >= enough:
+            break
+    return count, False
 
 
 def open_source(data: DataConfig, settings: CadenceSettings, seed: int) -> Source:

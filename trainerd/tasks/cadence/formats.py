@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import json
+import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from typing import IO, Any, TypeAlias, cast
 from trainerd.contract.errors import UsageError
 
 MAX_LINE_BYTES = 1 << 20
+_COUNT_BYTES = 1 << 20
 MAX_QUOTED_LINES = 64
 """A quote that is not closed within this many lines was a character, not a quote."""
 
@@ -82,6 +84,28 @@ class Input:
                     self.done_bytes = self.size_bytes * seen // total
         except (pyarrow.ArrowException, OSError) as error:
             raise UsageError(f"{self.path} cannot be read as Parquet: {error}.", "Write it again, or save the data as CSV.") from None
+
+
+def records_at_most(path: Path, enough: int, until: float) -> int | None:
+    """No fewer than the records of a file: its lines, of JSON the braces that open something. None: the time `until` (monotonic) came
+    before they were counted, or before they were `enough`; or nobody can tell."""
+    try:
+        kind = kind_of(path)
+        if kind == "parquet":
+            import pyarrow.parquet
+
+            with pyarrow.parquet.ParquetFile(path) as file:
+                return int(file.metadata.num_rows)
+        mark, count = (b"{", 0) if kind == "json" else (b"\n", 1)
+        with path.open("rb") as raw:
+            stream = _uncompressed(raw, path)
+            while count < enough and (block := stream.read(_COUNT_BYTES)):
+                if time.monotonic() >= until:
+                    return None
+                count += block.count(mark)
+        return count
+    except (OSError, EOFError, zlib.error, UsageError, ImportError):
+        return None  # reading it will say what is wrong
 
 
 def kind_of(path: Path) -> str:
