@@ -134,7 +134,7 @@ def _what_it_will_do(config: RunConfig, place: forecast.Place, where: str, budge
     if train.micro_batch == "auto":
         said.append(
             f"At its start one micro-batch is traced on the CPU (seconds), and the batch of {train.batch_size:,} is cut into as few pieces "
-            "as then fit. A model above 1 GB, or one that cannot be traced, is tried with the whole batch."
+            "as then fit. A model that cannot be traced is tried with the whole batch."
         )
     else:
         said.append(f"Its micro-batch is {train.micro_batch:,} samples, as you set it, of a batch of {train.batch_size:,}.")

@@ -176,14 +176,14 @@ class _Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._kept.setdefault(name, deque()).append(entry)
             self._of_storage.update((tensor.untyped_storage()._cdata, entry) for tensor in _tensors(alias))
         elif func._schema.is_mutable and self._of_storage:
-            for tensor in _written(func, args, kwargs or {}):
+            for tensor in written(func, args, kwargs or {}):
                 entry_there = self._of_storage.pop(tensor.untyped_storage()._cdata, None)
                 if entry_there is not None:
                     entry_there.value = None
         return result
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+def written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """The tensors that an operation writes into."""
     found: list[Tensor] = []
     for place, argument in enumerate(func._schema.arguments):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
@@ -182,7 +183,7 @@ class _Work:
             total = logits.gather(1, likely).to(self.exact) - chance.gather(1, likely).log()
             return total - logits.gather(1, wanted).to(self.exact)
         nats = -hit.log()
-        lost = (hit < torch.finfo(self.exact).tiny).squeeze(1).nonzero().squeeze(1)
+        lost = _places((hit < torch.finfo(self.exact).tiny).squeeze(1)).squeeze(1)
         for rows in torch.split(lost, _ROWS) if len(lost) else ():
             again = self._logits(some[rows], weight, slice(None)).to(self.exact)
             nats[rows] = functional.cross_entropy(again, wanted[rows, 0], reduction="none").unsqueeze(1)
@@ -261,6 +262,11 @@ class _Work:
             torch.mm(low.t(), some, out=out)
         else:
             out.addmm_(low.t(), some)
+
+
+def _places(where: Tensor) -> Tensor:
+    """Its true places. Without memory (fakes.py) it is not known which: none, as with weights that have learned nothing yet."""
+    return where.new_empty((0, 1), dtype=torch.int64) if isinstance(where, FakeTensor) else where.nonzero()
 
 
 def _inside(wanted: Tensor, words: slice) -> tuple[Tensor, Tensor]:

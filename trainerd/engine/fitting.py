@@ -90,6 +90,7 @@ def foresee(
     home: Home,
     mixed: Precision,
     send: Send,
+    beat: Callable[[], None] = lambda: None,
     *,
     traces: bool,
     begun: bool = False,
@@ -97,8 +98,8 @@ def foresee(
     """The table of the task's model and what this machine has left for it; a plan that left the micro-batch open is closed.
 
     Without a table, or when a user's model cannot be traced, only what its weights need is foretold, and the batch is tried whole.
-    `begun`: steps of this plan have worked. Raises Refused for another one that is too large for a CPU: there nothing fails at a
-    limit, all crawls.
+    `begun`: steps of this plan have worked. `beat` is called while it lasts. Raises Refused for another one that is too large for a CPU:
+    there nothing fails at a limit, all crawls.
     """
     place = _place(config, plan, home)
     table: Table | None = None
@@ -108,10 +109,9 @@ def foresee(
         table = task.memory_table()
         if table is None and traces:
             name = f"{_key(task, model, config, mixed)}.json"
-            table, peak_before = _traced(task, model, dataset, config, home, mixed, name)
+            table, peak_before = _traced(task, model, dataset, config, home, mixed, name, beat)
     except Exception as error:  # a user's model may do anything; its own training tells what is wrong
-        text = f"{type(error).__name__}: {error}"[:300]
-        send(wire.NOTE, kind="no_memory_estimate", text=text)
+        send(wire.NOTE, kind="no_memory_estimate", text=_why(error))
     trace = name if table is not None else None
     found = Forecast(table, place, trace, task.splittable, samples=len(dataset), buckets=forecast.buckets(config, place.device))
     if table is not None and not begun:
@@ -244,24 +244,37 @@ def device_facts(device: torch.device) -> tuple[str, str | None]:
     return "cpu", None
 
 
+def _why(error: Exception) -> str:
+    from trainerd.engine.trace import NotTraced
+
+    return (str(error) if isinstance(error, NotTraced) else f"{type(error).__name__}: {error}")[:300]
+
+
 def _traced(
-    task: Task, model: nn.Module, dataset: MapDataset, config: RunConfig, home: Home, mixed: Precision, name: str
-) -> tuple[Table | None, int]:
+    task: Task,
+    model: nn.Module,
+    dataset: MapDataset,
+    config: RunConfig,
+    home: Home,
+    mixed: Precision,
+    name: str,
+    beat: Callable[[], None],
+) -> tuple[Table, int]:
     """The trace of this model, from the cache or made now; and the RAM's peak until then, as peak.begin_anew() tells it."""
-    from trainerd.engine.trace import trace
+    from trainerd.engine.trace import Means, trace
 
     path = home.cache / "traces" / name
     kept = traced.read(path)
     if kept is not None:
         return kept, 0
     kernel = attention.MATH if config.train.attention == attention.MATH else attention.AUTO
-    made = trace(task, model, dataset, mixed, config.train.batch_size, kernel)
+    means = Means(_ram_left(config) - machine_memory.own_bytes(), beat)
+    made = trace(task, model, dataset, mixed, config.train.batch_size, kernel, means)
     before = peak.begin_anew()  # the copy of the model is no need of the training
-    if made is not None:
-        try:
-            traced.write(path, made)
-        except OSError:
-            pass  # a full disk: traced again next time
+    try:
+        traced.write(path, made)
+    except OSError:
+        pass  # a full disk: traced again next time
     return made, before
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from trainerd.contract.errors import ConfigError
 from trainerd.engine.lanes import pin, unpin
@@ -150,7 +151,8 @@ class Stream:
             own = {name: p for name, p in module._parameters.items() if p is not None and id(p) in streamed}
             for name in own:
                 module._parameters[name] = None
-            module._apply(lambda t: t.to(device), recurse=False)  # type: ignore[no-untyped-call]
+            if any(t.device != device for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+                module._apply(lambda t: t.to(device), recurse=False)  # type: ignore[no-untyped-call]
             for name, p in own.items():
                 setattr(module, name, p)  # not past the module: a recurrent one keeps a list of its own
 
@@ -197,7 +199,7 @@ def _frozen(model: nn.Module, block: nn.Module) -> list[_Weight]:
     homes: dict[int, nn.Parameter] = {}
     for module in block.modules():
         for name, p in module._parameters.items():
-            if p is not None and type(p) is nn.Parameter and not p.requires_grad and p.is_floating_point():
+            if p is not None and type(p) in (nn.Parameter, FakeTensor) and not p.requires_grad and p.is_floating_point():
                 homes[id(p)] = p
                 places.setdefault(id(p), []).append((module, name))
     return [_Weight(home, tuple(places[key])) for key, home in homes.items() if len(places[key]) == everywhere[key]]

@@ -1,7 +1,8 @@
 """Traces what one micro-batch of an unknown model allocates, on the CPU, for the memory estimate. Must leave no trace of its own.
 
 It works on a copy of the model with copies of the largest sample, two and four at a time; random states, the task's context and
-the training's model stay untouched. Every result of every operation is seen, but not the scratch space inside kernels.
+the training's model stay untouched. A small model is really computed; a larger one has a copy without memory (fakes.py), which gives
+the same, and is computed only where its code goes on by what it has computed, there is room, and it does not take long.
 """
 
 from __future__ import annotations
@@ -10,24 +11,26 @@ import contextlib
 import copy
 import itertools
 import math
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from trainerd.engine import attention, checkpointing, dropout, rng, streaming
+from trainerd.engine.fakes import Fakes
 from trainerd.engine.loader import Fetch, lengths_of
 from trainerd.engine.precision import Precision
+from trainerd.engine.recorder import Recorder
 from trainerd.engine.step import taken_apart
 from trainerd.engine.task import MapDataset, Task
 from trainerd.memory.traced import Trace, TracedTable, Traces, mode
 
-_MOST_BYTES = 1 << 30  # of weights: a larger model would need minutes, and its RAM twice
+_SMALL_BYTES = 64 << 20  # of weights: computing them is likely faster than loading what tensors without memory need
+_SMALL_SECONDS, _FAKE_SECONDS, _LARGE_SECONDS = 3.0, 120.0, 60.0
+_SMALL_HELD_BYTES = 512 << 20
 _AGAIN = (checkpointing.SELECTIVE, checkpointing.FULL)
 _NAMES = {
     torch.float64: "fp64",
@@ -37,108 +40,134 @@ _NAMES = {
     torch.complex64: "complex64",
     torch.complex128: "complex128",
 }
+_STREAMED = tuple(itertools.product(_AGAIN, (False, True)))  # what is computed again, and whether copies are begun ahead
 _LOOK_AT = 2048  # samples whose length is asked where the dataset does not tell
+_GUESSED = "that the model does the same whatever the numbers are that its code has asked for"
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Births and ends of storages, in order; those known before are left out. `weights`: whose gradients are waited for."""
+class NotTraced(Exception):
+    """In words, why a model was not traced."""
 
-    def __init__(self, known: list[Tensor], weights: Sequence[nn.Parameter] = ()) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.sizes: list[int] = []
-        self.events: list[int] = []
-        self.gradients: list[tuple[int, int, int]] = []
-        self.flops = 0.0
-        self.batch = 0
-        self.forwards = True
-        self._products: set[tuple[Any, ...]] = set()
-        self._seen: dict[int, Any] = {t.untyped_storage()._cdata: None for t in known}
-        self._numbers: dict[int, int] = {}
-        self._on = True
-        self._hooks = [w.register_post_accumulate_grad_hook(self._completing(place)) for place, w in enumerate(weights)]  # type: ignore[no-untyped-call]
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # to be left alone by torch's compiler, torch would load all of it
+class _TooMuch(NotTraced):
+    """It takes too long, or more room than there is."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        work = flop_registry.get(func.overloadpacket)
-        if work is not None:
-            self.flops += work(*args, **(kwargs or {}), out_val=result)
-            if self.forwards:
-                self._products.add((str(func), *(tuple(given.shape) for given in args if isinstance(given, Tensor))))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._meet(leaf)
-        return result
 
-    def _meet(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._seen:
-            return
-        number = len(self.sizes)
+@dataclass(frozen=True)
+class Means:
+    """What a trace may take. `room_bytes`: of RAM, a copy of the model included; None: all. `beat` is called again and again."""
 
-        def gone(_: Any) -> None:
-            self._seen.pop(key, None)
-            self._numbers.pop(key, None)
-            if self._on:
-                self.events.append(~number)
+    room_bytes: int | None = None
+    beat: Callable[[], None] = lambda: None
 
-        self._seen[key] = weakref.ref(storage, gone)
-        self._numbers[key] = number
-        self.sizes.append(storage.nbytes())
-        self.events.append(number)
 
-    def _completing(self, place: int) -> Callable[[Tensor], None]:
-        def complete(weight: Tensor) -> None:
-            assert weight.grad is not None
-            number = self._numbers.get(weight.grad.untyped_storage()._cdata)
-            if number is not None:
-                self.gradients.append((len(self.events), number, place))
+class _Watch:
+    """Looks at each operation whether it goes on; gives up early what would take too long."""
 
-        return complete
+    def __init__(self, means: Means, seconds: float, room_bytes: int | None) -> None:
+        self._means, self._seconds, self._room_bytes = means, seconds, room_bytes
+        self._until = time.monotonic() + seconds
+        self._foreseen = False
+        self.forwards = 0.0
+        """How many times as much as the first forward pass all of it takes, where that tells."""
 
-    def trace(self, samples: int) -> Trace:
-        """What was recorded so far; later ends do not belong to it."""
-        self._on = False
-        for hook in self._hooks:
-            hook.remove()
-        products = len(self._products)
-        return Trace(samples, list(self.sizes), list(self.events), self.flops, self.batch, list(self.gradients), products)
+    def __call__(self, held_bytes: int) -> None:
+        self._means.beat()
+        if self._room_bytes is not None and held_bytes > self._room_bytes:
+            raise _TooMuch(f"a step of the fewest samples holds more than the {self._room_bytes / 1e9:.1f} GB that are free")
+        if time.monotonic() > self._until:
+            raise _TooMuch(f"it takes more than {self._seconds:.0f} seconds")
+
+    def went(self, seconds: float) -> None:
+        """The first forward pass took so long."""
+        expected = 0.0 if self._foreseen else seconds * self.forwards
+        self._foreseen = True
+        if time.monotonic() + expected > self._until:
+            raise _TooMuch(f"it would take {expected:.0f} seconds or so")
 
 
 def trace(
-    task: Task, model: nn.Module, dataset: MapDataset, precision: Precision, effective_batch: int, kernel: str = attention.AUTO
-) -> TracedTable | None:
-    """The table of a model on the CPU, its attention computed by `kernel`; None when it is too large to try. Raises whatever the
-    model raises."""
-    if sum(p.numel() * p.element_size() for p in model.parameters()) > _MOST_BYTES:
-        return None
-    most = min(4, effective_batch)
-    numbers = sorted({max(1, most // 2), most}) if task.splittable else [effective_batch]
-    found: dict[str, Traces] = {}
-    with _undisturbed(task, model) as copied, attention.for_trace(kernel):
-        longest, blocks = _longest(task, dataset), task.blocks(copied)
+    task: Task,
+    model: nn.Module,
+    dataset: MapDataset,
+    precision: Precision,
+    effective_batch: int,
+    kernel: str = attention.AUTO,
+    means: Means | None = None,
+) -> TracedTable:
+    """The table of a model on the CPU, its attention computed by `kernel`. Raises NotTraced, and whatever the model raises."""
+    means = means or Means()
+    given = (task, model, dataset, precision, effective_batch, kernel, means)
+    if sum(map(_size, model.parameters())) <= _SMALL_BYTES:
+        try:
+            return _Tracing(*given).computed(_SMALL_SECONDS, _SMALL_HELD_BYTES)
+        except _TooMuch:
+            pass
+    try:
+        return _Tracing(*given).without_memory()
+    except Exception as error:  # torch's rules for such tensors, and a user's code
+        why = str(error) if isinstance(error, NotTraced) else f"{type(error).__name__}: {error}"
+    try:
+        return _Tracing(*given).computed(_LARGE_SECONDS)
+    except _TooMuch as error:
+        raise NotTraced(f"Not traced without computing ({why[:150]}), nor computed: {error}.") from None
 
-        def traced(name: str, again: str) -> None:
-            found[name] = Traces([], [])
-            with checkpointing.wrapped(copied, blocks, again):
-                for samples in numbers:
-                    batch = _batch(task, dataset, samples, longest)
-                    found[name].steps.append(_one(task, copied, batch, precision, samples))
-                    copied.zero_grad(set_to_none=True)
-                    batch = _batch(task, dataset, samples, longest)
-                    found[name].held_out.append(_held_out(task, copied, batch, precision, samples))
 
-        for again in (checkpointing.NONE, *_AGAIN) if blocks else (checkpointing.NONE,):
-            traced(again, again)
-        streamed = streaming.streamable(copied, blocks)
-        for again, ahead in itertools.product(_AGAIN, (False, True)) if streamed else ():
-            with streaming.streamed(copied, blocks, ahead=ahead):
-                traced(mode(again, streams=True, ahead=ahead), again)
-        return _table(task, copied, precision, found, kernel, streamed)
+class _Tracing:
+    """One attempt."""
+
+    def __init__(
+        self, task: Task, model: nn.Module, dataset: MapDataset, precision: Precision, effective_batch: int, kernel: str, means: Means
+    ) -> None:
+        self._task, self._model, self._dataset, self._precision, self._kernel = task, model, dataset, precision, kernel
+        self._means = means
+        most = min(4, effective_batch)
+        self._numbers = sorted({max(1, most // 2), most}) if task.splittable else [effective_batch]
+        self._found: dict[str, Traces] = {}
+        self._fakes: Fakes | None = None
+
+    def computed(self, seconds: float, held_bytes: int | None = None) -> TracedTable:
+        """On a real copy, in so much time and room. Raises _TooMuch."""
+        rooms = [room for room in (self._means.room_bytes, held_bytes) if room is not None]
+        room, weights = min(rooms, default=None), list(self._model.parameters())
+        copied = sum(map(_size, (*weights, *self._model.buffers())))
+        needed = copied + sum(_size(weight) for weight in weights if weight.requires_grad)
+        if room is not None and needed > room:
+            raise _TooMuch(f"a copy of the model and its gradients need {needed / 1e9:.1f} GB, and {max(0, room) / 1e9:.1f} GB are free")
+        return self._table(_Watch(self._means, seconds, None if room is None else room - copied))
+
+    def without_memory(self) -> TracedTable:
+        """On a copy that has none."""
+        self._fakes = Fakes()
+        table = self._table(_Watch(self._means, _FAKE_SECONDS, None))
+        return replace(table, assumed=(*table.assumed, _GUESSED)) if self._fakes.guessed else table
+
+    def _table(self, watch: _Watch) -> TracedTable:
+        with _undisturbed(self._task, self._model, self._fakes) as copied, attention.for_trace(self._kernel):
+            longest, blocks = _longest(self._task, self._dataset), self._task.blocks(copied)
+            streamed = streaming.streamable(copied, blocks)
+            modes = (checkpointing.NONE, *_AGAIN) if blocks else (checkpointing.NONE,)
+            ways: list[tuple[str, str, bool | None]] = [(again, again, None) for again in modes]
+            ways += [(mode(again, streams=True, ahead=ahead), again, ahead) for again, ahead in _STREAMED] if streamed else []
+            if self._fakes is None:
+                watch.forwards = sum(self._numbers) / self._numbers[0] * (5 * len(ways) - 1)
+            for name, again, ahead in ways:
+                away = contextlib.nullcontext() if ahead is None else streaming.streamed(copied, blocks, ahead=ahead)
+                with away, checkpointing.wrapped(copied, blocks, again):
+                    self._found[name] = self._traces(copied, longest, watch)
+            return _table(self._task, copied, self._precision, self._found, self._kernel, streamed)
+
+    def _traces(self, copied: nn.Module, longest: int, watch: _Watch) -> Traces:
+        """Of each number of samples: a step, and an evaluation."""
+        found = Traces([], [])
+        for samples in self._numbers:
+            for some, pass_of in ((found.steps, _one), (found.held_out, _held_out)):
+                batch = _batch(self._task, self._dataset, samples, longest)
+                some.append(pass_of(self._task, copied, batch, self._precision, samples, watch, self._fakes))
+                copied.zero_grad(set_to_none=True)
+                if self._fakes is not None:
+                    self._fakes.forget()
+        return found
 
 
 def of_weights(task: Task, model: nn.Module, precision: Precision, kernel: str = attention.AUTO) -> TracedTable:
@@ -185,18 +214,24 @@ def _held_bytes(weight: nn.Parameter) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
 def _batch(task: Task, dataset: MapDataset, samples: int, longest: int) -> Any:
     """So many copies of the largest sample."""
     return Fetch(task, dataset)[0, 0, [longest] * samples]
 
 
-def _one(task: Task, model: nn.Module, batch: Any, precision: Precision, samples: int) -> Trace:
+def _one(task: Task, model: nn.Module, batch: Any, precision: Precision, samples: int, watch: _Watch, fakes: Fakes | None) -> Trace:
     """Forward and backward of one micro-batch, as the engine does it."""
     counts = task.counts(batch)
     weights = [p for p in model.parameters() if p.requires_grad]
-    recorder = _Recorder(_known(model), weights)
-    with recorder:
+    recorder = Recorder(_known(model), weights, watch)
+    with fakes or contextlib.nullcontext(), recorder:
+        began = time.monotonic()
         given = _losses(task, model, batch, precision, recorder)
+        watch.went(time.monotonic() - began)
         total, metrics = taken_apart(task, given, counts)
         recorder.forwards = False
         total.backward()  # type: ignore[no-untyped-call]
@@ -204,15 +239,15 @@ def _one(task: Task, model: nn.Module, batch: Any, precision: Precision, samples
     return recorder.trace(samples)
 
 
-def _held_out(task: Task, model: nn.Module, batch: Any, precision: Precision, samples: int) -> Trace:
+def _held_out(task: Task, model: nn.Module, batch: Any, precision: Precision, samples: int, watch: _Watch, fakes: Fakes | None) -> Trace:
     """The same micro-batch as an evaluation meets it (evaluation.py)."""
     training = [module for module in model.modules() if module.training]
-    recorder = _Recorder(_known(model))
+    recorder = Recorder(_known(model), watch=watch)
     task.ctx.training = False
     for module in training:
         module.training = type(module).__module__.startswith("bitsandbytes")
     try:
-        with torch.no_grad(), recorder:
+        with torch.no_grad(), fakes or contextlib.nullcontext(), recorder:
             given = _losses(task, model, batch, precision, recorder)
             del given
     finally:
@@ -222,7 +257,7 @@ def _held_out(task: Task, model: nn.Module, batch: Any, precision: Precision, sa
     return recorder.trace(samples)
 
 
-def _losses(task: Task, model: nn.Module, batch: Any, precision: Precision, recorder: _Recorder) -> Any:
+def _losses(task: Task, model: nn.Module, batch: Any, precision: Precision, recorder: Recorder) -> Any:
     """Over a copy of the batch, as a GPU gets one: nobody but the model holds it."""
     copies = [_copied(batch)]
     recorder.batch = len(recorder.sizes)
@@ -254,12 +289,12 @@ def _autocast(precision: Precision) -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _undisturbed(task: Task, model: nn.Module) -> Iterator[nn.Module]:
-    """A copy of the model in training mode; afterwards the task's context and all random states are what they were."""
+def _undisturbed(task: Task, model: nn.Module, fakes: Fakes | None) -> Iterator[nn.Module]:
+    """A copy of the model in training mode, with memory or without; afterwards the task's context and all random states are as before."""
     ctx = task.ctx
     before = dict(vars(ctx))
     with rng.preserved():
-        copied = copy.deepcopy(model).to("cpu")
+        copied = copy.deepcopy(model).to("cpu") if fakes is None else fakes.copied(model)
         copied.train()
         ctx.device = torch.device("cpu")
         dropout.attach(copied, ctx)

@@ -1,0 +1,97 @@
+"""Sees every operation of one micro-batch: what is born, what ends, which gradients are complete, how much work it is. Must not judge.
+
+Every result of every operation is seen, but not the scratch space inside kernels.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from trainerd.memory.traced import Trace
+
+_DEVICE = torch.ops.prim.device.default  # a question of torch's own, about a tensor without memory
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Births and ends of storages, in order; those known before are left out. `weights`: whose gradients are waited for. `watch` hears
+    at each operation how much is held."""
+
+    def __init__(self, known: list[Tensor], weights: Sequence[nn.Parameter] = (), watch: Callable[[int], None] = lambda held: None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._watch = watch
+        self._held_bytes = 0
+        self.sizes: list[int] = []
+        self.events: list[int] = []
+        self.gradients: list[tuple[int, int, int]] = []
+        self.flops = 0.0
+        self.batch = 0
+        self.forwards = True
+        self._products: set[tuple[Any, ...]] = set()
+        self._seen: dict[int, Any] = {t.untyped_storage()._cdata: None for t in known}
+        self._numbers: dict[int, int] = {}
+        self._on = True
+        self._hooks = [w.register_post_accumulate_grad_hook(self._completing(place)) for place, w in enumerate(weights)]  # type: ignore[no-untyped-call]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to be left alone by torch's compiler, torch would load all of it
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:
+            return func(*args)
+        self._watch(self._held_bytes)
+        result = func(*args, **(kwargs or {}))
+        work = flop_registry.get(func.overloadpacket)
+        if work is not None:
+            self.flops += work(*args, **(kwargs or {}), out_val=result)
+            if self.forwards:
+                self._products.add((str(func), *(tuple(given.shape) for given in args if isinstance(given, Tensor))))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._meet(leaf)
+        return result
+
+    def _meet(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._seen:
+            return
+        number, size = len(self.sizes), storage.nbytes()
+
+        def gone(_: Any) -> None:
+            self._held_bytes -= size
+            self._seen.pop(key, None)
+            self._numbers.pop(key, None)
+            if self._on:
+                self.events.append(~number)
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self._numbers[key] = number
+        self._held_bytes += size
+        self.sizes.append(size)
+        self.events.append(number)
+
+    def _completing(self, place: int) -> Callable[[Tensor], None]:
+        def complete(weight: Tensor) -> None:
+            assert weight.grad is not None
+            number = self._numbers.get(weight.grad.untyped_storage()._cdata)
+            if number is not None:
+                self.gradients.append((len(self.events), number, place))
+
+        return complete
+
+    def trace(self, samples: int) -> Trace:
+        """What was recorded so far; later ends do not belong to it."""
+        self._on = False
+        for hook in self._hooks:
+            hook.remove()
+        products = len(self._products)
+        return Trace(samples, list(self.sizes), list(self.events), self.flops, self.batch, list(self.gradients), products)
