@@ -18,8 +18,10 @@ def again(tape: Tape, began: tuple[int, int]) -> tuple[list[int], list[int]]:
     and the places, counted from the first event of all, of those that are left out."""
     at, low = began
     played = tape.events[at:]
-    left_out = map(_left_out(tape, played, low).__contains__, played)
-    places = list(compress(range(at, at + len(played)), left_out))
+    begin, number, before = tape.round if tape.round[0] > at else (at, low, set())
+    left_out = {n for n in before if n >= low}.union(range(number, len(tape.sizes)), range(-low, 0))
+    left_out.difference_update(map(invert, tape.events[begin:]))
+    places = list(compress(range(at, at + len(played)), map(left_out.__contains__, played)))
     for place in reversed(places):
         del played[place - at]
     return played, places
@@ -42,9 +44,10 @@ def follow(tape: Tape, began: tuple[int, int]) -> None:
     """
     at, low = began
     played, events, numbers = tape.events[at:], tape.events, dict[int, int]()
-    left_out = _left_out(tape, played, low)
+    stays = set(range(low, len(tape.sizes))).difference(map(invert, played))
+    left_out = stays.union(range(-low, 0))
     begin, middle = 0, len(events)
-    tape.rounds.append(middle)
+    tape.round = middle, len(tape.sizes), tape.there(at).difference(map(invert, played)) | stays
     given = sorted((one for one in tape.given if one[0] >= at), key=itemgetter(0))
     for _, number, kind in given:
         numbers[number], numbers[~number] = len(tape.sizes), ~len(tape.sizes)
@@ -58,7 +61,3 @@ def follow(tape: Tape, began: tuple[int, int]) -> None:
         begin = end
     tape.reborn += (len(events) - middle) // 2 - len(given)  # it leaves nothing behind: half of it are births
 
-
-def _left_out(tape: Tape, played: Sequence[int], low: int) -> set[int]:
-    """Births since then of what has not ended in these events, and ends of what was made before."""
-    return set(range(low, len(tape.sizes))).difference(map(invert, played)).union(range(-low, 0))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, count, pairwise
+from itertools import accumulate, count
 from math import prod
 from operator import invert, neg
 from typing import Any
@@ -132,8 +132,9 @@ class Tape:
         self.marks: list[tuple[int, str]] = []
         self._ended = self.events.append
         self._live = self._peak = self._peak_event = self._counted = 0
-        self.rounds: list[int] = []
-        """Where storages that have ended begin to be born again, under the same number (rounds.py), and how many were."""
+        self.round: tuple[int, int, set[int]] = (0, 0, set())
+        """Where storages that had ended began to be born again, under the same number (rounds.py): the next event and the next new
+        storage, and what was there. How many were."""
         self.reborn = 0
         self.given: list[tuple[int, int, str]] = []
         """Gradients that leaves took as they were: when, which storage, and of which kind it had been."""
@@ -339,17 +340,17 @@ class Tape:
         """Bytes by kind at the peak, or after so many events."""
         if at is None:
             self._count()
-        at = self._peak_event if at is None else at
-        alive: set[int] = set()
-        for begin, end in pairwise([0, *(place for place in self.rounds if place < at), at]):
-            some = self.events[begin:end]
-            alive.update(some)
-            alive.difference_update(map(invert, some))
         found: dict[str, int] = {}
-        for number in sorted(alive):
-            if number >= 0:
-                found[self.kinds[number]] = found.get(self.kinds[number], 0) + self.sizes[number]
+        for number in sorted(self.there(self._peak_event if at is None else at)):
+            found[self.kinds[number]] = found.get(self.kinds[number], 0) + self.sizes[number]
         return found
+
+    def there(self, at: int) -> set[int]:
+        """The storages that have been born and not ended after so many events."""
+        begin, _, before = self.round if at >= self.round[0] else (0, 0, ())
+        some = self.events[begin:at]
+        found = set(before).union(some).difference(map(invert, some))
+        return {number for number in found if number >= 0}
 
 
 def levels(sizes: Sequence[int], events: Sequence[int], before: int = 0) -> list[int]:
