@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from client import glance, view
+from client import ask, glance, view
 from trainerd.contract import clock, files, status
+from trainerd.contract.errors import TrainerdError
 from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home
 from trainerd.contract.status import Reading, Status
@@ -115,12 +117,45 @@ def test_what_a_reader_concludes_without_a_supervisor(home: Home, make: Callable
 def test_what_a_reader_concludes_of_a_silent_supervisor(home: Home, alive: FileLock) -> None:
     """A held lock with an old status is not answering, by the monotonic clock of this boot only; with none, it is starting."""
     assert status.read(home).state == status.STARTING
-    old = {**DOCUMENT, "updated_monotonic": clock.monotonic() - 60, "boot_id": clock.boot_id()}
+    ours = {**DOCUMENT["supervisor"], "pid": os.getpid()}
+    old = {**DOCUMENT, "supervisor": ours, "updated_monotonic": clock.monotonic() - 60, "boot_id": clock.boot_id()}
     files.write_json(home.status, old)
     reading = status.read(home)
     assert reading.state == status.NOT_ANSWERING and "60 seconds" in reading.reason and view.exit_code(reading) == 4
     files.write_json(home.status, {**old, "boot_id": "another boot"})
     assert status.read(home).state == "running"
+
+
+def test_between_its_lock_and_its_first_status_a_supervisor_is_starting(
+    home: Home, alive: FileLock, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is still the dead one's: none of its numbers is shown, and nobody asks it. One that keeps silent after that is not
+    starting for ever; and what cannot be told (a lock that was not signed, a status younger than the lock) is as it stands there."""
+    before = frozen()
+    status.write(home, before)
+    os.utime(home.supervisor_lock, (before.updated_at + 1,) * 2)
+    reading = status.read(home)
+    assert (reading.state, reading.status, reading.alive) == (status.STARTING, None, True)
+    assert glance.show(home, False) == 0
+    shown = capsys.readouterr().out
+    assert "STARTING" in shown and "226" not in shown and "4.812" not in shown
+    monkeypatch.setattr(ask, "_APPEAR_SECONDS", 0.05)
+    with pytest.raises(TrainerdError, match="writes no readable status"):
+        ask.live(home)
+    before.supervisor = status.SupervisorInfo(os.getpid(), "new", 0.0)
+    status.write(home, before)
+    assert status.read(home).state == "running"
+    before.supervisor.pid += 1
+    for at, state in ((clock.wall() - 3600, "running"), (clock.wall() + 1, status.STARTING)):
+        status.write(home, before)
+        os.utime(home.supervisor_lock, (at, at))
+        assert status.read(home).state == state
+    old = {**before.to_dict(), "updated_at": clock.wall() - 100, "updated_monotonic": clock.monotonic() - 100}
+    files.write_json(home.status, old)
+    os.utime(home.supervisor_lock, (clock.wall() - 40,) * 2)
+    assert status.read(home).state == status.NOT_ANSWERING
+    home.supervisor_lock.write_bytes(b"")
+    assert status.read(home).state == status.NOT_ANSWERING
 
 
 def test_unknown_is_not_zero() -> None:

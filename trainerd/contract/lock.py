@@ -94,17 +94,23 @@ def is_held(path: Path) -> bool:
 
 def holder(path: Path) -> int | None:
     """The PID that whoever holds the lock at `path` wrote into it, to show to a person; None when it is not known."""
+    found = signed(path)
+    return None if found is None else found[0]
+
+
+def signed(path: Path) -> tuple[int, float] | None:
+    """That PID, and when it was written (UTC)."""
     try:
         descriptor = _open(path, os.O_RDONLY)
     except (OSError, Unreadable):
         return None
     try:
-        note = os.read(descriptor, _NOTE_BYTES).strip()
+        note, at = os.read(descriptor, _NOTE_BYTES).strip(), os.fstat(descriptor).st_mtime
     except OSError:
         return None
     finally:
         os.close(descriptor)
-    return int(note) if note.isdigit() and 0 < int(note) < 2**32 else None
+    return (int(note), at) if note.isdigit() and 0 < int(note) < 2**32 else None
 
 
 def _open_to_look(path: Path) -> int:

@@ -21,6 +21,7 @@ END_STATES = (STOPPED, COMPLETED, FAILED)
 CRASHED, NOT_ANSWERING, NEVER_STARTED, UNREADABLE = "crashed", "not answering", "never started", "unreadable"
 
 STALE_SECONDS = 5.0
+_BEGINNING_SECONDS = 30.0
 
 
 @dataclass
@@ -293,6 +294,18 @@ class Reading:
         return {**document, "state": self.state, "reason": self.reason, "alive": self.alive}
 
 
+def written(home: Home) -> Status | None:
+    """What the file says, whoever wrote it and however long ago; None when there is none that can be read."""
+    try:
+        return _file(home)
+    except (OSError, Unreadable):
+        return None
+
+
+def _file(home: Home) -> Status:
+    return from_dict(files.read_json(home.status, "The status", remedy=_KEPT_ASIDE))
+
+
 def read(home: Home) -> Reading:
     """The truth about a home, from the status file and the supervisor's lock. Never raises for damage: it says so."""
     try:
@@ -300,10 +313,10 @@ def read(home: Home) -> Reading:
     except Unreadable as error:
         return Reading(UNREADABLE, str(error), None, False)
     try:
-        status = from_dict(files.read_json(home.status, "The status", remedy=_KEPT_ASIDE))
+        status = _file(home)
     except FileNotFoundError:
         if alive:
-            return Reading(STARTING, "The supervisor is starting.", None, True)
+            return _just_begun()
         return Reading(NEVER_STARTED, "Nothing has been started in this home yet.", None, False)
     except Unreadable as error:
         return Reading(UNREADABLE, str(error), None, alive)
@@ -311,12 +324,27 @@ def read(home: Home) -> Reading:
         return Reading(UNREADABLE, f"{home.status} cannot be read: {error.strerror or error}.", None, alive)
     if not alive:
         return _reading_without_supervisor(status)
+    if _is_of_one_before(home, status):
+        return _just_begun()
     if status.boot_id == clock.boot_id():
         silent_seconds = clock.monotonic() - status.updated_monotonic
         if silent_seconds > STALE_SECONDS:
             reason = f"The supervisor has not answered for {silent_seconds:.0f} seconds."
             return Reading(NOT_ANSWERING, reason, status, True, lock.holder(home.supervisor_lock))
     return Reading(status.state, status.reason, status, True)
+
+
+def _just_begun() -> Reading:
+    return Reading(STARTING, "The supervisor is starting.", None, True)
+
+
+def _is_of_one_before(home: Home, status: Status) -> bool:
+    """Whether the file was written by a supervisor before the one that has just taken the lock: its numbers are those of a dead one.
+    Where that cannot be told for sure, they are believed; one that writes nothing for long is not starting any more."""
+    signed = lock.signed(home.supervisor_lock)
+    if signed is None or status.supervisor is None or signed[0] == status.supervisor.pid:
+        return False
+    return status.updated_at < signed[1] and clock.wall() - signed[1] < _BEGINNING_SECONDS
 
 
 def _reading_without_supervisor(status: Status) -> Reading:

@@ -31,7 +31,7 @@ def record_stop(home: Home, instance: str, request_id: str, arguments: dict[str,
         journal.note("stop", instance=instance, reason=reason)
         journal.save_record(wanted=runs.WANTED_STOPPED, outcome=status.STOPPED, reason=reason, ended_at=clock.wall())
     report = Report(home, record, SupervisorInfo(os.getpid(), instance, clock.wall()))
-    before = status.read(home).status
+    before = status.written(home)
     if before is not None and before.run == name:
         _keep(report.status, before)
     report.trainer_gone()
