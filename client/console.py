@@ -116,6 +116,11 @@ def program() -> str:
     return _name() + _home_typed()
 
 
+def elsewhere() -> str:
+    """How it is called for another home than this one, whichever was typed."""
+    return f"{_name()} --home ANOTHER_FOLDER"
+
+
 def memory_program() -> str:
     """How the commands about memory are called here, for hints."""
     return f"python {MEMORY_DOOR}{_home_typed()}" if by_memory_door() else f"{program()} memory"

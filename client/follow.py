@@ -5,9 +5,10 @@ from __future__ import annotations
 import subprocess
 import time
 import uuid
+from collections.abc import Callable
 
-from trainerd.contract import errors, files, ground, lock, requests, status
-from trainerd.contract.errors import AlreadyRunning, ConfigError, Refused, RunFailed, TrainerdError, UsageError, remedy
+from trainerd.contract import errors, files, ground, lock, requests, runs, status
+from trainerd.contract.errors import AlreadyRunning, ConfigError, Refused, RunFailed, TrainerdError, Unreadable, UsageError, remedy
 from trainerd.contract.paths import Home
 from trainerd.contract.status import Reading
 from trainerd.machine import filesystem
@@ -19,6 +20,8 @@ _LOOK_SECONDS = 0.02
 _UP_SECONDS = 30.0
 _VERDICT_SECONDS = 300.0
 _END_SECONDS = 3.0
+_END_LOOK_SECONDS = 0.25
+_STANDING = (status.PAUSED, status.WAITING, status.RECOVERING, status.NOT_ANSWERING)
 _LEAST_FREE_BYTES = 200_000_000
 
 
@@ -40,7 +43,7 @@ def already_running(home: Home, reading: Reading) -> AlreadyRunning:
         return AlreadyRunning(f"{run} is paused in {home.root}.", f"Go on with: {program} resume     End it with: {program} stop")
     if reading.state == status.NOT_ANSWERING:
         return AlreadyRunning(f"{run} is already in {home.root}. {reading.reason}", stuck.remedy(reading, program))
-    hint = f"Watch it: {program} monitor     End it: {program} stop     Train beside it: {program} --home ANOTHER_FOLDER start"
+    hint = f"Watch it: {program} monitor     End it: {program} stop     Train beside it: {console.elsewhere()} start"
     return AlreadyRunning(f"{run} is already in {home.root} ({reading.state}).", hint)
 
 
@@ -176,10 +179,31 @@ def until_checked(home: Home, reading: Reading) -> Reading:
     return reading
 
 
-def until_end(home: Home) -> Reading:
-    """Wait for the run's end, however long; a supervisor that dies without a word is an end, too."""
+def until_end(home: Home, run: str, tell: Callable[[str], None]) -> Reading:
+    """Wait for the run's end, however long; a supervisor that dies without a word is an end, too. `tell` hears when it stands still, and
+    when it goes on."""
+    standing: str | None = None
     while True:
         reading = status.read(home)
+        if reading.status is not None and reading.status.run != run:
+            return _as_recorded(home, run)
         if not reading.alive:
             return reading
-        time.sleep(0.25)
+        now = reading.state if reading.state in _STANDING else None
+        if now is not None and now != standing:
+            tell(f"{run} is {now}: {reading.reason} Waiting for it to go on.")
+        elif standing is not None and reading.state == status.RUNNING:
+            tell(f"{run} goes on.")
+        standing = standing if reading.state == status.STARTING else now
+        time.sleep(_END_LOOK_SECONDS)
+
+
+def _as_recorded(home: Home, run: str) -> Reading:
+    """How a run ended that the status is not about any more: another one was started since."""
+    try:
+        record = runs.read(home, run)
+    except (OSError, Unreadable):
+        return Reading(status.UNREADABLE, f"Another run was started, and the record of {run} cannot be read.", None, False)
+    if record.outcome is None:
+        return Reading(status.CRASHED, "Its supervisor ended without a word, and another run was started since.", None, False)
+    return Reading(record.outcome, record.reason, None, False)

@@ -38,6 +38,8 @@ def exit_code(reading: Reading) -> int:
 
 def result_code(reading: Reading) -> int:
     """What `--wait` returns: as exit_code(), but a run that could not be trained at all says why as a wrong word would have."""
+    if reading.state == PAUSED and not reading.alive:
+        return _EXITS[STOPPED]  # no result, and nobody works at one
     words = reading.status.trainer.last_exit if reading.state == FAILED and reading.status else None
     return _REFUSALS.get((words or "").partition(":")[0], exit_code(reading))
 

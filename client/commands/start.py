@@ -48,32 +48,33 @@ def begin(home: Home, choice: choose.Choice, warnings: list[str], wait: bool, as
         reading = follow.until_checked(home, reading)
     after_reboot = registration.begun(home, choice.run, autostart)
     if not as_json:
-        _tell(reading, tied)
+        _tell(reading, tied, wait)
         if after_reboot:
             console.tell(after_reboot)
     code = 0
     if wait:
-        reading = _until_end(home)
+        reading = _until_end(home, choice.run)
         code = view.result_code(reading)
         if not as_json:
-            console.say(view.summary(reading))
+            console.say("\n".join([view.summary(reading), *view.what_next(reading, console.program())]))
     if as_json:
         console.say(json.dumps({**reading.to_dict(), "resumed": choice.resume, "changes": choice.changes}, indent=1))
     return code
 
 
-def _until_end(home: Home) -> status.Reading:
+def _until_end(home: Home, run: str) -> status.Reading:
     try:
-        return follow.until_end(home)
+        return follow.until_end(home, run, console.complain)
     except KeyboardInterrupt:
         console.complain("No longer waiting; the training goes on in the background.")
         raise
 
 
-def _tell(reading: status.Reading, tied: str) -> None:
+def _tell(reading: status.Reading, tied: str, wait: bool) -> None:
     shown, program = reading.status, console.program()
     run = shown.run if shown else "The run"
-    console.tell(f"{run} is {reading.state} in the background{'' if tied else '; this window may be closed'}.")
+    free, waiting = "" if tied else "; this window may be closed", " Waiting for its end; Ctrl-C ends only the waiting." if wait else ""
+    console.tell(f"{run} is {reading.state} in the background{free}.{waiting}")
     if reading.state == status.WAITING:
         console.tell(reading.reason)
     hints = (f"Look: {program} status", f"Watch: {program} monitor", f"End: {program} stop")
