@@ -97,7 +97,8 @@ class _Writing:
         self.parts = [_Part(cut, tape.events[cut.at : end.at], end.storage - cut.storage) for cut, end in pairwise(borders)]
         self.ends = {id(part): end for part, end in zip(self.parts, borders[1:], strict=True)}
         self.patterns: dict[tuple[int, int], _Pattern] = {}
-        self.homes: dict[int, _Home] = {}
+        self.homes: list[_Home | None] = [None] * len(tape.sizes)
+        """Of each storage, if it was born around a gap."""
         self.copies: dict[tuple[int, int], list[list[int]]] = {}
 
     def write(self) -> None:
@@ -134,9 +135,8 @@ class _Writing:
             return
         pattern.parts[place] = part
         if 1 <= place <= _HEAD + 2:
-            born = range(part.births)
-            storages = range(part.cut.storage, part.cut.storage + part.births)
-            self.homes.update(zip(storages, zip(repeat(loop), repeat(part.cut.way), repeat(place), born, strict=False), strict=True))
+            first, births = part.cut.storage, part.births
+            self.homes[first : first + births] = zip(repeat(loop, births), repeat(part.cut.way), repeat(place), range(births), strict=False)
 
     def _make_storages(self, key: tuple[int, int], pattern: _Pattern) -> None:
         """Sizes of what was born at the missing places, and the work done there: on the line through both patterns."""
@@ -197,7 +197,7 @@ class _Writing:
         place, missing = part.cut.turn[1], self.patterns[key].missing
         found = []
         for event in part.events:
-            home = self.homes.get(event if event >= 0 else ~event)
+            home = self.homes[event if event >= 0 else ~event]
             if home is None or self.patterns[home[0], home[1]].missing != missing:
                 raise NotAlike
             found.append((event >= 0, home[0], home[1], home[2] - place, home[3]))
@@ -226,7 +226,7 @@ class _Writing:
             return part.events
         found = []
         for event in part.events:
-            home = self.homes.get(~event) if event < 0 else None
+            home = self.homes[~event] if event < 0 else None
             if home is not None and (home[2] < _HEAD) != (place < _HEAD) and abs(home[2] - place) <= 2:
                 pattern = self.patterns[home[0], home[1]]
                 event = ~pattern.number(_real(place, pattern.missing) + home[2] - place, home[3])
@@ -237,7 +237,7 @@ class _Writing:
         """What ends the same of one place after the other ends that of the missing ones between."""
         before: _Home | None = None
         for event in part.events:
-            home = self.homes.get(~event) if event < 0 else None
+            home = self.homes[~event] if event < 0 else None
             if home is not None and before is not None and home[:2] == before[:2] and home[3] == before[3]:
                 pattern = self.patterns[home[0], home[1]]
                 gap = range(_HEAD, _HEAD + pattern.missing)

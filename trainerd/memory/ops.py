@@ -343,7 +343,7 @@ def _broadcast(one: Shape, other: Shape) -> Shape:
 
 def wider(x: Tensor, y: Tensor) -> str:
     """The type of what comes of both."""
-    return max(x.dtype, y.dtype, key=_rank)
+    return x.dtype if x.dtype == y.dtype else max(x.dtype, y.dtype, key=_rank)
 
 
 def _rank(dtype: str) -> int:

@@ -27,7 +27,8 @@ _FIRST = -1  # leaves take their gradient as soon as it is complete
 class Storage:
     """Bytes from the allocator; given back when the last tensor that shares them is gone. Made by Tape.new alone."""
 
-    # Without __init__, like Tensor and Node: thousands are made for one answer, and a call costs as much as all the rest.
+    # Without __init__, like Tensor and Node: thousands are made for one answer, and a call costs as much as all the rest. Of more than
+    # three values that are assigned at once Python makes a tuple.
     __slots__ = ("ended", "number", "size")
     ended: Callable[[int], None]
     number: int
@@ -62,16 +63,18 @@ class Tensor:
     def view(self, *shape: int, contiguous: bool = True) -> Tensor:
         """The same bytes, without history: ops.py makes views that gradients flow through."""
         seen = Tensor()
-        seen.tape, seen.shape, seen.dtype, seen.storage = self.tape, shape, self.dtype, self.storage
+        seen.tape, seen.storage = self.tape, self.storage
+        seen.shape, seen.dtype, seen.contiguous = shape, self.dtype, contiguous
         seen.node = seen.grad = None
-        seen.output, seen.leaf, seen.contiguous = 0, False, contiguous
+        seen.output, seen.leaf = 0, False
         return seen
 
     def detach(self) -> Tensor:
         seen = Tensor()
-        seen.tape, seen.shape, seen.dtype, seen.storage = self.tape, self.shape, self.dtype, self.storage
+        seen.tape, seen.storage = self.tape, self.storage
+        seen.shape, seen.dtype, seen.contiguous = self.shape, self.dtype, self.contiguous
         seen.node = seen.grad = None
-        seen.output, seen.leaf, seen.contiguous = 0, False, self.contiguous
+        seen.output, seen.leaf = 0, False
         return seen
 
 
@@ -164,9 +167,10 @@ class Tape:
         self.kinds.append(self.kind)
         ended(number)  # events.append: it is born
         made = Tensor()
-        made.tape, made.shape, made.dtype, made.storage = self, shape, dtype, storage
+        made.tape, made.storage = self, storage
+        made.shape, made.dtype, made.contiguous = shape, dtype, True
         made.node = made.grad = None
-        made.output, made.leaf, made.contiguous = 0, False, True
+        made.output, made.leaf = 0, False
         return made
 
     @property
@@ -309,8 +313,8 @@ class Tape:
             return
         node = Node()
         node.backward, node.order, node.edges = backward, next(self._order), edges
-        node.saved, node.about, node.num_outputs, node.shapes = saved, about, len(made), shapes
-        node.waiting, node.turn = 0, self.turn
+        node.saved, node.about, node.shapes = saved, about, shapes
+        node.num_outputs, node.waiting, node.turn = len(made), 0, self.turn
         node.variable = node.grads = None
         for place, tensor in enumerate(made):
             tensor.node, tensor.output = node, place
@@ -331,10 +335,12 @@ class Tape:
         return len(self.events), len(self.sizes)
 
     def close(self) -> None:
-        """Let go of the parameters: each holds its node, and that the parameter; and of who takes gradients, for it holds the tape."""
+        """Let go of the parameters: each holds its node and this tape, and those it; and of who takes gradients, for it holds the tape.
+        What is left in a circle only the collector finds, and that costs an answer a tenth of its time."""
         self.leaving = None
         for parameter in self.parameters:
             parameter.node = parameter.grad = None
+        self.parameters, self.buffers = [], []
 
     def breakdown(self, at: int | None = None) -> dict[str, int]:
         """Bytes by kind at the peak, or after so many events."""
