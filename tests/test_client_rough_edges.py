@@ -138,6 +138,7 @@ def test_the_process_named_is_the_one_that_holds_the_lock(home: Home) -> None:
     from trainerd.contract import clock
 
     files.write_json(home.status, {**document, "updated_monotonic": clock.monotonic() - 60, "boot_id": clock.boot_id()})
+    os.utime(home.supervisor_lock, (clock.wall() - 40,) * 2)  # it is not just starting
     reading = status.read(home)
     assert reading.state == status.NOT_ANSWERING and reading.holder == os.getpid()
     assert f"kill -9 {os.getpid()}" in stuck.remedy(reading, "trainerd")
