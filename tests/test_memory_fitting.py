@@ -383,7 +383,7 @@ def test_on_a_gpu_what_would_help_is_printed_and_it_is_tried(tmp_path: Path, mon
 def test_a_limit_that_others_have_passed_bounds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """It cannot be kept by this training: then what the machine has left decides whether it fits."""
     monkeypatch.setattr(fitting.machine_memory, "ram", lambda: RamFacts(used_bytes=10_000_000_000, total_bytes=16_000_000_000))
-    own = psutil.Process().memory_info().rss
+    own = fitting.machine_memory.own_bytes()
     assert fitting._ram_left(config(memory={"ram_limit": "4GB"})) == pytest.approx(6e9 + own, rel=0.01)
     assert fitting._ram_left(config(memory={"ram_limit": "12GB"})) == pytest.approx(2e9 + own, rel=0.01)
 

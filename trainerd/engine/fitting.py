@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home
 from trainerd.engine import attention, peak
 from trainerd.engine import plan as plans
+from trainerd.engine.on_disk import on_disk
 from trainerd.engine.precision import Precision
 from trainerd.engine.task import MapDataset, Task
 from trainerd.machine import gpu
@@ -135,7 +137,7 @@ def _weighed(
 
     if plan["offload"] == plans.BASE_ON_HOST:
         return None  # what of it is on the device, the trace would tell
-    table = of_weights(task, model, mixed, plan.get("attention", attention.AUTO))
+    table = replace(of_weights(task, model, mixed, plan.get("attention", attention.AUTO)), on_disk=(sum(on_disk(task, model)), 0))
     place = replace(found.place, receipts=())  # those tell of whole trainings
     setup = replace(found.setup(plan, config), checkpointing="none", micro_batch=plan["effective_batch"])
     answer = forecast.weighed(config, setup, place, table, splittable=False)
@@ -264,18 +266,26 @@ def _traced(
     from trainerd.engine.trace import Means, trace
 
     path = home.cache / "traces" / name
-    kept = traced.read(path)
+    kept, of_files = traced.read(path), on_disk(task, model)
     if kept is not None:
+        if kept.on_disk != of_files:
+            kept = replace(kept, on_disk=of_files)
+            _keep(path, kept)
         return kept, 0
     kernel = attention.MATH if config.train.attention == attention.MATH else attention.AUTO
     means = Means(_ram_left(config) - machine_memory.own_bytes(), beat)
     made = trace(task, model, dataset, mixed, config.train.batch_size, kernel, means)
     before = peak.begin_anew()  # the copy of the model is no need of the training
+    made = replace(made, on_disk=of_files)
+    _keep(path, made)
+    return made, before
+
+
+def _keep(path: Path, table: traced.TracedTable) -> None:
     try:
-        traced.write(path, made)
+        traced.write(path, table)
     except OSError:
         pass  # a full disk: traced again next time
-    return made, before
 
 
 def _key(task: Task, model: nn.Module, config: RunConfig, mixed: Precision) -> str:

@@ -24,6 +24,7 @@ from trainerd.engine import plan as plans
 from trainerd.engine.fitting import Forecast, Send, device_facts
 from trainerd.engine.guard import MemoryWatch
 from trainerd.memory import receipts
+from trainerd.memory.estimate import Estimate
 
 _TAIL_BYTES = 64 << 10
 _FEWEST_STEPS = 5
@@ -62,7 +63,7 @@ def _document(found: Forecast, plan: plans.Plan, config: RunConfig, paths: RunPa
         "splittable": found.splittable,
         "samples": found.samples,
         "predicted": dict(predicted.raw) if predicted else {},
-        "real": {**_on_device(device, memory), "ram_bytes": _ram(found), "seconds_per_step": _seconds(paths)},
+        "real": {**_on_device(device, memory), "ram_bytes": _ram(found, predicted), "seconds_per_step": _seconds(paths)},
     }
 
 
@@ -76,8 +77,11 @@ def _on_device(device: torch.device, memory: MemoryWatch) -> dict[str, Any]:
     }
 
 
-def _ram(found: Forecast) -> int | None:
-    """None when it was higher before the training than ever in it, and the system cannot forget that."""
+def _ram(found: Forecast, predicted: Estimate | None = None) -> int | None:
+    """None when it was higher before the training than ever in it, and the system cannot forget that; and when pages of a file that
+    weights are mapped from are in its count, which are nobody's RAM."""
+    if predicted is not None and predicted.on_disk_bytes:
+        return None
     most = peak.ram_bytes()
     return most if most is not None and most > found.peak_before else None
 

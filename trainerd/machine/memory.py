@@ -9,6 +9,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -18,6 +19,7 @@ else:
     _cgroups = None
 
 _VMSTAT = Path("/proc/vmstat")
+_OWN_STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,30 @@ def swap() -> RamFacts:
     return RamFacts(int(memory.used), int(memory.total))
 
 
+_code_bytes: int | None = None
+"""Pages of files that this process held when it was first asked: its program and its libraries."""
+
+
 def own_bytes() -> int:
-    """The RAM this process holds, what it shares with others included."""
-    return int(psutil.Process().memory_info().rss)
+    """The RAM this process holds, what it shares with others included. Pages of files it has mapped since this was first asked are left
+    out: the system drops them for whoever needs room, and they are no used RAM of the machine's either."""
+    global _code_bytes
+    memory = psutil.Process().memory_info()
+    of_files = _file_bytes(memory)
+    if _code_bytes is None:
+        _code_bytes = of_files
+    return int(memory.rss) - max(0, of_files - _code_bytes)
+
+
+def _file_bytes(memory: Any) -> int:
+    """Those of its pages that are files'; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return max(0, int(memory.rss) - int(memory.vms))  # vms is the commit charge there
+    try:
+        found = re.search(r"^RssFile:\s+(\d+) kB", _OWN_STATUS.read_text("ascii", "replace"), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found is not None else 0
 
 
 def process_tree_bytes(pid: int) -> int | None:

@@ -83,6 +83,8 @@ class Estimate:
     trust: str
     assumed: tuple[str, ...] = ()
     not_modelled: tuple[str, ...] = ()
+    on_disk_bytes: int = 0
+    """Frozen weights that stay in the file they are mapped from."""
     raw: Mapping[str, float] = field(default_factory=dict)
     """The points before any correction, by the receipts' names: what the next receipt is compared with."""
 
@@ -141,8 +143,9 @@ def estimate(
         num_parameters=timeline.num_parameters,
         num_trainable=timeline.num_trainable,
         trust=trust.words(measure),
-        assumed=(*table.assumed, *_assumed(profile, setup, getattr(table, "is_traced", False))),
+        assumed=(*table.assumed, *_assumed(profile, setup, getattr(table, "is_traced", False)), *_from_a_file(timeline)),
         not_modelled=tuple(left_out),
+        on_disk_bytes=timeline.on_disk_bytes,
         raw={**device.raw, **ram_raw, **seconds_raw},
     )
 
@@ -205,6 +208,13 @@ def _ranged(trust: Trust, measure: str, point: float, upper: float) -> Range:
     corrected, seen = point * found.factor, point * max(found.most, found.factor)
     kept = _KEPT_SLACK if found.num_runs >= _ENOUGH_RUNS else 1.0
     return Range(corrected, max(seen, corrected + kept * (upper - point)))
+
+
+def _from_a_file(timeline: Timeline) -> list[str]:
+    if not timeline.on_disk_bytes:
+        return []
+    much = f"{timeline.on_disk_bytes / 1e9:.1f} GB of frozen weights"
+    return [f"{much} stay in the file the task has mapped, and are read as they are needed: they take no RAM, and the disk's time"]
 
 
 def _assumed(profile: Profile, setup: Setup, is_traced: bool) -> list[str]:

@@ -100,6 +100,8 @@ class Timeline:
     """The part of it that a GPU copies from and to by itself."""
     streamed_bytes: int = 0
     """Frozen weights that come from the host for every micro-batch, twice."""
+    on_disk_bytes: int = 0
+    """Frozen weights that are read from a file as they are needed, and take no RAM."""
     resting_bytes: int = 0
     """Between steps: weights, optimizer, and what stays."""
     worst_evaluation_bytes: int = 0

@@ -73,6 +73,8 @@ class TracedTable:
     modes: Mapping[str, Traces]
     logits: str = "chunked"
     attention: str = "auto"
+    on_disk: tuple[int, int] = (0, 0)
+    """Bytes of `frozen` and of `streamed` that lie in a file the task has mapped: in no RAM while they are not on a GPU."""
     assumed: tuple[str, ...] = ("every sample as large as the largest that was found",)
     format: int = field(default=FORMAT)
     is_traced = True
@@ -92,9 +94,14 @@ class TracedTable:
         """As for a table: the trace stands for the model's forward and backward passes."""
         assert self.tells(setup), f"{self.kind} was traced otherwise than {setup}"
         found = of_model(lambda tape: _Retold(self, tape, setup), setup)
-        away = sum(self.streamed) if _streams(setup) and setup.device != "cpu" else 0
+        on_gpu, streams = setup.device != "cpu", _streams(setup)
+        away = sum(self.streamed) if streams and on_gpu else 0
+        on_disk = self.on_disk[1] if streams and on_gpu else 0 if on_gpu else sum(self.on_disk)
         pinned, host = found.pinned_bytes + away, found.host_bytes + away
-        return replace(found, num_parameters=self.num_parameters, streamed_bytes=away, pinned_bytes=pinned, host_bytes=host)
+        if on_gpu:
+            pinned, host = pinned - on_disk, host - on_disk
+        found = replace(found, streamed_bytes=away, pinned_bytes=pinned, host_bytes=host, on_disk_bytes=on_disk)
+        return replace(found, num_parameters=self.num_parameters)
 
 
 def mode(checkpointing: str, *, streams: bool = False, ahead: bool = False) -> str:
@@ -113,7 +120,10 @@ class _Retold:
         self.tape = tape
         self.weights = [tape.parameter(*shape, dtype=dtype) for dtype, shape in table.weights]
         away = _streams(setup) and setup.device != "cpu"
-        for number in (*table.frozen, *(() if away else table.streamed)):
+        frozen = [*table.frozen, *(() if away else table.streamed)]
+        if setup.device == "cpu":
+            frozen = [sum(frozen) - sum(table.on_disk)]
+        for number in frozen:
             tape.parameter(number, dtype="uint8", trainable=False)
         for number in table.buffers:
             tape.buffer(number, dtype="uint8")
@@ -209,7 +219,8 @@ def read(path: Path) -> TracedTable | None:
         given = {name: value for name, value in document.items() if name in {f.name for f in fields(TracedTable)}}
         given["modes"] = {mode: _traces(some) for mode, some in given["modes"].items()}
         given["weights"] = [(str(dtype), [int(n) for n in shape]) for dtype, shape in given["weights"]]
-        return TracedTable(**{**given, "assumed": tuple(given.get("assumed", ()))})
+        of_files, others = given.get("on_disk", (0, 0))
+        return TracedTable(**{**given, "on_disk": (int(of_files), int(others)), "assumed": tuple(given.get("assumed", ()))})
     except (TypeError, KeyError, AttributeError, ValueError):
         return None
 
