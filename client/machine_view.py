@@ -60,6 +60,9 @@ def _finding(name: str, finding: diagnosis.Finding) -> Iterator[str]:
 
 
 def _measured(profile: Profile, plan: str) -> Iterator[str]:
+    if profile.problem:
+        yield _row("measured", f"does not count: {profile.problem}; measure again: {plan} --measure")
+        return
     if not profile.measured:
         yield _row("measured", f"not yet, the estimates assume it: {plan} --measure")
         return

@@ -25,7 +25,6 @@ from trainerd.machine.memory import ram
 from trainerd.memory import allocator_settings, forecast, planner, profile, receipts, traced
 from trainerd.memory.limits import resolve_limit
 from trainerd.memory.planner import Answer
-from trainerd.memory.profile import Profile
 from trainerd.memory.timeline import Setup, Table, tells
 from trainerd.memory.traced import TracedTable
 
@@ -73,6 +72,8 @@ def look(home: Home, asked: Resolved, budget: str | None = None, device: str | N
     place, where, words = _place(home, asked.config, budget, device)
     found = _table_of(home, asked, place)
     notes = () if budget is not None or device is not None else unused_gpu()
+    if place.profile.problem:
+        notes = (*notes, f"{place.profile.problem}: what was measured there does not count. Measure again: `plan --measure`")
     if isinstance(found, Unknown):
         return replace(found, will=_what_it_will_do(asked.config, place, where, words), notes=notes)
     config, is_certain = _of_samples(asked, found)
@@ -224,18 +225,18 @@ def _data_of(asked: Resolved) -> Any:
 
 def _place(home: Home, config: RunConfig, budget: str | None, device: str | None) -> tuple[forecast.Place, str, str]:
     """Where it would run, what is left there, and both in words."""
-    torch = packages.version("torch")
     gpus = gpu.devices() if device != "cpu" else []
     facts = packages.torch_facts()
     has_cuda = bool(gpus) and facts is not None and facts.cuda is not None and not facts.newer_than(gpu.driver_cuda())
     kind = {"gpu": "cuda", "cpu": "cpu"}.get(device or "") or ("cuda" if budget is not None or has_cuda else "cpu")
     name = gpus[0].name if kind == "cuda" and gpus else "cpu"
-    path = profile.file_of(home.cache, name, gpu.driver_version() if kind == "cuda" else None, torch)
-    known = profile.read(path)
+    torch = facts.version if facts is not None else ""
+    assumed = profile.assumed(torch, cuda=kind == "cuda" or (facts is not None and facts.cuda is not None))
+    known = profile.read(profile.file_of(home.cache, name, gpu.driver_version() if kind == "cuda" else None, torch), assumed)
     allocator = allocator_settings.asked(os.environ, sys.platform)
     if budget is not None:
         if name == "cpu" and kind == "cuda":
-            known = Profile()
+            known = assumed
         place = forecast.Place(kind, _bytes(budget), _precision(kind, gpus), known, (), name, None, allocator)
         return place, "a GPU" if kind == "cuda" else "a CPU", f"a budget of {budget}"
     left, words = _left(config, kind, gpus)

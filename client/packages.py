@@ -8,12 +8,14 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+_VERSION_LINE = re.compile(r"^__version__\s*=\s*['\"]([^'\"]+)['\"]", re.MULTILINE)
 _CUDA_LINE = re.compile(r"^cuda\b[^=]*=\s*(?:'([^']*)'|\"([^\"]*)\"|None)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class TorchFacts:
-    """The version, and the CUDA version it was built for; None: a build for the CPU only."""
+    """The version as torch itself says it, with its build (2.13.0+cu130): wheels on PyPI are called 2.13.0 alone, for every build, so
+    what profiles and receipts go by would not be found. And the CUDA version it was built for; None: a build for the CPU only."""
 
     version: str
     cuda: str | None
@@ -50,9 +52,9 @@ def torch_facts(where: Path | None = None) -> TorchFacts | None:
         text = (where / "version.py").read_text("utf-8", errors="replace")
     except OSError:
         text = ""
-    found = _CUDA_LINE.search(text)
+    found, named = _CUDA_LINE.search(text), _VERSION_LINE.search(text)
     cuda = (found[1] or found[2]) if found else None
-    return TorchFacts(version("torch") or "unknown", cuda or None)
+    return TorchFacts(named[1] if named else version("torch") or "unknown", cuda or None)
 
 
 def bitsandbytes_cuda(where: Path | None = None) -> set[str] | None:

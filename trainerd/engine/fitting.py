@@ -220,7 +220,9 @@ def _place(config: RunConfig, plan: plans.Plan, home: Home) -> forecast.Place:
     """What the limit leaves of this machine, our own process not counted against us."""
     device = plans.device_of(plan)
     name, driver = device_facts(device)
-    measured = profile.read(profile.file_of(home.cache, name, driver, str(torch.__version__)))
+    version = str(torch.__version__)
+    assumed = profile.assumed(version, cuda=torch.version.cuda is not None)
+    measured = profile.read(profile.file_of(home.cache, name, driver, version), assumed)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         ours = torch.cuda.memory_reserved(device) + measured.context_bytes
