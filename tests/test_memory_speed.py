@@ -8,8 +8,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from types import FrameType
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.person import ROOT
 from trainerd.memory import losses, native, playing, rounds
@@ -38,14 +42,14 @@ def test_an_estimate_imports_no_pydantic() -> None:
     assert loaded == {"trainerd"}, loaded
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_the_fast_replay_counts_what_the_plain_one_counts(seed: int) -> None:
-    """Random traces with sizes at every border of the rules: both counters equal, whatever is left alive, and is born again."""
-    draw = random.Random(seed)
+BORDERS = [0, 1, 511, 512, 513, MB - 1, MB, MB + 1, 2 * MB, 10 * MB - 1, 10 * MB, 20 * MB, 19 * MB + 513]
+
+
+def trace(draw: random.Random) -> tuple[list[int], list[int]]:
+    """Sizes at every border of the rules, births and ends, the last in or any; what has ended is born again."""
     sizes: list[int] = []
     events: list[int] = []
     alive: list[int] = []
-    borders = [0, 1, 511, 512, 513, MB - 1, MB, MB + 1, 2 * MB, 10 * MB - 1, 10 * MB, 20 * MB, 19 * MB + 513]
     for _ in range(draw.randrange(2, 500)):
         if alive and draw.random() < 0.47:
             events.append(~alive.pop(draw.randrange(len(alive)) if draw.random() < 0.5 else -1))
@@ -55,8 +59,53 @@ def test_the_fast_replay_counts_what_the_plain_one_counts(seed: int) -> None:
         else:
             events.append(len(sizes))
             alive.append(len(sizes))
-            sizes.append(draw.choice([draw.choice(borders), draw.randrange(MB), draw.randrange(40 * MB)]))
+            sizes.append(draw.choice([draw.choice(BORDERS), draw.randrange(MB), draw.randrange(40 * MB)]))
+    return sizes, events
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_fast_replay_counts_what_the_plain_one_counts(seed: int) -> None:
+    """Random traces: both counters equal, whatever is left alive."""
+    sizes, events = trace(random.Random(seed))
     assert native.peaks(sizes, events) == replay(sizes, events, Allocator())
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from(BORDERS) | st.integers(1, MB) | st.sampled_from([512 * n for n in (1, 2, 3, 4, 8, 4095)]), min_size=1),
+    choices=st.lists(st.integers(0, 1 << 20), max_size=300),
+)
+def test_whatever_is_born_and_ends_the_fast_replay_counts_it(sizes: list[int], choices: list[int]) -> None:
+    """Any order of births and ends, few sizes that fit into each other's holes: both counters equal."""
+    alive: set[int] = set()
+    events = []
+    for choice in choices:
+        number = choice % len(sizes)
+        events.append(~number if number in alive else number)
+        alive ^= {number}
+    assert native.peaks(sizes, events) == replay(sizes, events, Allocator())
+
+
+def test_random_traces_take_every_line_of_the_fast_replay() -> None:
+    """Else the tests above would not hold its shortcuts: blocks that grow or shrink in their place, or elsewhere, on both sides."""
+    codes = [native.peaks.__code__, native._Large.born.__code__, native._Large.ended.__code__]
+    lines = {(code, line) for code in codes for _, _, line in code.co_lines() if line is not None and line > code.co_firstlineno}
+    taken = set()
+
+    def told(frame: FrameType, event: str, argument: object) -> Any:
+        if frame.f_code in codes:
+            taken.add((frame.f_code, frame.f_lineno))
+            return told
+        return None
+
+    before = sys.gettrace()
+    sys.settrace(told)
+    try:
+        for seed in range(8):
+            native.peaks(*trace(random.Random(seed)))
+    finally:
+        sys.settrace(before)
+    assert not lines - taken, sorted(line for _, line in lines - taken)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

@@ -44,10 +44,10 @@ def follow(tape: Tape, began: tuple[int, int]) -> None:
     """
     at, low = began
     played, events, numbers = tape.events[at:], tape.events, dict[int, int]()
-    stays = set(range(low, len(tape.sizes))).difference(map(invert, played))
-    left_out = stays.union(range(-low, 0))
+    there = tape.there(at).union(range(low, len(tape.sizes))).difference(map(invert, played))
+    left_out = {stays for stays in there if stays >= low}.union(range(-low, 0))
     begin, middle = 0, len(events)
-    tape.round = middle, len(tape.sizes), tape.there(at).difference(map(invert, played)) | stays
+    tape.round = middle, len(tape.sizes), there
     given = sorted((one for one in tape.given if one[0] >= at), key=itemgetter(0))
     for _, number, kind in given:
         numbers[number], numbers[~number] = len(tape.sizes), ~len(tape.sizes)
@@ -60,4 +60,3 @@ def follow(tape: Tape, began: tuple[int, int]) -> None:
         events += ended
         begin = end
     tape.reborn += (len(events) - middle) // 2 - len(given)  # it leaves nothing behind: half of it are births
-
