@@ -8,6 +8,7 @@ import torch
 from tests.toy import LEAVE, NUM_EVAL, Script, Toy, config, lines, run, same, weights
 from trainerd.contract.errors import TrainerdError
 from trainerd.contract.paths import Home
+from trainerd.engine import saver
 from trainerd.engine.dropout import SampleDropout
 
 
@@ -136,6 +137,41 @@ def test_a_long_evaluation_lets_itself_be_asked_to_leave(tmp_path):
     assert run(tmp_path / "parts", config(), Script({60: LEAVE}), Long()).step == 7
     run(tmp_path / "parts", config(), task=Long())
     assert same(tmp_path / "whole", tmp_path / "parts")
+
+
+class _DiesEvaluating(Toy):
+    """Killed in its first evaluation."""
+
+    dies = True
+
+    def evaluate(self, model, ctx, losses):
+        if self.dies:
+            raise KeyboardInterrupt
+        return super().evaluate(model, ctx, losses)
+
+
+@pytest.mark.parametrize("is_long", [True, False])
+def test_what_was_trained_before_a_first_evaluation_survives_it(is_long, tmp_path, monkeypatch):
+    """Killed in it, a run without any checkpoint yet goes on from the step of the evaluation, with the evaluation; only seconds that
+    were trained are not worth that. Nothing of it changes a bit, also when each evaluation is long and has a save before it."""
+    run(tmp_path / "whole", config())
+    if is_long:
+        monkeypatch.setattr(saver, "_WORTH_SECONDS", 0.0)
+        monkeypatch.setattr(saver, "_LONG_SECONDS", 0.0)
+        monkeypatch.setattr(saver, "_COST_SHARE", 1.0)
+    asked = config(checkpoint={"every_steps": 1000})
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", asked, task=_DiesEvaluating())
+    again = Toy()
+    link = Script()
+    assert run(tmp_path / "killed", asked, link, task=again).outcome == "finished"
+    steps = [event["step"] for event in link.of("progress")]
+    assert steps[0] == (7 if is_long else 0)
+    assert same(tmp_path / "whole", tmp_path / "killed")
+    assert [step for step, _ in _evaluations(tmp_path / "killed")] == [7, 14, 21]
+    if is_long:
+        saved = {(event["step"], event["epoch"]) for event in link.of("checkpoint")}
+        assert {step for step, _ in saved} >= {7, 14, 21} and (14, 2) in saved, "before the second, too"
 
 
 def test_randomness_inside_a_sample_is_the_same_in_every_evaluation(tmp_path):

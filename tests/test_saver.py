@@ -231,6 +231,22 @@ def test_exact_saves_at_every_mark_whatever_it_costs() -> None:
     assert steps_saved(schedule(every_steps=5, exact=True), 20, 0.01, 10.0, 10.0, 10**12) == [5, 10, 15, 20]
 
 
+def test_before_something_long_what_is_unsaved_is_worth_a_save() -> None:
+    """An evaluation of unknown length, or one that takes long: once ten seconds are unsaved and the cost allows it. Not what is known
+    to be short, not twice, and not while a full disk is waited for."""
+    plan = schedule(every_steps=1000)
+    assert plan.worth_before(None, 10.0) and not plan.worth_before(None, 9.0)
+    assert plan.worth_before(30.0, 10.0) and not plan.worth_before(29.0, 10.0)
+    plan.began(12.0)
+    plan.saved(1000, 0.05, 0.0, 12.0)
+    assert not plan.worth_before(None, 21.0) and plan.worth_before(None, 22.0)
+    plan.saved(1000, 10.0, 0.0, 13.0)
+    assert not plan.worth_before(None, 60.0), "it would cost more than 1 %"
+    failing = schedule(every_steps=1000)
+    failing.failed(15.0, 0.0)
+    assert not failing.worth_before(None, 20.0)
+
+
 def test_after_a_failure_it_tries_again_later_each_time() -> None:
     """A failed save is tried again after 10 s, then 20 s …, at any step, and a success goes back to normal."""
     plan = schedule(every_steps=50, every_minutes=5)

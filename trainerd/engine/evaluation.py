@@ -53,6 +53,8 @@ class Evaluation:
         """The values of the best evaluation, with its "step". A value here may be no finite number: see shown()."""
         self.best_value: float | None = None
         self._without_better = 0
+        self.seconds: float | None = None
+        """How long the last whole one took, in this life."""
 
     def due(self, step: int, steps_per_epoch: int, total_steps: int) -> bool:
         """Whether the present step is to be evaluated and has not been."""

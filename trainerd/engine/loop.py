@@ -268,6 +268,9 @@ def evaluate(t: Training) -> bool:
     """
     if not t.evaluation.due(t.step, t.steps_per_epoch, t.total_steps):
         return False
+    began = time.monotonic()
+    if t.saved[0] != t.step and not t.saver.busy and t.saver.schedule.worth_before(t.evaluation.seconds, began):
+        save(t)  # the first one may take long: nobody knows yet
     _phase(t, phases.EVALUATING)
     began = time.monotonic()
     flush(t)
@@ -275,7 +278,8 @@ def evaluate(t: Training) -> bool:
     if better is None:
         return False
     t.metrics.add_evaluation(t.step, t.evaluation.values)
-    t.rate.idle(time.monotonic() - began)
+    t.evaluation.seconds = time.monotonic() - began
+    t.rate.idle(t.evaluation.seconds)
     _phase(t, phases.TRAINING)
     report(t)
     return better and (t.config.checkpoint.keep_best or t.config.train.early_stopping is not None)

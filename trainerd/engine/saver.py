@@ -24,6 +24,7 @@ from trainerd.engine.checkpoints import CheckpointStore, State, size_of
 from trainerd.engine.manifest import Manifest
 
 Send = Callable[..., None]
+_LONG_SECONDS, _WORTH_SECONDS = 30.0, 10.0
 _COST_SHARE = 0.01
 _DAY_SECONDS = 86_400.0
 # What may be written at once although the day's rate does not cover it yet: a restarted run must be able to save early.
@@ -71,6 +72,12 @@ class SaveSchedule:
         if now - self._last_save >= self._config.every_minutes * 60:
             return True
         return at_mark and self._affordable(now)
+
+    def worth_before(self, seconds: float | None, now: float) -> bool:
+        """Whether to save before something that takes so long (None: not known) and is no step: a kill in it would take with it what
+        was done since the last save."""
+        is_long = seconds is None or seconds >= _LONG_SECONDS
+        return is_long and now - self._last_save >= _WORTH_SECONDS and self._retry_at is None and self._affordable(now)
 
     def _affordable(self, now: float) -> bool:
         if self._cost_seconds + self._next_cost_seconds > _COST_SHARE * (now - self._began):
