@@ -61,7 +61,7 @@ def peaks(sizes: Sequence[int], events: Sequence[int]) -> Peaks:  # noqa: C901 -
             allocated -= size
             place = places[~event]
             end = place + size
-            before, after = cells[place - 1], cells[end]
+            before, after = cells[place - 1], cells[end]  # before the first of all: the last, which is between segments
             if before:
                 cells[place - 1] = 0
                 place -= before >> _FAR
