@@ -237,7 +237,8 @@ def _place(home: Home, config: RunConfig, budget: str | None, device: str | None
     if budget is not None:
         if name == "cpu" and kind == "cuda":
             known = assumed
-        place = forecast.Place(kind, _bytes(budget), _precision(kind, gpus), known, (), name, None, allocator)
+        seen = receipts.read(home) if kind == "cpu" else ()  # of a CPU, what a model needed here it needs there
+        place = forecast.Place(kind, _bytes(budget), _precision(kind, gpus), known, seen, name, None, allocator)
         return place, "a GPU" if kind == "cuda" else "a CPU", f"a budget of {budget}"
     left, words = _left(config, kind, gpus)
     ram_left = _left(config, "cpu", gpus)[0]

@@ -203,11 +203,12 @@ def _ranged(trust: Trust, measure: str, point: float, upper: float) -> Range:
     """Corrected by what runs of this kind have needed. From three on their worst stands for half of the general slack; the other
     half stays, for the next run has another batch and other data."""
     found = trust.of(measure)
+    least = point + found.beyond_bytes if found.num_beyond else 0.0
     if not found.num_runs:
-        return Range(point, upper)
+        return Range(point, max(upper, least))
     corrected, seen = point * found.factor, point * max(found.most, found.factor)
     kept = _KEPT_SLACK if found.num_runs >= _ENOUGH_RUNS else 1.0
-    return Range(corrected, max(seen, corrected + kept * (upper - point)))
+    return Range(corrected, max(seen, corrected + kept * (upper - point), least))
 
 
 def _from_a_file(timeline: Timeline) -> list[str]:

@@ -1,7 +1,8 @@
 """What earlier runs really needed beside what was foretold, and what that says about the next estimate. Must not measure.
 
 The engine writes runs/<run>/receipt.json; here they are read. Only receipts of the same model kind, device, torch and kind of
-setup count: corrections do not travel between models, and what bf16 needs beyond its tensors fp32 does not show.
+setup count: corrections do not travel between models, and what bf16 needs beyond its tensors fp32 does not show. A run that needed many
+times what was foretold corrects nothing, for it was not understood; but the bound is never below it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trainerd.contract import files, runs
@@ -20,7 +21,8 @@ from trainerd.memory.timeline import Setup
 FILE = "receipt.json"
 MEASURES = ("allocated_bytes", "reserved_bytes", "driver_bytes", "ram_bytes", "seconds_per_step")
 _DOUBT = 1.0  # as if so many runs had agreed with the estimate
-_MOST = 2.0  # a correction beyond this says that something else was measured
+_MOST = 2.0  # a correction beyond its square says that something else was measured, or that the estimate does not know what is there
+_ABSURD = 1000.0
 _SPREAD = 0.05  # what one run more may lie beyond those seen
 _READ_MOST = 50
 
@@ -34,6 +36,11 @@ class Correction:
     num_runs: int = 0
     seen: float = 1.0
     """The most without what is put on top for the next one."""
+    beyond: float = 0.0
+    """What a run needed that no correction explains: how many times what was foretold; 0: there was none."""
+    num_beyond: int = 0
+    beyond_bytes: float = 0.0
+    """How much more than foretold such a run needed: the bound is so far above the point, at least."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +58,16 @@ class Trust:
         """How far the estimate of this measure can be trusted: how many receipts count, and for what."""
         found, kind = self.of(measure), f" ({self.of_setup})" if self.of_setup else ""
         others = f"; {_runs(self.num_others)} with another setup: not counted" if self.num_others else ""
+        beyond = ""
+        if found.num_beyond:
+            ran = "one run here needed" if found.num_beyond == 1 else f"{found.num_beyond} runs here needed up to"
+            beyond = f"{ran} {found.beyond:.1f} times what was foretold: something is in it that the estimate does not know"
         if not found.num_runs:
-            return f"no run has been measured here yet of this kind{kind}{others}"
+            said = f"{beyond}{kind}" if beyond else f"no run has been measured here yet of this kind{kind}"
+            return f"{said}{others}"
         needed = f"which needed up to {found.seen:.2f} of what was foretold"
-        return f"corrected by {found.factor:.2f} after {_runs(found.num_runs)} of this kind{kind}, {needed}{others}"
+        said = f"corrected by {found.factor:.2f} after {_runs(found.num_runs)} of this kind{kind}, {needed}"
+        return f"{beyond}; {said}{others}" if beyond else f"{said}{others}"
 
 
 def _runs(number: int) -> str:
@@ -104,21 +117,45 @@ def trust(receipts: Iterable[Mapping[str, Any]], kind: str, device: str, torch: 
     alike = [r for r in receipts if r.get("kind") == kind and r.get("device") == device and (torch is None or r.get("torch") == torch)]
     wanted = setup_kind(setup)
     counted = [receipt for receipt in alike if receipt.get("setup") == wanted and not receipt.get("mixed")]
-    corrections = {}
-    for measure in MEASURES:
-        ratios = [ratio for receipt in counted if (ratio := _ratio(receipt, measure)) is not None]
-        if ratios:
-            corrections[measure] = _correction(ratios)
-    return Trust(corrections, _in_words(wanted), len(alike) - len(counted))
+    known = [receipt for receipt in alike if not receipt.get("mixed")]
+    corrections = {measure: found for measure in MEASURES if (found := _of_measure(counted, known, measure, setup)) is not None}
+    far = [receipt for receipt in known if receipt not in counted and any(_beyond(receipt, measure) for measure in MEASURES)]
+    return Trust(corrections, _in_words(wanted), len(alike) - len(counted) - len(far))
+
+
+def _of_measure(counted: list[Mapping[str, Any]], known: list[Mapping[str, Any]], measure: str, setup: Setup) -> Correction | None:
+    """What is not understood may be in every setup of this model."""
+    usual = [ratio for receipt in counted if (ratio := _ratio(receipt, measure)) is not None and not _beyond(receipt, measure)]
+    usual = [ratio for ratio in usual if 1 / _MOST**2 < ratio < _ABSURD or measure == "seconds_per_step"]
+    above = [receipt for receipt in known if _beyond(receipt, measure)]
+    if not usual and not above:
+        return None
+    found = _correction(usual) if usual else Correction()
+    most = max((_excess(receipt, measure) * _times(receipt, setup) for receipt in above), default=0.0) * (1 + _SPREAD)
+    highest = max((_ratio(receipt, measure) or 0.0 for receipt in above), default=0.0)
+    return replace(found, beyond=highest, num_beyond=len(above), beyond_bytes=most)
 
 
 def _ratio(receipt: Mapping[str, Any], measure: str) -> float | None:
-    """Real over foretold without any correction; None when either is missing or absurd."""
+    """Real over foretold without any correction; None when either is missing."""
     real, told = (_number(receipt.get(side), measure) for side in ("real", "predicted"))
-    if real is None or told is None:
-        return None
-    ratio = real / told
-    return ratio if 1 / _MOST**2 < ratio < _MOST**2 or measure == "seconds_per_step" else None
+    return None if real is None or told is None else real / told
+
+
+def _beyond(receipt: Mapping[str, Any], measure: str) -> bool:
+    return measure != "seconds_per_step" and _MOST**2 <= (_ratio(receipt, measure) or 0.0) < _ABSURD
+
+
+def _excess(receipt: Mapping[str, Any], measure: str) -> float:
+    real, told = (_number(receipt.get(side), measure) or 0.0 for side in ("real", "predicted"))
+    return real - told
+
+
+def _times(receipt: Mapping[str, Any], setup: Setup) -> float:
+    """Whatever it is, it may be of every sample: more in a larger micro-batch than that run's. In a smaller one it may be as much."""
+    plan = receipt.get("plan")
+    before = plan.get("micro_batch") if isinstance(plan, Mapping) else None
+    return max(1.0, setup.micro_batch / before) if isinstance(before, int) and before > 0 else 1.0
 
 
 def _number(side: Any, measure: str) -> float | None:
