@@ -22,7 +22,8 @@ WIDTH = 16
 
 
 class Block(nn.Module):
-    """Whatever may go wrong: both dropouts, a running statistic of its own and batch norm's, a GRU that works in place, attention."""
+    """Whatever may go wrong: both dropouts, running statistics of its own, one of which it computes with, and batch norm's, a GRU that
+    works in place, attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,11 +31,14 @@ class Block(nn.Module):
         self.gru, self.norm = nn.GRU(WIDTH, WIDTH, batch_first=True), nn.BatchNorm1d(WIDTH)
         self.global_drop, self.drop = nn.Dropout(0.2), SampleDropout(0.2)
         self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(WIDTH))
         self.calls = 0
 
     def forward(self, x: torch.Tensor, *, scale: float) -> torch.Tensor:
         self.calls += 1
         self.seen += 1
+        self.mean.lerp_(x.detach().mean((0, 1)), 0.1)
+        x = x * (1 + self.mean)
         q, k, v = (t.unsqueeze(1) for t in self.inner(x).chunk(3, -1))
         mixed = nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1)
         x = x + self.drop(torch.tanh(self.outer(mixed))) * scale

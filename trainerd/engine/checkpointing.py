@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,11 +91,11 @@ class _Again:
 
     def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Around the first forward, and around the one on the way back."""
-        statistics = [b for b in self._block.buffers() if b.numel() * b.element_size() <= _STATISTICS_BYTES]
+        statistics = _Statistics([b for b in self._block.buffers() if b.numel() * b.element_size() <= _STATISTICS_BYTES])
         if not self._selective:
-            return nullcontext(), _unchanged(statistics)
+            return statistics, statistics.as_before()
         kept: _Kept = {}
-        return _Keeping(kept), _Together(_unchanged(statistics), _Reusing(kept))
+        return _Together(statistics, _Keeping(kept)), _Together(statistics.as_before(), _Reusing(kept))
 
 
 class _Together(AbstractContextManager[None]):
@@ -113,15 +113,30 @@ class _Together(AbstractContextManager[None]):
         self._stack.__exit__(*error)  # type: ignore[arg-type]
 
 
-@contextmanager
-def _unchanged(buffers: Iterable[Tensor]) -> Iterator[None]:
-    """Running statistics have seen these samples already: computing again must not count them twice."""
-    kept = [(buffer, buffer.clone()) for buffer in buffers]
-    try:
-        yield
-    finally:
-        for buffer, before in kept:
-            buffer.data.copy_(before)  # by way of .data: batch norm has saved the buffer, and looks whether it was changed
+class _Statistics(AbstractContextManager[None]):
+    """A block's small buffers, around its forward: what it changes of them is computed with again as it was, and not changed twice."""
+
+    def __init__(self, buffers: Sequence[Tensor]) -> None:
+        self._buffers = buffers
+        self._before: list[tuple[Tensor, int, Tensor]] = []
+
+    def __enter__(self) -> None:
+        self._before = [(buffer, buffer._version, buffer.clone()) for buffer in self._buffers]
+
+    def __exit__(self, *error: object) -> None:
+        self._before = [entry for entry in self._before if entry[0]._version != entry[1]]
+
+    @contextmanager
+    def as_before(self) -> Iterator[None]:
+        """Around computing again. Written by way of .data: batch norm has saved the buffer, and looks whether it was changed."""
+        now = [(buffer, buffer.clone()) for buffer in self._buffers]
+        for buffer, _, before in self._before:
+            buffer.data.copy_(before)
+        try:
+            yield
+        finally:
+            for buffer, later in now:
+                buffer.data.copy_(later)
 
 
 @dataclass
