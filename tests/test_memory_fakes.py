@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +223,37 @@ def test_layers_and_losses_where_torchs_rules_and_a_cpus_kernels_are_not_the_sam
     real, fake = attempts(ONE[name], tmp_path, precision)
     assert ordered(real) == ordered(fake)
     assert fake.assumed == real.assumed
+
+
+class Packed(nn.Module):
+    """A base in 4 or 8 bits with a small learned layer beside each."""
+
+    def __init__(self, bits: int, **more: Any) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import bitsandbytes.nn as packed
+
+            kind, given = (packed.Linear4bit, more) if bits == 4 else (packed.Linear8bitLt, {"has_fp16_weights": False})
+            self.base = nn.ModuleList(kind(64, 64, **given).to("cpu").requires_grad_(False) for _ in range(2))
+        self.beside = nn.ModuleList(nn.Linear(64, 64) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for base, beside in zip(self.base, self.beside, strict=True):
+            x = base(x) + beside(x)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["4 bits", "4 bits in bf16", "8 bits"])
+def test_a_packed_base_too(tmp_path: Path, kind: str, precision: str) -> None:
+    """bitsandbytes' weights: what is noted on them goes with them, and they are counted as they are held."""
+    pytest.importorskip("bitsandbytes")
+    more = {"4 bits": {"compress_statistics": True, "quant_type": "nf4"}, "4 bits in bf16": {"quant_storage": torch.bfloat16}}
+    real, fake = attempts(One(lambda: Packed(int(kind[0]), **more.get(kind, {})), rows(12, 64), squares), tmp_path, precision)
+    assert ordered(real) == ordered(fake)
+    assert replace(real, modes={}) == replace(fake, modes={}) and real.frozen
 
 
 class ByWeights(WideToy):

@@ -55,10 +55,21 @@ class Fakes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def copied(self, model: nn.Module) -> nn.Module:
         """The model without its memory: tied weights stay tied, what shares a storage shares one. Raises what deepcopy raises."""
+        copies: dict[int, Any] = {}
         with _copying(self):
-            copied = copy.deepcopy(model)
+            for weight in model.parameters():
+                if type(weight) is not nn.Parameter:
+                    self._copy_packed(weight, copies)
+            copied = copy.deepcopy(model, copies)
         away = any(tensor.device.type != "cpu" for tensor in (*copied.parameters(), *copied.buffers()))
         return copied.to("cpu") if away else copied
+
+    def _copy_packed(self, weight: nn.Parameter, copies: dict[int, Any]) -> None:
+        """A weight of a kind of its own, as bitsandbytes packs them: a plain one with what is noted on it."""
+        bare = weight.detach().as_subclass(Tensor)  # type: ignore[arg-type]
+        copied = copies[id(weight)] = nn.Parameter(self._mode.from_tensor(bare), requires_grad=weight.requires_grad)
+        for name, value in vars(weight).items():
+            setattr(copied, name, copy.deepcopy(value, copies))
 
     def forget(self) -> None:
         """Let go of what was kept for real tensors that it has met."""

@@ -5,6 +5,7 @@ Every result of every operation is seen, but not the scratch space inside kernel
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,7 +36,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.batch = 0
         self.forwards = True
         self._products: set[tuple[Any, ...]] = set()
-        self._seen: dict[int, Any] = {t.untyped_storage()._cdata: None for t in known}
+        self._seen: dict[int, Any] = {}
+        for storage in (t.untyped_storage() for t in known):
+            forgotten = functools.partial(self._forget, storage._cdata)  # its place may be another's later
+            self._seen[storage._cdata] = weakref.ref(storage, forgotten)
         self._numbers: dict[int, int] = {}
         self._on = True
         self._hooks = [w.register_post_accumulate_grad_hook(self._completing(place)) for place, w in enumerate(weights)]  # type: ignore[no-untyped-call]
@@ -78,6 +82,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._held_bytes += size
         self.sizes.append(size)
         self.events.append(number)
+
+    def _forget(self, key: int, _: Any) -> None:
+        self._seen.pop(key, None)
 
     def _completing(self, place: int) -> Callable[[Tensor], None]:
         def complete(weight: Tensor) -> None:

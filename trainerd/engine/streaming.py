@@ -199,7 +199,8 @@ def _frozen(model: nn.Module, block: nn.Module) -> list[_Weight]:
     homes: dict[int, nn.Parameter] = {}
     for module in block.modules():
         for name, p in module._parameters.items():
-            if p is not None and type(p) in (nn.Parameter, FakeTensor) and not p.requires_grad and p.is_floating_point():
+            plain = p is not None and type(p) in (nn.Parameter, FakeTensor) and getattr(p, "quant_state", None) is None
+            if p is not None and plain and not p.requires_grad and p.is_floating_point():
                 homes[id(p)] = p
                 places.setdefault(id(p), []).append((module, name))
     return [_Weight(home, tuple(places[key])) for key, home in homes.items() if len(places[key]) == everywhere[key]]
