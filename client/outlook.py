@@ -155,19 +155,25 @@ def _table_of(home: Home, asked: Resolved, place: forecast.Place) -> _Known | Un
         return _Known(_built_in(asked.config))
     wanted = _model_of(identity(asked.config, {}, asked.task_file))
     others: list[TracedTable] = []
+    untraced = ""
     for name in reversed(runs.names(home)):
         try:
             record = runs.read(home, name)
         except (OSError, Unreadable):
             continue
         known = _trace_of(home, record, asked) if _model_of(record.identity) == wanted else None
-        if known is None:
+        if isinstance(known, str):
+            untraced = untraced or known
+        if known is None or isinstance(known, str):
             continue
         table, splittable, samples = known
         if tells(table, forecast.question(asked.config, place, splittable).setup):
             return _Known(table, splittable, samples)
         others.append(table)
     name = f"{asked.task_file.name}:{asked.config.task.rpartition(':')[2]}"
+    if not others and untraced:
+        why = f"{name} could not be traced when it was last started here: {untraced.rstrip('.')}."
+        return Unknown(f"{why} What its model needs is not known.")
     if not others:
         return Unknown(f"{name} has not been trained in this home yet: what its model needs is not known.")
     setup = forecast.question(asked.config, place).setup
@@ -196,23 +202,18 @@ def _model_of(known: Mapping[str, Any]) -> dict[str, Any]:
     return {**chosen, "columns": data.get("columns") if isinstance(data, Mapping) else None}
 
 
-def _trace_of(home: Home, record: RunRecord, asked: Resolved) -> tuple[TracedTable, bool, int | None] | None:
-    """What was traced in that run, and how many samples there were, where it had the data that are asked about."""
-    from trainerd.contract import files
-
-    try:
-        receipt = files.read_json(home.run(record.id).folder / receipts.FILE, "A receipt")
-    except (OSError, Unreadable):
-        return None
-    name = receipt.get("trace")
+def _trace_of(home: Home, record: RunRecord, asked: Resolved) -> tuple[TracedTable, bool, int | None] | str | None:
+    """What was traced in that run, and how many samples there were, where it had the data that are asked about; or why it was not."""
+    noted = receipts.trace_of(home.run(record.id))
+    name, why = noted.get("trace"), noted.get("untraced")
     if not isinstance(name, str) or "/" in name or "\\" in name:
-        return None
+        return why if isinstance(why, str) and why else None
     table = traced.read(home.cache / "traces" / name)
     if table is None:
         return None
-    samples = receipt.get("samples")
+    samples = noted.get("samples")
     is_same = isinstance(samples, int) and record.identity.get("data") == _data_of(asked)
-    return table, receipt.get("splittable") is not False, samples if is_same else None
+    return table, noted.get("splittable") is not False, samples if is_same else None
 
 
 def _data_of(asked: Resolved) -> Any:

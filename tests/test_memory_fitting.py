@@ -143,7 +143,7 @@ def test_an_open_plan_takes_up_checkpointing_by_itself(tmp_path: Path, monkeypat
     needs = [estimate(table, Setup("cpu", "fp32", 512, 512, checkpointing=mode)).ram.upper for mode in ("none", "selective")]
     monkeypatch.setattr(fitting, "_place", lambda *_: forecast.Place("cpu", int(sum(needs) / 2), "fp32"))
     plan, link = plans.resolve(asked, task), Script()
-    found = fitting.foresee(task, model, task.train_samples, asked, plan, Home(tmp_path), mixed, link.send, traces=True)
+    found = fitting.foresee(task, model, task.train_samples, asked, plan, Home(tmp_path).run("toy"), mixed, link.send, traces=True)
     assert plan["activation_checkpointing"] == "selective" == link.of("plan")[0]["activation_checkpointing"]
     predicted = found.predicted(plan, asked)
     assert predicted is not None and predicted.ram.upper == pytest.approx(needs[1])
@@ -261,7 +261,7 @@ def fitted(task: Toy, tmp_path: Path, room: forecast.Place, monkeypatch: pytest.
     monkeypatch.setattr(fitting, "_place", lambda *_: room)
     asked, link = config(train), Script()
     plan = plans.resolve(asked, task)
-    fitting.foresee(task, model, task.train_samples, asked, plan, Home(tmp_path), mixed, link.send, traces=True, begun=begun)
+    fitting.foresee(task, model, task.train_samples, asked, plan, Home(tmp_path).run("toy"), mixed, link.send, traces=True, begun=begun)
     assert "open" not in plan
     return link
 
@@ -288,7 +288,7 @@ def test_an_open_micro_batch_is_closed_to_fit(tmp_path: Path, monkeypatch: pytes
     for fixed, expected in ((False, range(2, 4096)), (True, range(4096, 4097))):
         asked = config({"batch_size": 4096, **({"micro_batch": 4096} if fixed else {})})
         plan, link = plans.resolve(asked, task), Script()
-        fitting.foresee(task, model, task.train_samples, asked, plan, Home(tmp_path), mixed, link.send, traces=True)
+        fitting.foresee(task, model, task.train_samples, asked, plan, Home(tmp_path).run("toy"), mixed, link.send, traces=True)
         assert plan["micro_batch"] in expected and plan["effective_batch"] == 4096
         assert plan["grad_accum"] == -(-4096 // plan["micro_batch"]) and "open" not in plan
         assert bool(link.of("plan")) is not fixed

@@ -183,5 +183,5 @@ def test_a_streamed_run_has_a_forecast_and_a_receipt(tmp_path: Path, monkeypatch
     monkeypatch.setattr(fitting, "_traced", lambda *_: (found, 0))
     asked, open_link = config({"batch_size": 32}), Script()
     plan = {**plans.resolve(asked, task), "open": True}
-    fitting.foresee(task, model, task.train_samples, asked, plan, Home(tmp_path), mixed, open_link.send, traces=True)
+    fitting.foresee(task, model, task.train_samples, asked, plan, Home(tmp_path).run("toy"), mixed, open_link.send, traces=True)
     assert plan["offload"] == "base" == open_link.of("plan")[0]["offload"] and plan["activation_checkpointing"] in ("selective", "full")

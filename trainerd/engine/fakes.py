@@ -66,7 +66,7 @@ class Fakes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _copy_packed(self, weight: nn.Parameter, copies: dict[int, Any]) -> None:
         """A weight of a kind of its own, as bitsandbytes packs them: a plain one with what is noted on it."""
-        bare = weight.detach().as_subclass(Tensor)  # type: ignore[arg-type]
+        bare = weight.detach().as_subclass(Tensor)
         copied = copies[id(weight)] = nn.Parameter(self._mode.from_tensor(bare), requires_grad=weight.requires_grad)
         for name, value in vars(weight).items():
             setattr(copied, name, copy.deepcopy(value, copies))

@@ -21,7 +21,7 @@ from torch import nn
 from trainerd.config.model import RunConfig
 from trainerd.contract import wire
 from trainerd.contract.errors import Refused
-from trainerd.contract.paths import Home
+from trainerd.contract.paths import Home, RunPaths
 from trainerd.engine import attention, peak
 from trainerd.engine import plan as plans
 from trainerd.engine.on_disk import on_disk
@@ -89,7 +89,7 @@ def foresee(
     dataset: MapDataset,
     config: RunConfig,
     plan: plans.Plan,
-    home: Home,
+    paths: RunPaths,
     mixed: Precision,
     send: Send,
     beat: Callable[[], None] = lambda: None,
@@ -103,19 +103,25 @@ def foresee(
     `begun`: steps of this plan have worked. `beat` is called while it lasts. Raises Refused for another one that is too large for a CPU:
     there nothing fails at a limit, all crawls.
     """
-    place = _place(config, plan, home)
+    place = _place(config, plan, paths.home)
     table: Table | None = None
     name: str | None = None
+    why: str | None = None
     peak_before = 0
     try:
         table = task.memory_table()
         if table is None and traces:
             name = f"{_key(task, model, config, mixed)}.json"
-            table, peak_before = _traced(task, model, dataset, config, home, mixed, name, beat)
+            table, peak_before = _traced(task, model, dataset, config, paths.home, mixed, name, beat)
     except Exception as error:  # a user's model may do anything; its own training tells what is wrong
-        send(wire.NOTE, kind="no_memory_estimate", text=_why(error))
+        why = _why(error)
+        send(wire.NOTE, kind="no_memory_estimate", text=why)
+        if not begun:
+            send(wire.WARNING, text=f"What its layers compute is not in the forecast, for it could not be traced: {why}")
     trace = name if table is not None else None
     found = Forecast(table, place, trace, task.splittable, samples=len(dataset), buckets=forecast.buckets(config, place.device))
+    if traces and (name or why):
+        receipts.note_trace(paths, {"trace": trace, "untraced": why, "splittable": task.splittable, "samples": len(dataset)})
     if table is not None and not begun:
         _fit(found, table, config, plan, send, len(dataset))
     plan.pop("open", None)

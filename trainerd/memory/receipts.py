@@ -15,10 +15,11 @@ from typing import Any
 
 from trainerd.contract import files, runs
 from trainerd.contract.errors import Unreadable
-from trainerd.contract.paths import Home
+from trainerd.contract.paths import Home, RunPaths
 from trainerd.memory.timeline import Setup
 
 FILE = "receipt.json"
+TRACE = "trace.json"
 MEASURES = ("allocated_bytes", "reserved_bytes", "driver_bytes", "ram_bytes", "seconds_per_step")
 _DOUBT = 1.0  # as if so many runs had agreed with the estimate
 _MOST = 2.0  # a correction beyond its square says that something else was measured, or that the estimate does not know what is there
@@ -86,6 +87,24 @@ def read(home: Home) -> list[dict[str, Any]]:
         except (OSError, Unreadable):
             continue  # a run that never trained has none
     return found
+
+
+def note_trace(paths: RunPaths, facts: Mapping[str, Any]) -> None:
+    """What of a model was traced at the start of its run, before anything else is known of it: it may be refused, or killed."""
+    try:
+        files.write_json(paths.folder / TRACE, {"schema": files.SCHEMA, **facts})
+    except OSError:
+        pass  # a full disk: the receipt says it at the end
+
+
+def trace_of(paths: RunPaths) -> Mapping[str, Any]:
+    """The same, from the note or the receipt; nothing where there is neither."""
+    for name in (TRACE, FILE):
+        try:
+            return files.read_json(paths.folder / name, "What was traced")
+        except (OSError, Unreadable):
+            continue
+    return {}
 
 
 def setup_kind(setup: Setup) -> dict[str, Any]:
