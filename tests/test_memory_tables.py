@@ -188,10 +188,16 @@ class _LoraTable:
         return self.second(self.first(x))
 
 
+def _by_hand_table(tape: Tape) -> Any:
+    return layers.SelfAttention(tape, 32, 4, fused=False)
+
+
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], Any, tuple[int, ...]]] = {
     "attention": (lambda: _Attention(True), lambda tape: layers.SelfAttention(tape, 32, 4), (3, 6, 32)),
     "attention, math": (lambda: _MathAttention(True), _math_table, (3, 6, 32)),
-    "attention, by hand": (lambda: _Attention(False), lambda tape: layers.SelfAttention(tape, 32, 4, fused=False), (3, 6, 32)),
+    "attention, math, of one sample": (lambda: _MathAttention(True), _math_table, (1, 6, 32)),
+    "attention, by hand": (lambda: _Attention(False), _by_hand_table, (3, 6, 32)),
+    "attention, by hand, of one sample": (lambda: _Attention(False), _by_hand_table, (1, 6, 32)),
     "rms norm": (lambda: nn.RMSNorm(32), lambda tape: layers.Norm(tape, 32, root=True), (3, 6, 32)),
     "gru": (lambda: nn.GRU(24, 32, batch_first=True), lambda tape: Gru(tape, 24, 32), (4, 5, 24)),
     "lora": (_Lora, _LoraTable, (3, 6, 32)),
@@ -358,11 +364,26 @@ def test_a_loss_in_pieces_never_holds_all_logits(precision: str) -> None:
     assert logits(4096) == logits(512) <= 256 * 5000 * 4
 
 
+STEPS = ["gpt full 2", "gpt selective 2", "gpt-math none 1", "llama-lora full 2", "convnet full 2", "cnn3d full 2"]
+STEPS += ["gru none 2", "gru-mn none 2"]
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["gpt full", "gpt selective", "llama-lora full", "convnet full", "gru none", "gru-mn none", "cnn3d full"])
+@pytest.mark.parametrize("name", STEPS)
 def test_a_training_step_peaks_where_the_table_says(name: str, precision: str) -> None:
-    """Whole models with optimizer and accumulation: tensors within a thousandth of the count; never more than that too low."""
+    """Whole models with optimizer and accumulation: to the byte, and within the bound."""
+    called, again, samples = name.split()
+    parts = family(called, again)
+    guess, most = estimated(parts, int(samples), precision, 2, in_place=False)
+    truth, _ = counted(parts, int(samples), precision, 2)
+    assert guess == truth < most
+
+
+@pytest.mark.parametrize("name", ["gpt-few selective", "gpt-few full", "llama-few none"])
+def test_a_step_of_few_words_peaks_where_the_table_says(name: str) -> None:
+    """There the highest point is inside a block, not at the logits: what is computed again ends at the last tensor that is saved, and a
+    kept product that nobody asks for waits for the block's end."""
     parts = family(*name.split())
-    guess, _ = estimated(parts, 2, precision, 2, in_place=False)
-    truth, _ = counted(parts, 2, precision, 2)
-    assert guess == pytest.approx(truth, rel=1e-3)
+    guess, most = estimated(parts, 2, "fp32", 1, in_place=False)
+    truth, _ = counted(parts, 2, "fp32", 1)
+    assert guess == truth < most

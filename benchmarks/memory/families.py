@@ -23,7 +23,7 @@ from trainerd.memory.timeline import Setup
 from trainerd.tasks.cadence import blocks, model
 from trainerd.tasks.cadence.settings import CadenceSettings
 
-KNOWN = ("gru", "gpt", "gpt-math", "llama-lora", "convnet")
+KNOWN = ("gru", "gpt", "gpt-math", "gpt-few", "llama-lora", "llama-few", "convnet")
 HELD_OUT = ("gru-mn", "cnn3d")
 
 
@@ -138,16 +138,20 @@ class _LlamaBlock(nn.Module):
         self.down = _LoraLinear(inner, width, rank, 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        samples, places, width = x.shape
-        normed = self.norm1(x)
+        x = x + self.mixed(self.norm1(x))
+        normed = self.norm2(x)
+        return x + self.down(functional.silu(self.gate(normed)) * self.up(normed))
+
+    def mixed(self, normed: Tensor) -> Tensor:
+        """On its own, as everybody has it: heads must not be held while the rest is computed."""
+        samples, places, width = normed.shape
         pairs = ((self.q, self.heads), (self.k, self.key_heads), (self.v, self.key_heads))
         q, k, v = (layer(normed).view(samples, places, heads, -1).transpose(1, 2) for layer, heads in pairs)
         q, k = _turned(q), _turned(k)
         k, v = (t.repeat_interleave(self.heads // self.key_heads, 1) for t in (k, v))
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.outer(mixed.transpose(1, 2).reshape(samples, places, width))
-        normed = self.norm2(x)
-        return x + self.down(functional.silu(self.gate(normed)) * self.up(normed))
+        joined: Tensor = self.outer(mixed.transpose(1, 2).reshape(samples, places, width))
+        return joined
 
 
 def _turned(x: Tensor) -> Tensor:
@@ -286,7 +290,7 @@ class _Cadence(nn.Module):
 
 def _cadence(settings: CadenceSettings, sizes: blocks.Sizes, places: int, again: str = "none") -> Family:
     def batch(samples: int) -> list[Tensor]:
-        real = torch.arange(samples * places)[: max(1, samples * places * 4 // 5)]
+        real = torch.arange(max(1, samples * places * 4 // 5))
         inputs, targets = torch.randint(0, sizes.num_outputs, (samples, places)), torch.randint(0, sizes.num_outputs, (len(real),))
         return [inputs, torch.zeros(samples, dtype=torch.int64), real, targets]
 
@@ -300,11 +304,13 @@ def _cadence(settings: CadenceSettings, sizes: blocks.Sizes, places: int, again:
 def family(name: str, again: str = "none") -> Family:
     """A family by name, small enough for a CPU; `again`: what its blocks compute again, as train.activation_checkpointing."""
 
-    def tokens(samples: int) -> list[Tensor]:
-        return [torch.randint(0, 2000, (samples, 64)), torch.randint(0, 2000, (samples, 64))]
+    words = 50 if name.endswith("-few") else 2000  # of few words a block is the highest point, of many the logits are
 
-    if name == "gpt":
-        sizes = (2000, 96, 4, 6, 64)
+    def tokens(samples: int) -> list[Tensor]:
+        return [torch.randint(0, words, (samples, 64)), torch.randint(0, words, (samples, 64))]
+
+    if name in ("gpt", "gpt-few"):
+        sizes = (words, 96, 4, 6, 64)
         return Family(lambda: _wrapped(_Gpt(*sizes), again), lambda tape: _GptTable(tape, *sizes, again), tokens)
     if name == "gpt-math":
 
@@ -313,8 +319,8 @@ def family(name: str, again: str = "none") -> Family:
             return _GptTable(tape, 2000, 96, 4, 6, 64, again)
 
         return Family(lambda: _wrapped(_Gpt(2000, 96, 4, 6, 64), again), math_table, tokens, "math")
-    if name == "llama-lora":
-        shape = (2000, 128, 8, 2, 4, 344, 8)
+    if name in ("llama-lora", "llama-few"):
+        shape = (words, 128, 8, 2, 4, 344, 8)
         return Family(lambda: _wrapped(_Llama(*shape), again), lambda tape: _LlamaTable(tape, *shape, again), tokens)
     if name in ("convnet", "cnn3d"):
         dims, side = (2, 32) if name == "convnet" else (3, 16)

@@ -13,7 +13,6 @@ from trainerd.memory.ops import (
     add,
     add_,
     clone,
-    contiguous,
     high,
     low,
     mean,
@@ -72,16 +71,20 @@ def _linear_back(node: Node, grads: Grads) -> Sequence[Tensor | None]:
 
 
 def matmul(x: Tensor, y: Tensor) -> Tensor:
-    """A batched product (…, n, k) @ (…, k, m); what is not contiguous is copied first when it has four dimensions or more."""
+    """A batched product (…, n, k) @ (…, k, m); one whose dimensions before the last two cannot be read as one is copied first."""
     y, x = low(y), low(x)
-    if len(x.shape) > 3:
-        x, y = contiguous(x), y if y.contiguous or len(y.shape) < 4 else clone(y)
+    x, y = (t if _is_batched(t) else clone(t) for t in (x, y))
     tape = x.tape
     made = tape.product((*x.shape[:-1], y.shape[-1]), x.dtype, 2.0 * x.numel * y.shape[-1])
     tape.multiplied.append((*x.shape, y.shape[-1]))
     saved = (x.detach() if y.requires_grad else None, y.detach() if x.requires_grad else None)
     tape.record([made], [x, y], _matmul_back, saved)
     return made
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Of one sample, or one head, no copy is made, also where its bytes have gaps: the way back then holds what it is a view of."""
+    return x.contiguous or sum(n > 1 for n in x.shape[:-2]) < 2
 
 
 def _matmul_back(node: Node, grads: Grads) -> Sequence[Tensor | None]:
@@ -228,9 +231,26 @@ def _attention_back(node: Node, grads: Grads) -> Sequence[Tensor | None]:
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """nn.RMSNorm: on a CPU it is made of elementary operations; on a GPU one kernel, in fp32 under autocast."""
     if x.tape.device != "cuda":
-        return mul(mul(x, unary(mean(unary(x, saves="self")), saves="result")), weight)
+        return mul(mul(x, unary(mean(_square(x)), saves="result")), weight)
     x = high(x)
     made = x.tape.new(x.shape, wider(x, weight))
     kept = x.tape.new((*x.shape[:-1], 1), "fp32")
     x.tape.record([made], [x, weight], _norm_back, (x.detach(), kept))
     return made
+
+
+def _square(x: Tensor) -> Tensor:
+    """x.pow(2): going back, the power of one less, and its double, before the product with the gradient."""
+    made = x.tape.new(x.shape, x.dtype)
+    x.tape.record([made], [x], _square_back, (x.detach(),))
+    return made
+
+
+def _square_back(node: Node, grads: Grads) -> Sequence[Tensor | None]:
+    g = only(grads)
+    if g is None:
+        return [None]
+    between = [g.tape.new(g.shape, g.dtype) for _ in (0, 1)]
+    made = g.tape.new(g.shape, g.dtype)
+    del between
+    return [made]

@@ -93,6 +93,8 @@ class _Pieces:
         if self.mixed and tape.device == "cpu":
             rows = tape.new((min(_ROWS, shape[0]), shape[1]), self.exact)
             del rows
+        hit = tape.new((shape[0], 1), self.exact)
+        self._nats(hit)
         if not self.learns:
             return
         if not self.mixed:
@@ -102,7 +104,13 @@ class _Pieces:
             if self.gradients[0].dtype != self.dtype:
                 tape.new(some.shape, self.dtype)
         self._add(chance, some)
-        del logits
+        del logits, hit
+
+    def _nats(self, hit: Tensor) -> None:
+        """-log of what the wanted words were given, which is summed at once."""
+        logs = hit.tape.new(hit.shape, hit.dtype)
+        nats = hit.tape.new(hit.shape, hit.dtype)
+        del logs, nats
 
     def _by_words(self, some: Tensor) -> None:
         tape, number = self.tape, self.weight.shape[0]
@@ -138,12 +146,12 @@ class _Pieces:
 
     def _add(self, chance: Tensor, some: Tensor) -> None:
         words = chance.shape[1]
-        if self.gradients[2] is not None:
-            self.tape.new((words,), self.exact)
+        summed = self.tape.new((words,), self.exact) if self.gradients[2] is not None else None
         if self.gradients[1] is not None:
             self.tape.flops += 2.0 * some.numel * words
             if self.mixed:
                 self.tape.new((words, some.shape[1]), self.dtype)
+        del summed
 
 
 def _pieces_back(node: Node, grads: list[Tensor | None]) -> Sequence[Tensor | None]:

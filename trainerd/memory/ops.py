@@ -80,10 +80,6 @@ def _transpose_back(node: Node, grads: Grads) -> Sequence[Tensor | None]:
     return [g and g.view(*node.about[0], contiguous=True)]
 
 
-def contiguous(x: Tensor) -> Tensor:
-    return x if x.contiguous else clone(x)
-
-
 def clone(x: Tensor) -> Tensor:
     made = x.tape.new(x.shape, x.dtype)
     x.tape.record([made], [x], _through)
