@@ -80,8 +80,7 @@ def build(
     dataset, held_out = _datasets(task)
     batches = Batches(len(dataset), config.train.batch_size, config.seed, lengths=lengths_of(task, dataset), limit=config.data.size)
     model = _model(task, config, link, begun=begun)
-    given = ds_config.at_hand(config, paths)
-    foreseen = fitting.foresee(task, model, dataset, given, plan, paths, mixed, link.send, pulse.beat, traces=traces, begun=begun)
+    foreseen = fitting.foresee(task, model, dataset, config, plan, paths, mixed, link.send, pulse.beat, traces=traces, begun=begun)
     watch = _spill_watch(mixed.device, link, paged=config.train.optimizer == "paged_adamw8bit")  # while nothing of the model is there
     model = _placed(task, model, mixed, plan, link, stack)
     pulse.enter(phases.STARTING)

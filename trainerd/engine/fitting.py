@@ -22,7 +22,7 @@ from trainerd.config.model import RunConfig
 from trainerd.contract import wire
 from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home, RunPaths
-from trainerd.engine import attention, peak
+from trainerd.engine import attention, ds_config, peak
 from trainerd.engine import plan as plans
 from trainerd.engine.on_disk import on_disk
 from trainerd.engine.precision import Precision
@@ -103,6 +103,7 @@ def foresee(
     `begun`: steps of this plan have worked. `beat` is called while it lasts. Raises Refused for another one that is too large for a CPU:
     there nothing fails at a limit, all crawls.
     """
+    config = ds_config.at_hand(config, paths)
     place = _place(config, plan, paths.home)
     table: Table | None = None
     name: str | None = None
