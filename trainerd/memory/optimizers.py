@@ -95,20 +95,19 @@ class Optimizer:
             return
         with tape.counting_as(OPTIMIZER):
             if self.name == "adafactor":
-                for p in trainable:
-                    _adafactor(tape, p)
+                for group in _groups(trainable):
+                    _adafactor(tape, group)
             elif "8bit" in self.name:
                 _unpacked(tape, trainable)
             elif self.kernel == "fused":
                 return
             elif self.kernel == "foreach":
-                lists = [tape.new(p.shape, p.dtype) for p in trainable]
-                del lists
+                for group in _groups(trainable):
+                    lists = [tape.new(p.shape, p.dtype) for p in group]
+                    del lists
             else:
-                for p in trainable:
-                    root = tape.new(p.shape, p.dtype)
-                    scaled = tape.new(p.shape, p.dtype)
-                    del root, scaled
+                for group in _groups(trainable):
+                    _loop(tape, group, self.name)
 
     def clip(self) -> None:
         """The norm of each gradient, and of all together."""
@@ -161,8 +160,31 @@ def _unpacked(tape: Tape, trainable: Sequence[Tensor]) -> None:
         del copies
 
 
-def _adafactor(tape: Tape, p: Tensor) -> None:
-    """torch.optim.Adafactor, one parameter at a time: the row mean's square, the update, and its square."""
-    update = tape.new(p.shape, p.dtype)
-    scaled = tape.new(p.shape, p.dtype)
-    del update, scaled
+def _groups(trainable: Sequence[Tensor]) -> list[list[Tensor]]:
+    """As the engine makes them: what decays, and what does not. Each is stepped by itself."""
+    return [[p for p in trainable if len(p.shape) >= 2], [p for p in trainable if len(p.shape) < 2]]
+
+
+def _loop(tape: Tape, group: Sequence[Tensor], name: str) -> None:
+    """One parameter after the other: what was made for the one before is held until its successor is there."""
+    held: Tensor | None = None
+    for p in group:
+        decayed = tape.new(p.shape, p.dtype) if name in ("adam", "sgd") and len(p.shape) >= 2 else None  # its gradient with an L2 decay
+        if name != "sgd":
+            root = tape.new(p.shape, p.dtype)
+            scaled = tape.new(p.shape, p.dtype)
+            del root
+            held = scaled
+        del decayed
+    del held
+
+
+def _adafactor(tape: Tape, group: Sequence[Tensor]) -> None:
+    """torch.optim.Adafactor, one parameter at a time: the update, and that of the parameter before; of a vector its square as well."""
+    held: Tensor | None = None
+    for p in group:
+        squared = tape.new(p.shape, p.dtype) if len(p.shape) < 2 else None
+        update = tape.new(p.shape, p.dtype)
+        held = update
+        del squared, update
+    del held
