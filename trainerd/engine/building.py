@@ -115,7 +115,6 @@ def build(
     pulse.is_saving = lambda: training.saver.busy
     stack.callback(_close, training)
     _begin(training, loader, held_out, state)
-    foreseen.recoveries = training.memory.oom_recoveries
     return training
 
 
@@ -172,6 +171,7 @@ def _begin(training: Training, loader: Loader, held_out: MapDataset | None, stat
     if state is not None:
         _put_back(training, state)
     loader.seek(training.step, training.plan["micro_batch"])
+    training.foreseen.recoveries = training.memory.oom_recoveries
 
 
 def _datasets(task: Task) -> tuple[MapDataset, MapDataset | None]:
