@@ -1,4 +1,4 @@
-"""What keeping large blocks in the heap is worth: the engine with and without, in processes of their own, in turn.
+"""What keeping large blocks in the heap is worth: kept, given back, and as glibc comes, in processes of their own, in turn.
 
     python -m benchmarks.arenas --data FILE [--rounds 5] [--batch 8 32 128] [--precision fp32] [--threads 2]
 
@@ -21,12 +21,16 @@ from pathlib import Path
 STEPS = {8: 400, 32: 240, 128: 90}
 
 
-def one(kept: bool, asked: argparse.Namespace) -> None:
+SIDES = ("kept", "given-back", "as-it-comes")
+
+
+def one(side: str, asked: argparse.Namespace) -> None:
     """A training in this process; prints [samples per second, page faults per step] of its second half."""
     from trainerd.config.model import DataConfig, RunConfig, TrainConfig
-    from trainerd.engine import arenas
+    from trainerd.engine import arenas, fitting
     from trainerd.engine.loop import Link
     from trainerd.engine.trainer import Trainer
+    from trainerd.memory import heap
     from trainerd.tasks.cadence.settings import CadenceSettings
     from trainerd.tasks.cadence.task import CadenceTask
 
@@ -40,8 +44,9 @@ def one(kept: bool, asked: argparse.Namespace) -> None:
                 self.faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
                 self.step = int(str(fields["step"]))
 
-    if kept and not arenas.keep_large_blocks():
+    if side != "as-it-comes" and not arenas.hold(heap.KEPT if side == "kept" else heap.GIVEN_BACK):
         raise SystemExit("This C library has no such setting.")
+    fitting._hold_blocks = lambda *_: None  # whatever room there is
     steps = STEPS[asked.batch[0]]
     train = TrainConfig(batch_size=asked.batch[0], max_steps=steps, precision=asked.precision, threads=asked.threads)
     train.eval_every_steps = 10**6
@@ -49,7 +54,7 @@ def one(kept: bool, asked: argparse.Namespace) -> None:
     config.checkpoint.every_steps = 10**6
     link = Half()
     with contextlib.redirect_stdout(io.StringIO()):
-        trainer = Trainer(CadenceTask(CadenceSettings()), config, home=asked.home, run=f"{kept}-{asked.batch[0]}-{asked.round}", link=link)
+        trainer = Trainer(CadenceTask(CadenceSettings()), config, home=asked.home, run=f"{side}-{asked.batch[0]}-{asked.round}", link=link)
         trainer.train()
     rows = [json.loads(line) for line in trainer.paths.metrics.read_text("ascii").splitlines()]
     times = [row["t"] for row in rows if "loss" in row]
@@ -65,29 +70,30 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 32, 128], choices=STEPS)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--one", choices=["kept", "given-back"], help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--round", type=int, default=0, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
-        one(asked.one == "kept", asked)
+        one(asked.one, asked)
         return
     from benchmarks.throughput.__main__ import interval
 
     with tempfile.TemporaryDirectory() as home:
         for batch in asked.batch:
-            found: dict[str, list[list[float]]] = {"kept": [], "given-back": []}
+            found: dict[str, list[list[float]]] = {side: [] for side in SIDES}
             for number in range(asked.rounds):
                 for side in sorted(found, reverse=bool(number % 2)):
                     command = [sys.executable, "-m", "benchmarks.arenas", "--one", side, "--data", str(asked.data), "--batch", str(batch)]
                     command += ["--precision", asked.precision, "--threads", str(asked.threads), "--home", home, "--round", str(number)]
                     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
                     found[side].append(json.loads(done.stdout.splitlines()[-1]))
-            ratios = [kept[0] / given[0] for kept, given in zip(found["kept"], found["given-back"], strict=True)]
-            low, high = interval(ratios)
             shown = {side: [round(statistics.median(column)) for column in zip(*rows, strict=True)] for side, rows in found.items()}
             print(f"batch {batch}, {asked.precision}: [samples/s, faults/step] {shown}")
-            print(f"  kept / given back  {statistics.median(ratios):.3f}  [{low:.3f}, {high:.3f}]", flush=True)
+            for side in SIDES[1:]:
+                ratios = [kept[0] / other[0] for kept, other in zip(found["kept"], found[side], strict=True)]
+                low, high = interval(ratios)
+                print(f"  kept / {side}  {statistics.median(ratios):.3f}  [{low:.3f}, {high:.3f}]", flush=True)
 
 
 if __name__ == "__main__":

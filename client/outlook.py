@@ -22,7 +22,7 @@ from trainerd.contract.runs import RunRecord
 from trainerd.contract.sizes import parse_memory
 from trainerd.machine import adapters, cpu, gpu
 from trainerd.machine.memory import ram
-from trainerd.memory import allocator_settings, forecast, planner, profile, receipts, traced
+from trainerd.memory import allocator_settings, forecast, heap, planner, profile, receipts, traced
 from trainerd.memory.limits import resolve_limit
 from trainerd.memory.planner import Answer
 from trainerd.memory.timeline import Setup, Table, tells
@@ -234,16 +234,16 @@ def _place(home: Home, config: RunConfig, budget: str | None, device: str | None
     torch = facts.version if facts is not None else ""
     assumed = profile.assumed(torch, cuda=kind == "cuda" or (facts is not None and facts.cuda is not None))
     known = profile.read(profile.file_of(home.cache, name, gpu.driver_version() if kind == "cuda" else None, torch), assumed)
-    allocator = allocator_settings.asked(os.environ, sys.platform)
+    allocator, chooses = allocator_settings.asked(os.environ, sys.platform), heap.can_be_chosen()
     if budget is not None:
         if name == "cpu" and kind == "cuda":
             known = assumed
         seen = receipts.read(home) if kind == "cpu" else ()  # of a CPU, what a model needed here it needs there
-        place = forecast.Place(kind, _bytes(budget), _precision(kind, gpus), known, seen, name, None, allocator)
+        place = forecast.Place(kind, _bytes(budget), _precision(kind, gpus), known, seen, name, None, allocator, chooses)
         return place, "a GPU" if kind == "cuda" else "a CPU", f"a budget of {budget}"
     left, words = _left(config, kind, gpus)
     ram_left = _left(config, "cpu", gpus)[0]
-    place = forecast.Place(kind, left, _precision(kind, gpus), known, receipts.read(home), name, ram_left, allocator)
+    place = forecast.Place(kind, left, _precision(kind, gpus), known, receipts.read(home), name, ram_left, allocator, chooses)
     return place, _named(kind, gpus), words
 
 

@@ -19,8 +19,9 @@ from pathlib import Path
 import psutil
 
 from trainerd.engine import arenas
+from trainerd.memory import heap
 
-arenas.keep_large_blocks()
+arenas.hold(heap.GIVEN_BACK)
 from trainerd.config.model import DataConfig, RunConfig
 from trainerd.contract import wire
 from trainerd.engine.loop import Link

@@ -19,7 +19,8 @@ import torch
 from benchmarks.memory.families import HELD_OUT, KNOWN, Family, family
 from tests.memory_oracle import TensorCount, allocator_changes, peak
 from trainerd.engine import attention
-from trainerd.memory.estimate import _CPU_SLACK, _PROCESS_SLACK_BYTES
+from trainerd.memory import heap
+from trainerd.memory.estimate import _PROCESS_SLACK_BYTES
 from trainerd.memory.optimizers import Optimizer
 from trainerd.memory.tape import GRADIENTS, Tape
 
@@ -108,7 +109,7 @@ def estimated(parts: Family, samples: int, precision: str, accumulation: int, *,
     optimizer.work()
     optimizer.zero_grad()
     coming = max(0, tape.peak - resting - tape.breakdown().get(GRADIENTS, 0))
-    return tape.peak, int(tape.peak + coming * _CPU_SLACK)
+    return tape.peak, int(tape.peak + heap.MOST[heap.GIVEN_BACK].of(coming))
 
 
 def cells(names: list[str], batches: list[int]) -> Iterator[Cell]:

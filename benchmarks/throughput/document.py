@@ -33,8 +33,9 @@ def ours(asked: argparse.Namespace, every_steps: int) -> tuple[float, dict[int, 
     from trainerd.engine import arenas
     from trainerd.engine.loop import Link
     from trainerd.engine.trainer import Trainer
+    from trainerd.memory import heap
 
-    arenas.keep_large_blocks()
+    arenas.hold(heap.GIVEN_BACK)  # as a trainer begins; it keeps them where there is room
     workload = prepare(Path(asked.home), asked.data)
     words = workload.config.model_dump()
     train = {"batch_size": BATCH, "precision": asked.precision, "scheduler": "constant", "threads": asked.threads}

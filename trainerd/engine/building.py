@@ -51,6 +51,7 @@ from trainerd.engine.task import MapDataset, Task, TaskContext
 from trainerd.engine.tensorboard import TensorBoard
 from trainerd.engine.updates import Updates
 from trainerd.machine import cpu
+from trainerd.machine.memory import own_bytes
 
 State = dict[str, Any]
 # The random states at step 0 come from the seed alone, whatever building the model and the data has drawn.
@@ -176,6 +177,7 @@ def _begin(training: Training, loader: Loader, held_out: MapDataset | None, stat
 
 def _datasets(task: Task) -> tuple[MapDataset, MapDataset | None]:
     """What to train on, and what is held out: None also for an empty one."""
+    own_bytes()  # files that are mapped from here on are known as data
     dataset, held_out = task.dataset("train"), task.dataset("eval")
     if dataset is None or len(dataset) == 0:
         raise UsageError("The task has no sample to train on.", "Look at the data, and at what prepare() has kept of it.")

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import torch
 
 from trainerd.contract import wire
+from trainerd.engine import arenas
 
 _SHARE = 0.002
 _FIRST_PAUSE_SECONDS = 1.0
@@ -30,6 +31,8 @@ def free() -> None:
     gc.collect()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
+    else:
+        arenas.give_back()  # on a CPU it is the heap's blocks that are short of room
     if sys.platform.startswith("linux"):
         try:
             ctypes.CDLL(None).malloc_trim(0)

@@ -22,7 +22,7 @@ from trainerd.config.model import RunConfig
 from trainerd.contract import wire
 from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home, RunPaths
-from trainerd.engine import attention, ds_config, peak
+from trainerd.engine import arenas, attention, ds_config, peak
 from trainerd.engine import plan as plans
 from trainerd.engine.on_disk import on_disk
 from trainerd.engine.precision import Precision
@@ -30,7 +30,7 @@ from trainerd.engine.task import MapDataset, Task
 from trainerd.machine import gpu
 from trainerd.machine import memory as machine_memory
 from trainerd.machine.asking import within
-from trainerd.memory import allocator_settings, forecast, planner, profile, receipts, traced
+from trainerd.memory import allocator_settings, forecast, heap, planner, profile, receipts, traced
 from trainerd.memory.estimate import Estimate, estimate
 from trainerd.memory.limits import resolve_limit
 from trainerd.memory.timeline import Setup, Table, tells
@@ -38,6 +38,7 @@ from trainerd.memory.zero2 import Buckets
 
 Send = Callable[..., None]
 _DRIVER_SECONDS = 5.0
+_WORTH_KEEPING_BYTES = 16 << 20
 
 
 @dataclass
@@ -57,6 +58,8 @@ class Forecast:
     """Out-of-memories before it."""
     buckets: Buckets | None = None
     """DeepSpeed's, where it has the optimizer."""
+    heap: str = heap.UNKNOWN
+    """How large blocks are held in this life."""
     peak_before: int = 0
     """RAM that was held for a moment before the training, where the system's count cannot leave it out."""
 
@@ -75,12 +78,15 @@ class Forecast:
             compiled=plan.get("compile", False),
             allocator=self.place.allocator if self.place.device == "cuda" else "",
             buckets=self.buckets,
+            heap=self.heap,
         )
 
     def predicted(self, plan: plans.Plan, config: RunConfig) -> Estimate | None:
         """The estimate for this plan, without any correction by receipts."""
         setup = self.setup(plan, config)
-        return estimate(self.table, setup, self.place.profile) if self.table is not None and tells(self.table, setup) else None
+        if self.table is None or not tells(self.table, setup):
+            return None
+        return estimate(self.table, setup, self.place.profile, process_bytes=self.place.process_bytes)
 
 
 def foresee(
@@ -120,12 +126,16 @@ def foresee(
         if not begun:
             send(wire.WARNING, text=f"What its layers compute is not in the forecast, for it could not be traced: {why}")
     trace = name if table is not None else None
-    found = Forecast(table, place, trace, task.splittable, samples=len(dataset), buckets=forecast.buckets(config, place.device))
+    place = replace(place, process_bytes=0) if begun else place  # what it goes on from lies in RAM as well now, for a moment
+    place, table = _with_process(place, table, task, model, paths.home.cache / "traces" / trace if trace else None)
+    found = Forecast(table, place, trace, task.splittable, samples=len(dataset))
+    found.buckets, found.heap = forecast.buckets(config, place.device), place.heap
     if traces and (name or why):
         receipts.note_trace(paths, {"trace": trace, "untraced": why, "splittable": task.splittable, "samples": len(dataset)})
     if table is not None and not begun:
         _fit(found, table, config, plan, send, len(dataset))
     plan.pop("open", None)
+    _hold_blocks(found, config, plan, send)
     found.began, found.peak_before = found.setup(plan, config), peak_before
     if table is not None:
         foretold = forecast.foretold(config, found.setup(plan, config), place, table)
@@ -190,6 +200,38 @@ def _fit(found: Forecast, table: Table, config: RunConfig, plan: plans.Plan, sen
         send(wire.WARNING, text=_tight(answer))
 
 
+def _hold_blocks(found: Forecast, config: RunConfig, plan: plans.Plan, send: Send) -> None:
+    """Keep large blocks from step to step where there is room for the holes between them, or where nothing is known of the model; what is
+    short later is given back then (cleaning.py). Only in a process that is the trainer's own."""
+    if arenas.now() == heap.UNKNOWN:
+        return
+    how, place = heap.KEPT, found.place
+    if place.device == "cpu":
+        setup = replace(found.setup(plan, config), heap=heap.KEPT)
+        kept = None if found.table is None else forecast.foretold(config, setup, place, found.table)
+        found.heap = how = heap.KEPT if kept is None or kept.needed.upper <= place.budget_bytes else heap.GIVEN_BACK
+    arenas.hold(how)
+    send(wire.NOTE, kind="heap", blocks=how)
+
+
+def _with_process(
+    place: forecast.Place, table: Table | None, task: Task, model: nn.Module, path: Path | None
+) -> tuple[forecast.Place, Table | None]:
+    """With what this process holds beside the model: the data that the task has loaded, and what it has imported. It is kept with the
+    trace, so that `plan` knows it too."""
+    if not place.process_bytes:
+        return place, table
+    of_model = sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()) if one.device.type == "cpu")
+    held = machine_memory.own_bytes() - max(0, of_model - sum(on_disk(task, model))) + profile.LATER_BYTES
+    held = max(held, place.profile.process_bytes)
+    if path is not None and isinstance(table, traced.TracedTable) and arenas.now() != heap.UNKNOWN:
+        changed = abs(table.process_bytes - held) > _WORTH_KEEPING_BYTES
+        table = replace(table, process_bytes=held)
+        if changed:
+            _keep(path, table)
+    return replace(place, process_bytes=held), table
+
+
 def _refuse_too_large(answer: planner.Answer) -> None:
     """On a CPU, and only when what is likely is too much already: a bound may be too high, and a GPU's allocator says no by itself.
     The status shows 300 characters of it, so the changes that help come early and short."""
@@ -237,7 +279,8 @@ def _place(config: RunConfig, plan: plans.Plan, home: Home) -> forecast.Place:
     else:
         budget = _ram_left(config)
     allocator = allocator_settings.asked(os.environ, sys.platform)
-    return forecast.Place(device.type, budget, plan["precision"], measured, receipts.read(home), name, _ram_left(config), allocator)
+    found, chooses, own = receipts.read(home), arenas.now() != heap.UNKNOWN, machine_memory.own_bytes()
+    return forecast.Place(device.type, budget, plan["precision"], measured, found, name, _ram_left(config), allocator, chooses, own)
 
 
 def _ram_left(config: RunConfig) -> int:

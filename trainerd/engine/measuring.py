@@ -19,7 +19,6 @@ from trainerd.memory import profile
 _SIDE_CPU, _SIDE_GPU = 1024, 4096
 _REPEATS = 5
 _COPY_BYTES = 128 << 20
-_LATER_BYTES = 64 << 20  # tokens, batches and threads of a real run
 
 
 def measured() -> tuple[profile.Profile, str, str | None]:
@@ -31,7 +30,7 @@ def measured() -> tuple[profile.Profile, str, str | None]:
 
     others = gpu_use.before_context()
     _take_a_step(torch, torch.device("cpu"))
-    process_bytes = memory.own_bytes() + _LATER_BYTES
+    process_bytes = memory.own_bytes() + profile.LATER_BYTES
     through = _through(torch.ones(_COPY_BYTES, dtype=torch.uint8), torch.device("cpu"))
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     workspace = 0

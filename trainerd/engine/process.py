@@ -25,6 +25,7 @@ from trainerd.engine import arenas, dumps, entry
 from trainerd.engine.commands import Command, Commands
 from trainerd.engine.locks import REMOVED, DeviceLock, device_name, hold, keep, let_the_holder_go_first
 from trainerd.engine.reporter import Reporter, say
+from trainerd.memory import heap
 
 if TYPE_CHECKING:
     from trainerd.engine.preparing import PreparingChild
@@ -63,7 +64,7 @@ class TrainerProcess:
                 return wire.EXIT_FINISHED
             self._take_locks(run)
             _set_environment(run)
-            arenas.keep_large_blocks()
+            arenas.hold(heap.GIVEN_BACK)
             code: int = _training().work(self, run)
             return code
         except BaseException as error:  # the one place where everything ends, SystemExit of a user's task too

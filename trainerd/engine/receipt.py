@@ -19,7 +19,7 @@ import torch
 from trainerd.config.model import RunConfig
 from trainerd.contract import files, wire
 from trainerd.contract.paths import RunPaths
-from trainerd.engine import peak
+from trainerd.engine import arenas, peak
 from trainerd.engine import plan as plans
 from trainerd.engine.fitting import Forecast, Send, device_facts
 from trainerd.engine.guard import MemoryWatch
@@ -57,12 +57,13 @@ def _document(found: Forecast, plan: plans.Plan, config: RunConfig, paths: RunPa
         "ram_total_bytes": int(psutil.virtual_memory().total),
         "plan": {key: plan.get(key) for key in ("precision", "micro_batch", "grad_accum", "effective_batch", "optimizer", "threads")},
         "setup": receipts.setup_kind(setup),
-        "mixed": setup != found.began or memory.oom_recoveries > found.recoveries,
+        "mixed": setup != found.began or memory.oom_recoveries > found.recoveries or found.heap not in ("", arenas.now()),
         "steps": steps,
         "trace": found.trace,
         "splittable": found.splittable,
         "samples": found.samples,
         "predicted": dict(predicted.raw) if predicted else {},
+        "at_most": {"ram_bytes": predicted.ram.upper, "driver_bytes": predicted.driver and predicted.driver.upper} if predicted else {},
         "real": {**_on_device(device, memory), "ram_bytes": _ram(found, predicted), "seconds_per_step": _seconds(paths)},
     }
 

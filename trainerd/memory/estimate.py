@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from trainerd.memory import allocator_settings, disk, pace, receipts
+from trainerd.memory import allocator_settings, disk, heap, pace, receipts
 from trainerd.memory.playing import Played, played
 from trainerd.memory.profile import Profile
 from trainerd.memory.receipts import Trust
@@ -19,8 +19,9 @@ from trainerd.memory.timeline import Setup, Table, Timeline
 
 _MIB = 1 << 20
 _PROCESS, _CONTEXT = "python and torch", "cuda context and workspace"
-# Without a receipt: what kernels' scratch and the C allocator's own holes add on a CPU, and a GPU's kernels that were not measured.
-_CPU_SLACK, _GPU_SLACK, _RESERVED_SLACK = 0.08, 0.08, 0.12
+_DATA, _HOLES = "data and imports", "holes in the heap"
+# Without a receipt: a GPU's kernels that were not measured. What kernels' scratch and holes add on a CPU: heap.py.
+_GPU_SLACK, _RESERVED_SLACK = 0.08, 0.12
 _PROCESS_SLACK_BYTES = 96 * _MIB
 # oneDNN keeps compiled bf16 products on a CPU: each shape forwards and twice backwards, for each of some lengths, up to a number
 # of shapes that the trainer sets; a shape took 0.4 to 1.9 MiB (docs/log.md).
@@ -47,6 +48,8 @@ UNVERIFIED = "the replay of CUDA's allocator and the GPU's tables follow torch's
 
 _BY_CPU = "that a GPU's kernels and autocast keep what those of a CPU keep: the model was traced on the CPU"
 _COMPILED = "that torch.compile needs no more than the model without it: what it allocates is not covered by this estimate"
+
+_KEPT = "that large blocks are kept from step to step, which is faster and leaves holes; without room for those they would be given back"
 
 
 @dataclass(frozen=True)
@@ -104,14 +107,23 @@ class Estimate:
 
 
 def estimate(
-    table: Table, setup: Setup, profile: Profile | None = None, trust: Trust = receipts.NOTHING, *, keep: int = 3, keep_best: bool = True
+    table: Table,
+    setup: Setup,
+    profile: Profile | None = None,
+    trust: Trust = receipts.NOTHING,
+    *,
+    keep: int = 3,
+    keep_best: bool = True,
+    process_bytes: int = 0,
 ) -> Estimate:
-    """What a training with this setup needs on a machine with this profile; so many checkpoints are kept."""
+    """What a training with this setup needs on a machine with this profile; so many checkpoints are kept. `process_bytes`: what its
+    process holds beside the model, where that is known."""
     profile = profile or Profile()
+    process_bytes = max(profile.process_bytes, process_bytes, getattr(table, "process_bytes", 0))
     found = played(table, setup, profile.workspace_bytes)
     timeline = found.timeline
     device = _on_gpu(found, profile, trust) if setup.device == "cuda" else _Device(None, None, None, {})
-    ram, ram_raw = _ram(timeline, setup, profile, trust)
+    ram, ram_raw = _ram(timeline, setup, process_bytes, trust)
     seconds, seconds_raw = _seconds(timeline, setup, profile, trust)
     checkpoint = timeline.weight_bytes + timeline.state_bytes + _MANIFEST_BYTES
     measure = "driver_bytes" if setup.device == "cuda" else "ram_bytes"
@@ -119,7 +131,8 @@ def estimate(
     if setup.device == "cuda":
         breakdown[_CONTEXT] = profile.context_bytes + profile.workspace_bytes
     else:
-        breakdown[_PROCESS] = profile.process_bytes
+        bare = profile.process_bytes
+        breakdown |= {_PROCESS: bare, _DATA: process_bytes - bare, _HOLES: _holes(timeline, setup)}
     left_out = list(_NOT_MODELLED[setup.device])
     if setup.device == "cuda":
         left_out = [UNVERIFIED, *allocator_settings.settings(setup.allocator).left_out, *left_out]
@@ -173,17 +186,25 @@ def _on_gpu(found: Played, profile: Profile, trust: Trust) -> _Device:
     return _Device(allocated, reserved, driver, raw)
 
 
-def _ram(timeline: Timeline, setup: Setup, profile: Profile, trust: Trust) -> tuple[Range, dict[str, float]]:
+def _ram(timeline: Timeline, setup: Setup, process_bytes: int, trust: Trust) -> tuple[Range, dict[str, float]]:
     """The trainer's own RAM: its process, and the tensors when the device is the CPU, else what stays on the host."""
     held = timeline.peak if setup.device == "cpu" else timeline.host_bytes + timeline.weight_bytes
     worst = max(held, timeline.resting_bytes + timeline.worst_evaluation_bytes) if setup.device == "cpu" else held
     shapes = min(_SHAPES, timeline.num_products * _SHAPES_PER_PRODUCT) if setup.device == "cpu" and setup.precision != "fp32" else 0
-    point = profile.process_bytes + held + shapes * _SHAPE_BYTES
+    point = process_bytes + held + _holes(timeline, setup) + shapes * _SHAPE_BYTES
     # What rests is known to the byte, and so are gradients; scratch and holes come with what else comes and goes.
     known = timeline.resting_bytes + (timeline.breakdown.get(GRADIENTS, 0) if worst == held else 0)
     coming = max(0, worst - known)
-    upper = profile.process_bytes + _PROCESS_SLACK_BYTES + worst + coming * _CPU_SLACK + shapes * _SHAPE_MOST_BYTES
+    upper = process_bytes + _PROCESS_SLACK_BYTES + worst + heap.MOST[setup.heap].of(coming) + shapes * _SHAPE_MOST_BYTES
     return _ranged(trust, "ram_bytes", point, upper), {"ram_bytes": float(point)}
+
+
+def _holes(timeline: Timeline, setup: Setup) -> int:
+    """What a heap that keeps large blocks holds besides, likely."""
+    if setup.device != "cpu":
+        return 0
+    coming = max(0, timeline.peak - timeline.resting_bytes - timeline.breakdown.get(GRADIENTS, 0))
+    return int(heap.LIKELY[setup.heap].of(coming))
 
 
 def _seconds(timeline: Timeline, setup: Setup, profile: Profile, trust: Trust) -> tuple[Range | None, dict[str, float]]:
@@ -223,6 +244,7 @@ def _assumed(profile: Profile, setup: Setup, is_traced: bool) -> list[str]:
         *([_COMPILED] if setup.compiled else []),
         *([f"torch's allocator as {allocator_settings.VARIABLES[0]} asks for it: {setup.allocator}"] if setup.allocator else []),
         *([_BY_CPU] if is_traced and setup.device == "cuda" else []),
+        *([_KEPT] if setup.heap == heap.KEPT else []),
         *_unmeasured(profile, setup),
     ]
 

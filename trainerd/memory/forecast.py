@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trainerd.contract.errors import ConfigError
-from trainerd.memory import receipts, zero2
+from trainerd.memory import heap, receipts, zero2
 from trainerd.memory.estimate import Estimate, estimate
 from trainerd.memory.planner import Answer, Question, choose
 from trainerd.memory.profile import Profile
@@ -39,6 +39,15 @@ class Place:
     """What of the RAM is left for us when the device is a GPU; None: not known."""
     allocator: str = ""
     """What the trainer's environment asks torch's allocator for (allocator_settings.py)."""
+    chooses_heap: bool = False
+    """Whether the trainer there can tell its C library to keep large blocks or to give them back (heap.py)."""
+    process_bytes: int = 0
+    """RAM that the trainer holds beside its model, data included, where that is known; 0: as the profile says."""
+
+    @property
+    def heap(self) -> str:
+        """With which a plan begins: the one that needs least."""
+        return heap.GIVEN_BACK if self.chooses_heap and self.device == "cpu" else heap.UNKNOWN
 
 
 def question(config: RunConfig, place: Place, splittable: bool = True) -> Question:
@@ -62,6 +71,7 @@ def question(config: RunConfig, place: Place, splittable: bool = True) -> Questi
         attention=train.attention,
         allocator=place.allocator if place.device == "cuda" else "",
         buckets=buckets(config, place.device),
+        heap=place.heap,
     )
     values: dict[str, object] = {"memory.logits": config.memory.logits, "memory.offload": config.memory.offload}
     values["train.activation_checkpointing"] = "none" if train.compile else train.activation_checkpointing
@@ -110,6 +120,6 @@ def _asking(config: RunConfig, place: Place, table: Table) -> Callable[[Setup], 
 
     def ask(setup: Setup) -> Estimate:
         trust = receipts.trust(given, table.kind, place.name, torch, setup)
-        return estimate(table, setup, place.profile, trust, keep=keep, keep_best=best)
+        return estimate(table, setup, place.profile, trust, keep=keep, keep_best=best, process_bytes=place.process_bytes)
 
     return ask

@@ -27,6 +27,8 @@ _BOUNDS: Mapping[str, tuple[int, int]] = {
 }
 _WORDS = ("device", "driver", "torch")
 _FASTEST = 1e15  # bytes, or 1e9 operations, per second: more than any machine
+LATER_BYTES = 64 << 20
+"""What a trainer loads and holds once it trains: threads, batches, kernels that are used for the first time."""
 
 
 @dataclass(frozen=True)

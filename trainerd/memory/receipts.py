@@ -119,10 +119,19 @@ def setup_kind(setup: Setup) -> dict[str, Any]:
         "attention": setup.attention,
         "compiled": setup.compiled,
     }
-    return kind | {"allocator": setup.allocator} if setup.allocator else kind
+    named = {"allocator": setup.allocator, "heap": setup.heap}
+    return kind | {name: value for name, value in named.items() if value}
 
 
-_USUAL = {"offload": "none", "checkpointing": "none", "logits": "chunked", "attention": "auto", "compiled": False, "allocator": ""}
+_USUAL = {
+    "offload": "none",
+    "checkpointing": "none",
+    "logits": "chunked",
+    "attention": "auto",
+    "compiled": False,
+    "allocator": "",
+    "heap": "kept",
+}
 
 
 def _in_words(kind: Mapping[str, Any]) -> str:

@@ -46,6 +46,8 @@ class Setup:
     """What torch's CUDA allocator is asked for by its variable (allocator_settings.py); empty: nothing, or a CPU."""
     buckets: zero2.Buckets | None = None
     """DeepSpeed's, where offload is zero2; None: its sizes as nobody says otherwise."""
+    heap: str = ""
+    """How the trainer's C library holds large blocks on a CPU (heap.py); empty: as it comes, or a GPU."""
 
     @property
     def accumulation(self) -> int:

@@ -73,6 +73,8 @@ class TracedTable:
     modes: Mapping[str, Traces]
     logits: str = "chunked"
     attention: str = "auto"
+    process_bytes: int = 0
+    """RAM that the last training held beside the model, its data included; 0: not known."""
     on_disk: tuple[int, int] = (0, 0)
     """Bytes of `frozen` and of `streamed` that lie in a file the task has mapped: in no RAM while they are not on a GPU."""
     assumed: tuple[str, ...] = ("every sample as large as the largest that was found",)
@@ -220,7 +222,8 @@ def read(path: Path) -> TracedTable | None:
         given["modes"] = {mode: _traces(some) for mode, some in given["modes"].items()}
         given["weights"] = [(str(dtype), [int(n) for n in shape]) for dtype, shape in given["weights"]]
         of_files, others = given.get("on_disk", (0, 0))
-        return TracedTable(**{**given, "on_disk": (int(of_files), int(others)), "assumed": tuple(given.get("assumed", ()))})
+        given |= {"on_disk": (int(of_files), int(others)), "process_bytes": int(given.get("process_bytes", 0))}
+        return TracedTable(**{**given, "assumed": tuple(given.get("assumed", ()))})
     except (TypeError, KeyError, AttributeError, ValueError):
         return None
 

@@ -1,0 +1,39 @@
+"""How a trainer's C library holds large blocks on a CPU, and what holes come of it. Must not set anything: engine/arenas.py does.
+
+Kept in the heap, a step's tensors are used again by the next step and cost no page faults; but blocks of many sizes leave holes
+between them. Given back, each is mapped anew, and no more is held than lives.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+KEPT, GIVEN_BACK, UNKNOWN = "kept", "given back", ""
+"""UNKNOWN: as the C library comes, or one that is not glibc's."""
+
+
+@dataclass(frozen=True)
+class Holes:
+    """What the process holds beyond what lives: a share of what comes and goes, and so many bytes, of which a small training has less."""
+
+    share: float = 0.0
+    fixed_bytes: int = 0
+
+    def of(self, coming: float) -> float:
+        return self.share * coming + min(self.fixed_bytes, _SMALL * coming)
+
+
+_MIB = 1 << 20
+_SMALL = 1.5
+# By real trainings (docs/log.md: python -m benchmarks.memory.ram), kernels' scratch included.
+LIKELY = {KEPT: Holes(0.3, 64 * _MIB), GIVEN_BACK: Holes(), UNKNOWN: Holes(0.1, 32 * _MIB)}
+MOST = {KEPT: Holes(0.6, 192 * _MIB), GIVEN_BACK: Holes(0.15), UNKNOWN: Holes(0.4, 128 * _MIB)}
+
+
+def can_be_chosen() -> bool:
+    """Whether the C library of this machine is one that can be told (mallopt of glibc)."""
+    try:
+        return (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc")
+    except (AttributeError, ValueError, OSError):  # Windows, macOS, musl
+        return False
