@@ -74,11 +74,14 @@ def _by_identity(home: Home, asked: Resolved, wanted: dict[str, Any], resume: bo
     config = asked.config
     unfinished = [record for record in _records(home) if not record.finished]
     same = next((record for record in unfinished if _is_same(record, wanted)), None) if resume and config.name is None else None
-    if same is not None:
-        return _go_on(home, same, asked)
     told = ""
+    if same is not None:
+        forbidden = _forbidden(same, asked) if _never_began(same) else ""
+        if not forbidden:
+            return _go_on(home, same, asked)
+        told = f"A new run: {same.id} failed before its first checkpoint, and goes on only as it was ({forbidden})."
     started = [record for record in unfinished if not _never_began(record)]
-    if resume and started:
+    if resume and started and not told:
         latest = started[0]
         unlike = differences(latest.identity, wanted)
         why = "; ".join(unlike[:4]) if unlike else "it has another name"
@@ -166,6 +169,14 @@ def _go_on(home: Home, record: RunRecord, asked: Resolved) -> Choice:
         told = f"The run {record.id} is trained: the edited task file only writes its result.{changed} (--no-resume begins a new run.)"
     task_file = asked.task_file if mended else None
     return Choice(record.id, True, resumption.config, record.identity, task_file, resumption.changes, told, mended=mended)
+
+
+def _forbidden(record: RunRecord, asked: Resolved) -> str:
+    """In words, what was asked for that the run cannot go on with; "" also when its record is not of this trainerd."""
+    try:
+        return "; ".join(resumed(record.config, asked.config, asked.explicit).forbidden)
+    except ValueError:
+        return ""
 
 
 def _is_edited(record: RunRecord, task_file: Path) -> bool:

@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trainerd.config import catalogue
-from trainerd.config.identity import fingerprint, identity
+from trainerd.config.identity import differences, fingerprint, identity, model_of
 from trainerd.config.load import Resolved
 from trainerd.config.model import RunConfig
 from trainerd.contract import runs
 from trainerd.contract.errors import Unreadable, UsageError
 from trainerd.contract.paths import Home
-from trainerd.contract.runs import RunRecord
 from trainerd.contract.sizes import parse_memory
 from trainerd.machine import adapters, cpu, gpu
 from trainerd.machine.memory import ram
@@ -34,7 +33,13 @@ _BF16_ON_CPU = {"amx_bf16", "avx512_bf16"}
 _BF16_ON_CUDA = (8, 0)  # older ones emulate it, many times as slow
 _COUNT_SECONDS = 0.3
 _MAY_BE_FEWER = "How many samples the data have is not known yet. The trainer reads them, and takes no more than there are: it decides."
-_NOT_PART_OF_THE_MODEL = ("seed", "batch_size", "optimizer")
+_NOT_TRACED = "A model that cannot be traced is tried with the whole batch."
+_ON_A_CPU = (
+    "What its trace, or its weights alone, say is too much is refused before the first step, with what would fit. Later, past the limit, "
+    "the micro-batch is halved, or the training waits for room."
+)
+_ON_A_GPU = "Running out of memory loses no step: the same samples are tried again in smaller pieces."
+_SHOWN = 4  # differences; the first ones tell
 
 
 @dataclass(frozen=True)
@@ -133,13 +138,11 @@ def _what_it_will_do(config: RunConfig, place: forecast.Place, where: str, budge
     precision = place.precision if train.precision == "auto" else train.precision
     said = [f"It trains on {where}, in {precision}, with {train.optimizer}; {budget}."]
     if train.micro_batch == "auto":
-        said.append(
-            f"At its start one micro-batch is traced on the CPU (seconds), and the batch of {train.batch_size:,} is cut into as few pieces "
-            "as then fit. A model that cannot be traced is tried with the whole batch."
-        )
+        cut = f"the batch of {train.batch_size:,} is cut into as few pieces as then fit"
+        said.append(f"At its start one micro-batch is traced on the CPU (seconds), and {cut}. {_NOT_TRACED}")
     else:
         said.append(f"Its micro-batch is {train.micro_batch:,} samples, as you set it, of a batch of {train.batch_size:,}.")
-    said.append("Running out of memory loses no step: the same samples are tried again in smaller pieces.")
+    said.append(_ON_A_CPU if place.device == "cpu" else _ON_A_GPU)
     return (*said, "From then on `plan` knows it.")
 
 
@@ -153,31 +156,42 @@ def _table_of(home: Home, asked: Resolved, place: forecast.Place) -> _Known | Un
     """The memory table of the task's model that can answer for what is asked there."""
     if asked.task_file is None:
         return _Known(_built_in(asked.config))
-    wanted = _model_of(identity(asked.config, {}, asked.task_file))
+    wanted, data = identity(asked.config, {}, asked.task_file), _data_of(asked)
+    name = str(wanted["task"])
     others: list[TracedTable] = []
+    unlike: list[str] = []
     untraced = ""
-    for name in reversed(runs.names(home)):
+    for run in reversed(runs.names(home)):
         try:
-            record = runs.read(home, name)
+            record, noted = runs.read(home, run), receipts.trace_of(home.run(run))
         except (OSError, Unreadable):
             continue
-        known = _trace_of(home, record, asked) if _model_of(record.identity) == wanted else None
-        if isinstance(known, str):
-            untraced = untraced or known
-        if known is None or isinstance(known, str):
+        same, defaults = record.identity.get("task") == wanted["task"], noted.get("defaults")
+        then, now = (model_of(one, defaults if isinstance(defaults, Mapping) else {}) for one in (record.identity, wanted))
+        if then != now:
+            unlike = unlike or (differences(then, now) if same and noted else [])
             continue
-        table, splittable, samples = known
+        table = _trace_of(home, noted)
+        if table is None:
+            untraced = untraced or str(noted.get("untraced") or "")
+            continue
+        splittable, samples = noted.get("splittable") is not False, noted.get("samples")
         if tells(table, forecast.question(asked.config, place, splittable).setup):
-            return _Known(table, splittable, samples)
+            is_same = isinstance(samples, int) and data is not None and record.identity.get("data") == data
+            return _Known(table, splittable, samples if is_same else None)
         others.append(table)
-    name = f"{asked.task_file.name}:{asked.config.task.rpartition(':')[2]}"
-    if not others and untraced:
-        why = f"{name} could not be traced when it was last started here: {untraced.rstrip('.')}."
-        return Unknown(f"{why} What its model needs is not known.")
-    if not others:
-        return Unknown(f"{name} has not been trained in this home yet: what its model needs is not known.")
-    setup = forecast.question(asked.config, place).setup
-    return Unknown(f"{name} was last trained here {_traced_as(others[0])}: what its model needs {_asked_as(setup)} is not known.")
+    return Unknown(_why_unknown(name, asked, place, others, untraced, unlike))
+
+
+def _why_unknown(name: str, asked: Resolved, place: forecast.Place, others: list[TracedTable], untraced: str, unlike: list[str]) -> str:
+    if others:
+        setup = forecast.question(asked.config, place).setup
+        return f"{name} was last trained here {_traced_as(others[0])}: what its model needs {_asked_as(setup)} is not known."
+    if untraced:
+        return f"{name} could not be traced when it was last started here: {untraced.rstrip('.')}. What its model needs is not known."
+    if unlike:
+        return f"{name} was trained here otherwise ({'; '.join(unlike[:_SHOWN])}): what its model needs now is not known."
+    return f"{name} has not been trained in this home yet: what its model needs is not known."
 
 
 def _traced_as(table: TracedTable) -> str:
@@ -195,25 +209,12 @@ def _of_model(logits: str, attention: str) -> str:
     return f"with memory.logits={logits} and train.attention={attention}"
 
 
-def _model_of(known: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an identity the model's size depends on; the data, as far as it has been chosen."""
-    chosen = {name: value for name, value in known.items() if name not in (*_NOT_PART_OF_THE_MODEL, "data")}
-    data = known.get("data")
-    return {**chosen, "columns": data.get("columns") if isinstance(data, Mapping) else None}
-
-
-def _trace_of(home: Home, record: RunRecord, asked: Resolved) -> tuple[TracedTable, bool, int | None] | str | None:
-    """What was traced in that run, and how many samples there were, where it had the data that are asked about; or why it was not."""
-    noted = receipts.trace_of(home.run(record.id))
-    name, why = noted.get("trace"), noted.get("untraced")
+def _trace_of(home: Home, noted: Mapping[str, Any]) -> TracedTable | None:
+    """What was traced in a run, by its own note."""
+    name = noted.get("trace")
     if not isinstance(name, str) or "/" in name or "\\" in name:
-        return why if isinstance(why, str) and why else None
-    table = traced.read(home.cache / "traces" / name)
-    if table is None:
         return None
-    samples = noted.get("samples")
-    is_same = isinstance(samples, int) and record.identity.get("data") == _data_of(asked)
-    return table, noted.get("splittable") is not False, samples if is_same else None
+    return traced.read(home.cache / "traces" / name)
 
 
 def _data_of(asked: Resolved) -> Any:

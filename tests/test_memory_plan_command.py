@@ -290,8 +290,11 @@ def test_a_model_of_ones_own_is_traced_once_and_then_planned(person: Person, tmp
     before = person.types("plan", *words)
     assert before.returncode == 0 and "has not been trained in this home yet" in before.stdout
     said = " ".join(before.stdout.split())
-    for part in ("It trains on this machine's CPU, in fp32, with adamw", "traced on the CPU", "loses no step", "`plan` knows it"):
+    assert "It trains on this machine's CPU, in fp32, with adamw" in said
+    for part in ("traced on the CPU", "refused before the first step", "`plan` knows it"):
         assert part in said, said
+    assert "loses no step" not in said, "on a CPU nothing fails at a limit"
+    assert "loses no step" in " ".join(person.types("plan", *words, "--device", "gpu", "--budget", "4GB").stdout.split())
     foretold = json.loads(person.types("plan", "--json", *words).stdout)
     assert foretold["verdict"] is None and len(foretold["will"]) == 4
     person.starts(*words, "--wait")
@@ -307,6 +310,26 @@ def test_a_model_of_ones_own_is_traced_once_and_then_planned(person: Person, tmp
         unknown = json.loads(person.types("plan", "--json", *words, "--set", other).stdout)
         assert unknown["verdict"] is None and "tiny.py:Tiny was last trained here in fp32" in unknown["reason"], other
         assert other.partition("=")[2] in unknown["reason"].partition("what its model needs")[2]
+    assert planned(person, *words, "--set", "settings.rows=96")["verdict"] == "fits", "the default, said aloud, is no other setting"
+    fewer = json.loads(person.types("plan", "--json", *words, "--set", "settings.rows=95").stdout)
+    assert fewer["verdict"] is None and "settings.rows 96 -> 95" in fewer["reason"], fewer
+
+
+def test_an_edited_task_is_traced_anew(person: Person, tmp_path: Path) -> None:
+    """What its old code needed is not what it needs: `plan` says that it was edited, its next training foretells for the new code."""
+    file, wide = tmp_path / "tiny.py", TASK.replace("x, y = batch", "x, y = batch; held = (x @ torch.ones(4, 200_000)).square().sum() * 0")
+    wide = wide.replace('reduction="sum"), 1.0)', 'reduction="sum") + held, 1.0)')
+    words = ("--task", f"{file}:Tiny", "--set", "train.precision=fp32", "--set", "train.max_steps=2", "--set", "train.batch_size=64")
+    told = []
+    for source in (TASK, wide):
+        file.write_text(source, encoding="utf-8")
+        said = json.loads(person.types("plan", "--json", *words).stdout)
+        assert said["verdict"] is None and ("the task file was edited" in said["reason"]) is bool(told), said
+        person.starts(*words, "--wait")
+        receipt = json.loads((person.home.run(person.run()).folder / FILE).read_text("utf-8"))
+        told.append(receipt["predicted"]["ram_bytes"])
+        assert planned(person, *words)["estimate"]["kind"]
+    assert told[1] > told[0] + 40_000_000
 
 
 HUGE = """
@@ -339,3 +362,26 @@ def test_ones_own_task_that_is_too_large_is_refused_at_its_first_start(person: P
     assert reading.status and reading.status.trainer.restarts == 0 and not person.home.run(person.run()).metrics.exists()
     planned_again = person.types("plan", "--json", *words, *large)  # what was traced is known, although nothing was trained
     assert planned_again.returncode == 5 and json.loads(planned_again.stdout)["estimate"]["num_trainable"] == 65536 * 4 + 1
+
+
+def test_a_task_that_was_refused_is_known_and_the_change_it_names_works_as_typed(person: Person, tmp_path: Path) -> None:
+    """After a refusal at the first start `plan` of the same words says why; `start` with the setting that was printed begins a new run,
+    for the refused one has no step, and trains."""
+    (tmp_path / "huge.py").write_text(HUGE, encoding="utf-8")
+    limit = ram().used_bytes + 2_000_000_000
+    words = ("--task", f"{tmp_path / 'huge.py'}:Huge", "--set", "train.precision=fp32", "--set", "train.threads=1")
+    words += ("--dataset-size", "8192", "--epochs", "1", "--set", "train.batch_size=8192", "--set", f"memory.ram_limit={limit}B")
+    whole = ("--set", "train.micro_batch=8192")
+    done = person.starts(*words, *whole, "--wait", expect=5)
+    said, refused = " ".join(person.sees().reason.split()), person.run()
+    assert "It would fit with --set train.micro_batch=" in said, said + done.stdout
+    again = planned(person, *words, *whole, code=5)
+    assert again["verdict"] == "too large" and again["proposals"][0]["settings"][0].startswith("train.micro_batch="), again
+    for _ in range(5):
+        setting = said.split("--set ", 1)[1].split()[0].rstrip(".")
+        done = person.types("start", *words, *whole, "--set", setting, "--wait")
+        said = " ".join((done.stdout + done.stderr).split())
+        if done.returncode != 5:
+            break  # else another program took memory between the two answers
+    assert done.returncode == 0 and "failed before its first checkpoint, and goes on only as it was (train.micro_batch" in said, said
+    assert person.run() != refused and len(person.steps()) == 1

@@ -20,6 +20,7 @@ _MAY_CHANGE = ("train.epochs", "train.max_steps", "train.lr", "train.scheduler",
 _FIXED = ("memory.logits",)  # the plan of the run has decided it: another would give other last bits
 _LABELS = ("task", "preset", "name", "data.path")  # the identity and the run's name speak for these
 _EDGE_BYTES = 1 << 20
+_NOT_OF_THE_MODEL = ("seed", "batch_size", "optimizer", "data", "settings")
 
 
 def identity(config: RunConfig, fingerprint: Mapping[str, Any], task_file: Path | None = None) -> dict[str, Any]:
@@ -42,6 +43,16 @@ def identity(config: RunConfig, fingerprint: Mapping[str, Any], task_file: Path 
         "batch_size": config.train.batch_size,
         "optimizer": config.train.optimizer,
     }
+
+
+def model_of(identity: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an identity the model's size depends on; of the data, the columns. A setting that is set to its default (`defaults`, as far
+    as they are known) is as one that is not set."""
+    settings, data = identity.get("settings"), identity.get("data")
+    given = flat(settings) if isinstance(settings, Mapping) else {}
+    columns = data.get("columns") if isinstance(data, Mapping) else None
+    chosen = {name: value for name, value in identity.items() if name not in _NOT_OF_THE_MODEL}
+    return {**chosen, "settings": {**flat(defaults), **given}, "columns": columns}
 
 
 def fingerprint(data: DataConfig) -> dict[str, Any]:

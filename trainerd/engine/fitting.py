@@ -6,14 +6,11 @@ What cannot be estimated is trained as asked: an out-of-memory loses no step.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +19,7 @@ from trainerd.config.model import RunConfig
 from trainerd.contract import wire
 from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home, RunPaths
-from trainerd.engine import arenas, attention, ds_config, peak
+from trainerd.engine import arenas, attention, ds_config, peak, traced_for
 from trainerd.engine import plan as plans
 from trainerd.engine.on_disk import on_disk
 from trainerd.engine.precision import Precision
@@ -118,7 +115,7 @@ def foresee(
     try:
         table = task.memory_table()
         if table is None and traces:
-            name = f"{_key(task, model, config, mixed)}.json"
+            name = f"{traced_for.key(task, model, dataset, config, mixed)}.json"
             table, peak_before = _traced(task, model, dataset, config, paths.home, mixed, name, beat)
     except Exception as error:  # a user's model may do anything; its own training tells what is wrong
         why = _why(error)
@@ -131,7 +128,8 @@ def foresee(
     found = Forecast(table, place, trace, task.splittable, samples=len(dataset))
     found.buckets, found.heap = forecast.buckets(config, place.device), place.heap
     if traces and (name or why):
-        receipts.note_trace(paths, {"trace": trace, "untraced": why, "splittable": task.splittable, "samples": len(dataset)})
+        about = {"splittable": task.splittable, "samples": len(dataset), "defaults": traced_for.defaults(task)}
+        receipts.note_trace(paths, {"trace": trace, "untraced": why, **about})
     if table is not None and not begun:
         _fit(found, table, config, plan, send, len(dataset))
     plan.pop("open", None)
@@ -338,20 +336,3 @@ def _keep(path: Path, table: traced.TracedTable) -> None:
         traced.write(path, table)
     except OSError:
         pass  # a full disk: traced again next time
-
-
-def _key(task: Task, model: nn.Module, config: RunConfig, mixed: Precision) -> str:
-    """What the trace depends on: the model's shapes, the task and its settings, batch, precision, torch."""
-    about: dict[str, Any] = {
-        "task": f"{type(task).__module__}:{type(task).__qualname__}",
-        "model": str(model),
-        "shapes": [[name, list(p.shape), p.requires_grad] for name, p in model.named_parameters()],
-        "config": config.model_dump(mode="json", include={"settings", "data"}),
-        "batch": config.train.batch_size,
-        "precision": mixed.name,
-        "logits": task.ctx.logits,
-        "math": config.train.attention == attention.MATH,
-        "torch": str(torch.__version__),
-        "format": traced.FORMAT,
-    }
-    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
