@@ -121,6 +121,11 @@ def elsewhere() -> str:
     return f"{_name()} --home ANOTHER_FOLDER"
 
 
+def of_home(home: str) -> str:
+    """How it is called for that home, whichever was typed."""
+    return f"{_name()} --home {quoted(home)}"
+
+
 def memory_program() -> str:
     """How the commands about memory are called here, for hints."""
     return f"python {MEMORY_DOOR}{_home_typed()}" if by_memory_door() else f"{program()} memory"
@@ -140,6 +145,13 @@ def _home_typed() -> str:
             continue
         return f' --home "{given}"' if _WINDOWS else f" --home {shlex.quote(given)}"
     return ""
+
+
+def quoted(word: str) -> str:
+    """A word as it can be typed: in quotes where this system's shell would take it apart."""
+    if not _WINDOWS:
+        return shlex.quote(word)
+    return f'"{word}"' if not word or any(c.isspace() or c in "&|<>^()" for c in word) else word
 
 
 def _name() -> str:

@@ -7,7 +7,7 @@ from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home
 from trainerd.memory import planner
 
-from . import console, forecast_view, outlook
+from . import console, forecast_view, options, outlook
 from .words import size
 
 
@@ -32,4 +32,4 @@ def warnings(home: Home, asked: Resolved) -> list[str]:
 
 def _room(found: outlook.Outlook) -> str:
     key = "vram_limit" if found.place.device == "cuda" else "ram_limit"
-    return f"Or close other programs, or raise the limit (memory.{key}). The whole estimate: {console.program()} plan"
+    return f"Or close other programs, or raise the limit (memory.{key}). The whole estimate: {console.program()} plan{options.typed()}"

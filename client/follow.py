@@ -13,7 +13,7 @@ from trainerd.contract.paths import Home
 from trainerd.contract.status import Reading
 from trainerd.machine import filesystem
 
-from . import console, launch, stuck
+from . import console, launch, options, stuck
 from .choose import Choice
 
 _LOOK_SECONDS = 0.02
@@ -43,7 +43,7 @@ def already_running(home: Home, reading: Reading) -> AlreadyRunning:
         return AlreadyRunning(f"{run} is paused in {home.root}.", f"Go on with: {program} resume     End it with: {program} stop")
     if reading.state == status.NOT_ANSWERING:
         return AlreadyRunning(f"{run} is already in {home.root}. {reading.reason}", stuck.remedy(reading, program))
-    hint = f"Watch it: {program} monitor     End it: {program} stop     Train beside it: {console.elsewhere()} start"
+    hint = f"Watch it: {program} monitor     End it: {program} stop     Train beside it: {console.elsewhere()} start{options.typed()}"
     return AlreadyRunning(f"{run} is already in {home.root} ({reading.state}).", hint)
 
 

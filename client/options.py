@@ -9,8 +9,9 @@ import click
 
 from trainerd.config.load import Resolved, resolve
 
-from . import able, choose, offers
+from . import able, choose, console, offers
 
+_NAMES = ("task", "preset", "config", "data", "epochs", "dataset_size", "sets", "name", "no_resume")
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _OPTIONS = [
@@ -31,6 +32,21 @@ def training_options(function: _F) -> _F:
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
+
+
+def typed() -> str:
+    """These options as they were typed for the command that runs now, to stand behind another one in a hint; "" where it has none."""
+    context = click.get_current_context(silent=True)
+    if context is None or "sets" not in context.params:
+        return ""
+    words: list[str] = []
+    for option in context.command.params:
+        value, name = context.params.get(option.name or ""), option.opts[0]
+        if option.name not in _NAMES or not value:
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        words += [name] if value is True else [word for one in values for word in (name, str(one))]
+    return "".join(f" {console.quoted(word)}" for word in words)
 
 
 def configuration(words: dict[str, Any], *, elsewhere: bool = False) -> Resolved:

@@ -22,7 +22,7 @@ from trainerd.contract.sizes import parse_memory
 from trainerd.machine import adapters, cpu, gpu
 from trainerd.machine.memory import ram
 from trainerd.memory import allocator_settings, forecast, heap, planner, profile, receipts, traced
-from trainerd.memory.limits import resolve_limit
+from trainerd.memory.limits import ram_left, resolve_limit
 from trainerd.memory.planner import Answer
 from trainerd.memory.timeline import Setup, Table, tells
 from trainerd.memory.traced import TracedTable
@@ -180,6 +180,9 @@ def _table_of(home: Home, asked: Resolved, place: forecast.Place) -> _Known | Un
             is_same = isinstance(samples, int) and data is not None and record.identity.get("data") == data
             return _Known(table, splittable, samples if is_same else None)
         others.append(table)
+    unread = _cannot_be_read(home)
+    if unread:
+        return Unknown(f"The runs of this home cannot be read ({unread}): what {name} needs is not known, even if it was trained here.")
     return Unknown(_why_unknown(name, asked, place, others, untraced, unlike))
 
 
@@ -192,6 +195,17 @@ def _why_unknown(name: str, asked: Resolved, place: forecast.Place, others: list
     if unlike:
         return f"{name} was trained here otherwise ({'; '.join(unlike[:_SHOWN])}): what its model needs now is not known."
     return f"{name} has not been trained in this home yet: what its model needs is not known."
+
+
+def _cannot_be_read(home: Home) -> str:
+    """Why nobody can say which runs this home has; "" when anybody can."""
+    try:
+        os.scandir(home.runs).close()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _traced_as(table: TracedTable) -> str:
@@ -256,12 +270,16 @@ def _left(config: RunConfig, kind: str, gpus: list[gpu.GpuFacts]) -> tuple[int, 
         if not gpus or gpus[0].total_bytes is None:
             raise UsageError("There is no GPU here whose memory is known.", "Say how much it may use: --budget 3.5GB")
         total, used = gpus[0].total_bytes, gpus[0].used_bytes or 0
-        limit, key = resolve_limit(config.memory.vram_limit, total), "vram_limit"
-    else:
-        facts = ram()
-        total, used = facts.total_bytes, facts.used_bytes
-        limit, key = resolve_limit(config.memory.ram_limit, total), "ram_limit"
-    return max(0, limit - used), f"{size(max(0, limit - used))} left (memory.{key} {size(limit)}, {size(used)} in use)"
+        limit = resolve_limit(config.memory.vram_limit, total)
+        return max(0, limit - used), f"{size(max(0, limit - used))} left (memory.vram_limit {size(limit)}, {size(used)} in use)"
+    facts = ram()
+    total, used = facts.total_bytes, facts.used_bytes
+    limit = resolve_limit(config.memory.ram_limit, total)
+    left = ram_left(limit, used, total)
+    if limit <= used:
+        passed = f"memory.ram_limit {size(limit)} is passed by others already, so it bounds only growth"
+        return left, f"{size(left)} left of the machine ({passed}; {size(used)} of {size(total)} in use)"
+    return left, f"{size(left)} left (memory.ram_limit {size(limit)}, {size(used)} in use)"
 
 
 def _precision(kind: str, gpus: list[gpu.GpuFacts]) -> str:

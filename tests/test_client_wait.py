@@ -37,6 +37,7 @@ def test_who_waits_hears_of_a_pause_and_of_a_stop_by_somebody_else(person: Perso
     person.waits_for_step(3)
     second = person.types("start", *SMALL, "--wait")
     assert second.returncode == 5 and "is already in" in second.stderr and " --home ANOTHER_FOLDER start" in second.stderr
+    assert " --home ANOTHER_FOLDER start --epochs 12 --dataset-size 2000 --set train.batch_size=64 " in second.stderr, "what was asked for"
     assert second.stderr.count("--home") == 3, "once for each hint"
     assert person.types("pause").returncode == 0
     person.waits_for_state(status.PAUSED)

@@ -20,8 +20,9 @@ from trainerd.config import catalogue
 from trainerd.config.load import resolve
 from trainerd.contract import status
 from trainerd.contract.errors import Refused
+from trainerd.engine import fitting as engine_fitting
 from trainerd.machine import gpu
-from trainerd.machine.memory import ram
+from trainerd.machine.memory import RamFacts, ram
 from trainerd.memory.receipts import FILE
 
 _NOISE_BYTES = 50_000_000
@@ -220,11 +221,13 @@ def test_a_tight_plan_without_a_way_out_says_what_would_settle_it(person: Person
 
 
 def test_start_refuses_what_does_not_fit_and_the_change_it_names_helps(person: Person) -> None:
-    """Exit 5 before anything is spawned; the first proposal, typed as it was printed, is then found to fit."""
+    """Exit 5 before anything is spawned; the first proposal, typed as it was printed, is then found to fit. The command for the whole
+    estimate is that of what was asked for."""
     fixed = ("--set", "train.batch_size=65536", "--set", "train.micro_batch=65536", "--set", "train.precision=fp32")
     done = person.types("start", *fixed, "--set", "memory.ram_limit=12GB")
     assert done.returncode == 5, done.stdout + done.stderr
     assert "does not fit" in done.stderr and "--set train.micro_batch=" in done.stderr and "memory.ram_limit" in done.stderr
+    assert f" plan {' '.join(fixed)} --set memory.ram_limit=12GB" in " ".join(done.stderr.split()), done.stderr
     assert not person.home.runs.exists() and not person.home.status.exists()
     for _ in range(5):
         used = ram().used_bytes
@@ -234,6 +237,22 @@ def test_start_refuses_what_does_not_fit_and_the_change_it_names_helps(person: P
         if again["verdict"] == "fits" or ram().used_bytes - used < _NOISE_BYTES:
             break  # else another program took memory between the two answers
     assert again["verdict"] == "fits"
+
+
+def test_a_limit_that_others_have_passed_bounds_nothing_for_plan_and_start_either(person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same words are answered alike before a first training and after it, by `plan`, by `start` and by the trainer: what the machine
+    has left counts. Passed or not, what does not fit that is refused."""
+    used, total = 3_500_000_000, 16_000_000_000
+    monkeypatch.setattr(outlook, "ram", lambda: RamFacts(used, total))
+    asked = resolve("cadence", "quick", sets=["memory.ram_limit=1GB"])
+    found = outlook.look(person.home, asked, device="cpu")
+    assert isinstance(found, outlook.Outlook) and found.answer.verdict == "fits" and found.place.budget_bytes == total - used
+    assert "12.5 GB left of the machine (memory.ram_limit 1.0 GB is passed by others already" in found.budget
+    monkeypatch.setattr(engine_fitting.machine_memory, "ram", lambda: RamFacts(used + engine_fitting.machine_memory.own_bytes(), total))
+    assert engine_fitting._ram_left(asked.config) == pytest.approx(found.place.budget_bytes, rel=0.01)
+    used = 15_900_000_000
+    with pytest.raises(Refused):
+        fitting.warnings(person.home, asked)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU measures that")
@@ -266,7 +285,8 @@ def test_a_tight_plan_says_what_would_make_it_fit_for_certain(person: Person) ->
 
 def test_training_in_the_terminal_refuses_what_does_not_fit_too(person: Person) -> None:
     """optimized_train.py: exit 5 with the same words, and nothing is begun."""
-    words = ["--set", "train.batch_size=65536", "--set", "train.micro_batch=65536", "--set", "memory.ram_limit=3GB"]
+    words = ["--set", "train.batch_size=65536", "--set", "train.micro_batch=65536", "--set", "memory.ram_limit=12GB"]
+    words += ["--set", "train.precision=fp32"]
     command = [sys.executable, str(DOOR.with_name("optimized_train.py")), "--home", str(person.home.root), *words]
     done = subprocess.run(command, capture_output=True, text=True, env=person.environment, timeout=120, check=False)
     assert done.returncode == 5 and "It does not fit" in done.stderr and not person.home.runs.exists()

@@ -29,7 +29,7 @@ from trainerd.machine import memory as machine_memory
 from trainerd.machine.asking import within
 from trainerd.memory import allocator_settings, forecast, heap, planner, profile, receipts, traced
 from trainerd.memory.estimate import Estimate, estimate
-from trainerd.memory.limits import resolve_limit
+from trainerd.memory.limits import ram_left, resolve_limit
 from trainerd.memory.timeline import Setup, Table, tells
 from trainerd.memory.zero2 import Buckets
 
@@ -282,11 +282,10 @@ def _place(config: RunConfig, plan: plans.Plan, home: Home) -> forecast.Place:
 
 
 def _ram_left(config: RunConfig) -> int:
-    """Below the limit; when others have passed that before we began, it bounds nothing but growth (pressure.py): then of the machine."""
+    """What the limit leaves beside the others, our own process not counted; past it only growth counts (pressure.py)."""
     ram = machine_memory.ram()
     others = max(0, ram.used_bytes - machine_memory.own_bytes())
-    left = resolve_limit(config.memory.ram_limit, ram.total_bytes) - others
-    return left if left > 0 else ram.total_bytes - others
+    return ram_left(resolve_limit(config.memory.ram_limit, ram.total_bytes), others, ram.total_bytes)
 
 
 def device_facts(device: torch.device) -> tuple[str, str | None]:

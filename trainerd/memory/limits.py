@@ -21,6 +21,13 @@ def no_model_fits(device: str, own_bytes: int, left_bytes: int) -> str:
     return f"No model fits: {said.format(own=f'{own_bytes / 1e6:,.0f} MB')}. Raise the limit (memory.{key}), or free memory."
 
 
+def ram_left(limit_bytes: int, others_bytes: int, total_bytes: int) -> int:
+    """What a limit leaves a training of the RAM beside the others. One that they have passed before bounds nothing but growth, for
+    this training could never keep it: then what the machine has left counts. The one rule, for `plan`, `start` and the trainer."""
+    left = limit_bytes - others_bytes
+    return left if left > 0 else max(0, total_bytes - others_bytes)
+
+
 def used_already(key: str, limit: str, used_bytes: int, total_bytes: int) -> str:
     """That a limit is below what is in use without the training, which then could never be kept; "" when it is not. Raises ValueError."""
     allowed_bytes = resolve_limit(limit, total_bytes)
