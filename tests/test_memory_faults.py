@@ -13,8 +13,10 @@ import torch
 from tests.memory_oracle import FailsAt
 from tests.toy import Script, Toy, config, lines, run, same, weights
 from trainerd.config.model import RunConfig
-from trainerd.contract.errors import TrainerdError
+from trainerd.contract import wire
+from trainerd.contract.errors import Refused, TrainerdError
 from trainerd.contract.paths import Home
+from trainerd.engine import entry, guard
 from trainerd.engine.state import States
 from trainerd.engine.step import Stepper
 
@@ -243,5 +245,33 @@ def test_a_model_that_finds_no_memory_ends_in_words(tmp_path: Path) -> None:
         def model(self) -> Any:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
 
-    with pytest.raises(TrainerdError, match=r"too little memory to build the model.*`plan` says what it needs"):
+    with pytest.raises(TrainerdError, match=r"too little memory to build the model and its optimizer\. Close .*`plan` says") as told:
         run(tmp_path, config(), task=Huge())
+    assert "DefaultCPUAllocator" not in str(told.value) and not isinstance(told.value, Refused) and len(str(told.value)) < 290
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+         "400000000000000 bytes. Error code 12 (Cannot allocate memory)", "400 TB"),
+        ("Unable to allocate 364. TiB for an array with shape (10000000, 10000000) and data type float32", "400 TB"),
+    ],
+)  # fmt: skip
+def test_what_no_room_will_ever_be_enough_for_is_refused_at_once(tmp_path: Path, text: str, size: str) -> None:
+    """More in one piece than the machine has in all: refused for good, in sizes a person reads, and nothing is tried again."""
+
+    class Impossible(Toy):
+        def model(self) -> Any:
+            raise MemoryError(text) if "Unable" in text else RuntimeError(text)
+
+    with pytest.raises(Refused, match=rf"It does not fit: to build the model and its optimizer, {size} in one piece") as told:
+        run(tmp_path, config(), task=Impossible())
+    assert "A smaller model would fit" in str(told.value) and len(str(told.value)) < 290 and "alloc" not in str(told.value)
+    assert entry.verdict(told.value, retry_helps=True)[0] == wire.EXIT_PERMANENT
+    on_gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total capacity of 4.00 GiB of which 3 GiB")
+    with pytest.raises(Refused, match=r"9\.7 GB in one piece are asked for, and the GPU has 4\.3 GB in all"), guard.worded("build it"):
+        raise on_gpu
+    with pytest.raises(TrainerdError, match="too little memory to build it") as another, guard.worded("build it"):
+        raise torch.OutOfMemoryError(str(on_gpu).replace("9.00", "3.50"))
+    assert not isinstance(another.value, Refused)

@@ -207,6 +207,29 @@ def test_one_who_has_passed_the_limit_by_himself_does_not_leave(monkeypatch: pyt
     assert "The training itself takes more RAM (12.0 GB) than memory.ram_limit leaves it" in said["text"]
 
 
+def test_what_is_kept_from_step_to_step_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RAM that grows evenly, far beyond what was foretold: said with what a step adds and how many times the estimate it is, in place of
+    advice about the model; and one that starts anew needs what was foretold, or held at first."""
+    machine, link = Machine(used=4 * GB, own=GB // 2), Script()
+    watching = watch(machine, link, monkeypatch, may_leave=True)
+    watching.foretold = lambda: GB // 2
+
+    def each(second: int) -> None:  # ten steps a second, 20 MB each
+        machine.used, machine.own = 4 * GB + second * GB // 5, GB // 2 + second * GB // 5
+
+    follow(watching, 70, each)
+    (said,) = link.of("warning")
+    assert "its RAM grows by 20.0 MB a step" in said["text"] and "times what was foretold" in said["text"], said
+    assert "keeps something from step to step" in said["text"] and "smaller model" not in said["text"] and len(said["text"]) < 330
+    leak = watching.leak()
+    assert leak is not None and leak.own_bytes > 10 * GB and leak.needs_bytes <= GB
+    cache = Machine(used=4 * GB, own=GB // 2)
+    settled = watch(cache, Script(), monkeypatch)
+    settled.foretold = lambda: GB // 2
+    follow(settled, 70, lambda second: setattr(cache, "own", GB // 2 + min(second, 20) * GB // 5))  # it fills, and then is full
+    assert settled.leak() is None
+
+
 def test_a_limit_that_was_passed_before_is_no_reason_to_leave() -> None:
     """What is there in the first minute, our own first steps included, is where growth is counted from."""
     found = pressure(limit=4 * GB, used=6 * GB)
@@ -286,9 +309,10 @@ class Growing(Toy):
     """Another program takes 11 GB when the fourth step begins."""
 
     machine: Machine
+    grows_at = 3
 
     def loss(self, model: Any, batch: torch.Tensor, ctx: Any) -> Any:
-        if ctx.training and ctx.step == 3:
+        if ctx.training and ctx.step == self.grows_at:
             self.machine.used = 15 * GB
         return super().loss(model, batch, ctx)
 
@@ -311,6 +335,43 @@ def test_a_training_shrinks_when_others_grow(machine: Machine, tmp_path: Path, m
     assert len(notes(link, "shrunk")) == 1 and note["micro_batch"] == 2 and "RAM is short" in note["text"]
     assert link.of("plan")[-1]["micro_batch"] == 2 and link.of("exact")[-1]["since_step"] == note["step"]
     assert same(Runs(tmp_path, asked).calm((note["step"], 2), monkeypatch), tmp_path / "tight")
+
+
+def test_after_the_last_step_nothing_is_made_smaller(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others grow while the last step is taken: every step of the run was exact, and it is not said of one that there is not."""
+
+    class Late(Growing):
+        def loss(self, model: Any, batch: torch.Tensor, ctx: Any) -> Any:
+            if ctx.training and ctx.step == 6:
+                self.machine.used = 15 * GB
+            return Toy.loss(self, model, batch, ctx)
+
+    task, link = Late(), Script()
+    task.machine = machine
+    monkeypatch.setattr("trainerd.engine.relief.saving_bytes", lambda training: 2 * GB)
+    assert run(tmp_path, config({"max_steps": 7, "micro_batch": 4}), link, task).outcome == "finished"
+    assert not notes(link, "shrunk") and link.of("exact")[-1]["since_step"] is None
+
+
+def test_a_training_that_leaks_is_started_anew_for_what_it_needs(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaving, it tells that it keeps something and what one without that needs; that is what is waited for, not the leak."""
+
+    class Leaking(Growing):
+        def loss(self, model: Any, batch: torch.Tensor, ctx: Any) -> Any:
+            self.machine.own += GB // 10
+            return super().loss(model, batch, ctx)
+
+    monkeypatch.setattr("trainerd.engine.relief._foretold_bytes", lambda training: GB)
+    task, link = Leaking(), Script()
+    task.machine, link.starts_again = machine, True
+    asked = config({"max_steps": 20, "micro_batch": 4})
+    monkeypatch.setattr(Growing, "grows_at", 10)
+    assert run(tmp_path, asked, link, task).outcome == "made room"
+    (told,) = link.of(wire.NO_ROOM)
+    assert told["own_bytes"] > 4 * GB and told["needs_bytes"] < 3 * GB and "keeps something from step to step" in told["reason"]
+    room = Room(15.0, lambda resource: (21 * GB // 2, 16 * GB))
+    room.made(told, 0.0)
+    assert "stays so" in str(room.waits(1.0)), "10.5 GB of others and what it needs are below the limit"
 
 
 def test_a_training_leaves_when_others_grow_and_goes_on_later(machine: Machine, tmp_path: Path) -> None:

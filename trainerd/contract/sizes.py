@@ -7,6 +7,7 @@ import re
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _LEAST_MEMORY_BYTES = 10**6
+_SHOWN = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 
 def parse_bytes(text: str) -> int:
@@ -19,10 +20,21 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * factor)
 
 
+def written(num_bytes: float) -> str:
+    """Bytes as a person reads them, in decimal units: "1.2 GB", "400 TB"."""
+    for unit, name in _SHOWN:
+        if num_bytes >= unit:
+            amount = num_bytes / unit
+            return f"{amount:,.0f} {name}" if amount >= 99.5 else f"{amount:.1f} {name}"
+    return f"{num_bytes:.0f} bytes"
+
+
 def parse_memory(text: str) -> int:
-    """The same of a memory: nobody means so few bytes as a bare number below a million. Raises ValueError."""
-    found = parse_bytes(text)
-    if found < _LEAST_MEMORY_BYTES and not text.strip().lower().endswith("b"):
-        bare = text.strip()
-        raise ValueError(f"{bare!r} is {found:,} bytes; write it with its unit, like 3.5GB or 800MB")
+    """The same of a memory: nobody means none, nor so few bytes as a bare number below a million. Raises ValueError."""
+    found, bare = parse_bytes(text), text.strip()
+    if found == 0:
+        raise ValueError(f"{bare!r} is no memory at all; write it like 3.5GB or 800MB")
+    if found < _LEAST_MEMORY_BYTES and not bare.lower().endswith("b"):
+        said = bare if "." in bare and bare[-1].isdigit() else f"{found:,}"
+        raise ValueError(f"{bare!r} is {said} bytes; write it with its unit, like 3.5GB or 800MB")
     return found

@@ -4,6 +4,7 @@ step is retried, and must not shrink or leave by itself: the loop does, at a ste
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ import torch
 
 from trainerd.config.model import MemoryConfig
 from trainerd.contract import wire
-from trainerd.contract.errors import TrainerdError
+from trainerd.contract.errors import Refused, TrainerdError
+from trainerd.contract.sizes import written
 from trainerd.engine import gpu_use
 from trainerd.engine.cleaning import Cleaner, free
+from trainerd.engine.growth import Growth, Leak
 from trainerd.engine.lookout import Growing, Lookout
 from trainerd.engine.pressure import LEAVE, SHRINK, Pressure, Want
 from trainerd.machine import memory as machine_memory
@@ -23,6 +26,7 @@ from trainerd.memory.limits import resolve_limit
 
 T = TypeVar("T")
 _WHAT_TO_DO = "Close other programs, raise memory.ram_limit or memory.vram_limit, or choose a smaller model; `plan` says what it needs."
+_WHAT_KEEPS = "The task keeps something from step to step, like a loss with its graph, or a list nobody empties: mend it there."
 # How allocators say no when they do not raise OutOfMemoryError: torch's CPU allocator (Linux, Windows), cuBLAS, cuDNN, the driver.
 _ALLOCATION_FAILED = (
     "out of memory",
@@ -31,6 +35,9 @@ _ALLOCATION_FAILED = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+# What they were asked for in one piece: torch on the CPU, torch on CUDA, numpy.
+_ASKED = re.compile(r"(?:tried to|unable to) allocate (\d+(?:\.\d*)?) ?(bytes|[KMGTPE]iB)", re.IGNORECASE)
+_CAPACITY = re.compile(r"total capacity of (\d+(?:\.\d*)?) ([KMGTPE]iB)")
 _LOOK_SECONDS = 1.0
 _CAP_SECONDS = 60.0
 _THRESHOLD = 0.95  # of the limit: cleaning at the limit itself would be too late
@@ -45,9 +52,34 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def in_words(error: BaseException) -> str:
-    """The first line of what an allocator said, for an event."""
+    """What could not be had, for an event: its size as a person reads it, where torch's CPU allocator or numpy says it; else the first
+    line of what an allocator said."""
     text = str(error).strip()
+    asked_bytes = _asked_bytes(text)
+    if asked_bytes is not None and not isinstance(error, torch.OutOfMemoryError):
+        return f"{written(asked_bytes)} could not be had in one piece"
     return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def _asked_bytes(text: str) -> int | None:
+    """How much an allocator was asked for in one piece, where it says so."""
+    found = _ASKED.search(text)
+    return _bytes(found) if found is not None else None
+
+
+def _bytes(found: re.Match[str]) -> int:
+    return int(float(found[1]) * 1024 ** (" KMGTPE".find(found[2][0].upper()) if found[2] != "bytes" else 0))
+
+
+def _beyond_this_machine(error: BaseException) -> str | None:
+    """That more was asked for in one piece than the device has in all, which no room that comes free will mend; None: it was less."""
+    text = str(error)
+    asked_bytes, capacity = _asked_bytes(text), _CAPACITY.search(text)
+    has_bytes = _bytes(capacity) if capacity is not None else machine_memory.ram().total_bytes
+    if asked_bytes is None or asked_bytes <= has_bytes:
+        return None
+    where = "this machine" if capacity is None else "the GPU"
+    return f"{written(asked_bytes)} in one piece are asked for, and {where} has {written(has_bytes)} in all"
 
 
 def with_room(work: Callable[[], T], told: Callable[[str], None]) -> T:
@@ -66,13 +98,17 @@ def with_room(work: Callable[[], T], told: Callable[[str], None]) -> T:
 
 @contextmanager
 def worded(doing: str) -> Iterator[None]:
-    """What cannot be tried in smaller parts ends in words a person can use, when there is no memory for it."""
+    """What cannot be tried in smaller parts ends in words a person can use, when there is no memory for it. Raises Refused where there
+    never will be: that is not tried again."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        raise TrainerdError(f"There is too little memory to {doing}: {in_words(error)}.", _WHAT_TO_DO) from error
+        never = _beyond_this_machine(error)
+        if never is not None:
+            raise Refused(f"It does not fit: to {doing}, {never}.", "A smaller model would fit; more room would not help.") from error
+        raise TrainerdError(f"There is too little memory to {doing}. {_WHAT_TO_DO} ({in_words(error)})") from error
 
 
 @dataclass(frozen=True)
@@ -143,7 +179,10 @@ class MemoryWatch:
         self.cleaner = Cleaner(self._held_bytes, send)
         self.saving: Callable[[], int | None] = lambda: None
         """What half the micro-batch would give back of the RAM; None: it cannot be halved, or nobody knows."""
+        self.foretold: Callable[[], int | None] = lambda: None
+        """The RAM that the whole training was foretold to need; None: nobody knows."""
         self.wants = Want()
+        self._growth = Growth()
         self._said_ours = False
         self._lookout = Lookout(self._senses.ram, self._seen)
         self._growing = Growing(send)
@@ -189,8 +228,13 @@ class MemoryWatch:
             self.cleaner.clean(now, step)
             self.tell()
             ram, vram = self._senses.ram(), self._senses.device()
+        self._growth.seen(step, self._senses.own_bytes())
         self.wants = self._judged(now, ram, vram)
         return self.wants
+
+    def leak(self) -> Leak | None:
+        """What the training keeps from step to step, if that is why it holds so much."""
+        return self._growth.leak(self.foretold())
 
     @contextmanager
     def looked_after(self) -> Iterator[None]:
@@ -267,6 +311,7 @@ class MemoryWatch:
         if self._ram.is_ours and not self._said_ours:
             self._said_ours = True
             much = f"The training itself takes more RAM ({own_bytes / 1e9:.1f} GB) than memory.ram_limit leaves it"
-            text = f"{much}, and it goes on: nobody else has grown. {_WHAT_TO_DO}"
-            self._send(wire.WARNING, text=text)
+            leak = self.leak()
+            why, what_to_do = (f": {leak.words}", _WHAT_KEEPS) if leak is not None else ("", _WHAT_TO_DO)
+            self._send(wire.WARNING, text=f"{much}{why}, and it goes on: nobody else has grown. {what_to_do}")
         return wanted

@@ -217,7 +217,7 @@ def train(training: Training) -> Result:
     t, asked, checkpoint = training, training.asked, training.config.checkpoint
     _phase(t, phases.TRAINING)
     report(t)
-    t.memory.saving = lambda: relief.saving_bytes(t)
+    relief.inform(t)
     t.memory.look(time.monotonic(), t.step)
     if evaluate(t):  # due already when the training was left in the middle of it
         save(t)

@@ -21,17 +21,24 @@ def make_room(t: Training, wanted: pressure.Want) -> None:
     if not wanted.what:
         return
     t.memory.done()
+    because = wanted.because
     facts = {"resource": wanted.resource, "ceiling_bytes": wanted.ceiling_bytes, "own_bytes": wanted.own_bytes}
     if wanted.what == pressure.SHRINK:
+        if t.step >= t.total_steps or t.evaluation.should_stop:
+            return  # no step is left that smaller parts could help, or make another
         micro_batch = -(-t.plan["micro_batch"] // 2)
         t.stepper.split(micro_batch)
         plans.set_micro_batch(t.plan, micro_batch)
-        t.exact.lost(t.step + 1, f"{wanted.because}; the micro-batch is now {micro_batch}")
-        t.link.send(wire.NOTE, kind="shrunk", step=t.step + 1, micro_batch=micro_batch, text=wanted.because, **facts)
+        t.exact.lost(t.step + 1, f"{because}; the micro-batch is now {micro_batch}")
+        t.link.send(wire.NOTE, kind="shrunk", step=t.step + 1, micro_batch=micro_batch, text=because, **facts)
         t.link.send(wire.PLAN, **plans.shown(t.plan))
     elif wanted.what == pressure.LEAVE and t.asked.leave is None:
         t.asked.leave = {"do": wire.LEAVE, "why": wire.NO_ROOM, "save": True}
-        t.link.send(wire.NO_ROOM, reason=wanted.because, **facts)
+        leak = t.memory.leak() if wanted.resource == "ram" else None
+        if leak is not None:  # one that starts anew holds nothing of it
+            facts["needs_bytes"] = leak.needs_bytes
+            because = f"{because}; the training keeps something from step to step: {leak.words}"
+        t.link.send(wire.NO_ROOM, reason=because, **facts)
 
 
 def take(t: Training, lr: float) -> Taken | None:
@@ -45,6 +52,17 @@ def take(t: Training, lr: float) -> Taken | None:
         text = guard.in_words(error)
     make_room(t, t.memory.want_to_leave(text))
     return None
+
+
+def inform(t: Training) -> None:
+    """Give the watch over the memory what only the training knows."""
+    t.memory.saving = lambda: saving_bytes(t)
+    t.memory.foretold = lambda: _foretold_bytes(t)
+
+
+def _foretold_bytes(t: Training) -> int | None:
+    found = t.foreseen.predicted(t.plan, t.config)
+    return None if found is None else int(found.ram.point)
 
 
 def saving_bytes(t: Training) -> int | None:

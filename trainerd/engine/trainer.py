@@ -139,7 +139,7 @@ class Trainer:
             if plan["device"] != "cpu":
                 arrange_cublas(plan["deterministic"])
             stack.enter_context(_threads(plan["threads"]))
-            with guard.worded("build the model, its optimizer and what the run had saved"):
+            with guard.worded("build the model and its optimizer" + (" and load what the run had saved" if found is not None else "")):
                 parts = (self.task, self.config, plan, self.paths, cache_dir, self._link, store, state, stack)
                 training = build(*parts, traces=self._traces, begun=begun)
             self._refuse_other_code(training)

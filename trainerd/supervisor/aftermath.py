@@ -120,7 +120,8 @@ def cannot_be_killed(supervisor: Supervisor, stuck: TrainerProcess, leaving: Lea
 def _made_room(supervisor: Supervisor, gone: TrainerProcess) -> None:
     """It left by itself, for others need the memory: it is started again when there is some. No death."""
     told = gone.last_words.get(wire.NO_ROOM, {})
-    supervisor.journal.note("made room", **{name: told.get(name) for name in ("resource", "reason", "ceiling_bytes", "own_bytes")})
+    facts = {name: told.get(name) for name in ("resource", "reason", "ceiling_bytes", "own_bytes")}
+    supervisor.journal.note("made room", **facts, **({"needs_bytes": told["needs_bytes"]} if "needs_bytes" in told else {}))
     supervisor.room.made(told, time.monotonic())
     supervisor.start_at = time.monotonic() + supervisor.room.look_seconds
     supervisor.report.state(status.WAITING, f"Waiting for memory: {told.get('reason') or 'the machine is short of it'}.")

@@ -1,7 +1,8 @@
 """Waits until the machine has memory again for the next trainer: after one that left to make room, and after one whose GPU memory the
 driver has not taken back yet (reclaim.py). Must not start or end one, nor wait for a driver.
 
-The trainer said how much it held and how much may be in use; when both are true together long enough, trainerd/memory/room_again.py says.
+The trainer said how much it held (where it leaks: what one would need that starts anew), and how much may be in use; when both are true
+together long enough, trainerd/memory/room_again.py says.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class Room:
         return self._look_seconds
 
     def made(self, told: Mapping[str, Any], now: float) -> None:
-        """A trainer has left to make room, and `told` what it held, and what may be in use."""
-        own, ceiling = told.get("own_bytes"), told.get("ceiling_bytes")
+        """A trainer has left to make room, and `told` what it held, or less that one would need which starts anew, and what may be in
+        use."""
+        own, ceiling = told.get("needs_bytes", told.get("own_bytes")), told.get("ceiling_bytes")
         if isinstance(own, int) and isinstance(ceiling, int):
             self._resource = str(told.get("resource"))
             self._rule.left(now, own, ceiling)
