@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trainerd.contract import files, lock, status
-from trainerd.contract.errors import Refused
+from trainerd.contract.errors import Refused, remedy
 from trainerd.contract.paths import Home
 from trainerd.machine import gpu, page_cache, programs
 from trainerd.machine.memory import process_tree_bytes, ram
@@ -23,6 +24,7 @@ from . import console
 
 _SHOWN = 8
 _WORTH_CLOSING_BYTES = 200_000_000
+_OURS = ("-m trainerd.engine", "-m trainerd.supervisor")
 _KEPT = ("profiles",)  # measured once per machine: half a minute to make anew
 
 
@@ -45,6 +47,14 @@ class Holder:
     ours: bool
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """A training of another home of this person's: it is no program to close, for its own `pause` gives all back."""
+
+    home: str
+    own_bytes: int
+
+
 @dataclass
 class Freed:
     """What was done, and what was seen."""
@@ -62,11 +72,13 @@ class Freed:
     state: str = ""
     gpu_holders: list[Holder] = field(default_factory=list)
     programs: list[Program] = field(default_factory=list)
+    elsewhere: list[Elsewhere] = field(default_factory=list)
 
     @property
     def closable(self) -> list[Program]:
         """Programs of this person's that hold enough to be worth closing."""
-        return [program for program in self.programs if program.yours and program.own_bytes >= _WORTH_CLOSING_BYTES]
+        found = (program for program in self.programs if program.yours and not _is_training(program))
+        return [program for program in found if program.own_bytes >= _WORTH_CLOSING_BYTES]
 
     def document(self) -> dict[str, Any]:
         """For --json."""
@@ -86,17 +98,32 @@ def free(home: Home, with_cache: bool) -> Freed:
     shown = reading.status
     pids = [p for p in (shown.trainer.pid, shown.supervisor.pid if shown.supervisor else None) if p] if shown and reading.alive else []
     ours = programs.tree(pids)
+    heaviest = programs.heaviest(_SHOWN, {*ours, os.getpid()})
     return Freed(
         before,
         after,
         cached_bytes=cached,
         cache_bytes=removed,
-        in_cache_bytes=sum(_size(path) for path in _removable(home.cache)),
+        in_cache_bytes=_could_go(home.cache),
         training_bytes=process_tree_bytes(pids[0]) if pids else None,
         state=reading.state,
         gpu_holders=[Holder(programs.name_of(p.pid) or "n/a", p.pid, p.used_bytes, p.pid in ours) for p in gpu.processes()],
-        programs=programs.heaviest(_SHOWN, {*ours, os.getpid()}),
+        programs=heaviest,
+        elsewhere=[one for program in heaviest if program.yours and _is_training(program) for one in _homes(program)],
     )
+
+
+def _is_training(program: Program) -> bool:
+    """Whether it is a trainer or its supervisor, or a process of theirs."""
+    return any(module in program.name for module in _OURS)
+
+
+def _homes(program: Program) -> Iterator[Elsewhere]:
+    """The homes these processes are of, with what each holds; a supervisor holds next to nothing."""
+    for pid in program.pids:
+        words, held = programs.words_of(pid), process_tree_bytes(pid)
+        if "--home" in words[:-1] and held is not None and held >= _WORTH_CLOSING_BYTES:
+            yield Elsewhere(words[words.index("--home") + 1], held)
 
 
 def _level() -> Level:
@@ -124,21 +151,25 @@ def _let_go(home: Home, alive: bool) -> int | None:
 def _files(folders: list[Path]) -> Iterator[Path]:
     for folder in folders:
         for path in folder.rglob("*") if not files.is_link(folder) else ():
-            if path.is_file() and not files.is_link(path):
+            if _file_size(path) and not files.is_link(path):
                 yield path
 
 
 def _removable(cache: Path) -> list[Path]:
-    """Entries of the cache that are made anew when they are needed; never a link."""
+    """Entries of the cache that are made anew when they are needed; never a link. Raises OSError."""
     if files.is_link(cache) or not cache.is_dir():
         return []
     return [path for path in sorted(cache.iterdir()) if path.name not in _KEPT and not files.is_link(path)]
 
 
 def _remove(cache: Path) -> int:
-    """Prepared data and traces; the next training that needs them makes them again."""
+    """Prepared data and traces; the next training that needs them makes them again. Raises Refused when it may not look there."""
     freed = 0
-    for path in _removable(cache):
+    try:
+        found = _removable(cache)
+    except OSError as error:
+        raise Refused(f"The cache {cache} cannot be read: {error.strerror or error}.", remedy(error)) from None
+    for path in found:
         there = _size(path)
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -148,7 +179,23 @@ def _remove(cache: Path) -> int:
     return freed
 
 
+def _could_go(cache: Path) -> int:
+    try:
+        return sum(_size(path) for path in _removable(cache))
+    except OSError:
+        return 0  # whoever may not look there can delete nothing
+
+
 def _size(path: Path) -> int:
-    if path.is_file():
-        return path.stat().st_size
-    return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+    """Of a file, or of all files below a folder that can be seen."""
+    if not path.is_dir():
+        return _file_size(path)
+    return sum(_file_size(each) for each in path.rglob("*"))
+
+
+def _file_size(path: Path) -> int:
+    try:
+        found = path.stat()
+    except OSError:
+        return 0  # gone between two looks, or not ours to see
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0

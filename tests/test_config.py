@@ -137,6 +137,15 @@ def test_a_file_from_notepad_is_read(tmp_path: Path) -> None:
         assert load(config_file=file).train.epochs == 4
 
 
+@pytest.mark.parametrize("content", ["", " \n", "null"])
+def test_an_empty_json_file_is_no_configuration(tmp_path: Path, content: str) -> None:
+    """JSON has no empty document: an optimal_config.json that was broken off must not become all defaults without a word."""
+    path = tmp_path / "optimal_config.json"
+    path.write_text(content, encoding="utf-8")
+    (found,) = problems(config_file=path)
+    assert str(path) in found and "holds nothing" in found
+
+
 @pytest.mark.parametrize(("sets", "says"), [
     (["train.micro_batch=64"], "larger than train.batch_size"),
     (["name=a/b"], "letters, digits"),
@@ -145,6 +154,10 @@ def test_a_file_from_notepad_is_read(tmp_path: Path) -> None:
     (["data.columns=3"], "a section of keys"),
     (["memory.ram_limit=120%"], "between 0 % and 100 %"),
     (["memory.ram_limit=5"], "'5' is 5 bytes; write it with its unit"),
+    (["memory.ram_limit=5.5"], "'5.5' is 5.5 bytes; write it with its unit"),
+    (["memory.ram_limit=0GB"], "'0GB' is no memory at all"),
+    (["memory.vram_limit=0B"], "'0B' is no memory at all"),
+    (["memory.ram_limit="], "memory.ram_limit = null (from --set): nothing is given; write it like 3.5GB, 80% or auto."),
     (["train.batch_size=1000001"], "at most 1000000"),
     (["train=5", "train.epochs=2"], "train = 5 (from --set): must be a section of keys."),
     (["settings.gru=5", "settings.gru.hidden=32"], "settings.gru = 5 (from --set): must be a section of keys."),

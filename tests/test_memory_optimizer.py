@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,74 @@ def test_optimize_lets_go_of_what_is_ours_and_touches_nobody(person: Person) -> 
         assert bystander.poll() is None
     finally:
         bystander.communicate()
+
+
+@linux
+def test_a_training_of_another_home_is_no_program_to_close(person: Person, tmp_path: Path) -> None:
+    """It is named with its home and the command that pauses it, which gives all back and loses nothing."""
+    stand_in = tmp_path / "checkout" / "trainerd" / "engine"
+    stand_in.mkdir(parents=True)
+    (stand_in / "__init__.py").touch()
+    (stand_in.parent / "__init__.py").touch()
+    (stand_in / "__main__.py").write_text("import sys; x = b'1' * 700_000_000; print('up', flush=True); sys.stdin.read()", encoding="utf-8")
+    other = tmp_path / "another home"
+    words = [sys.executable, "-P", "-m", "trainerd.engine", "--home", str(other), "--run", "x"]
+    environment = {**os.environ, "PYTHONPATH": str(stand_in.parents[1])}
+    trainer = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    try:
+        assert trainer.stdout is not None and trainer.stdout.readline()
+        shown = types(person, "optimize")
+        assert f"A training of another home, {other}, holds 7" in shown, shown
+        assert f"--home '{other}' pause  gives it back, and loses nothing." in shown
+        could_close = next((line for line in shown.splitlines() if line.startswith("You could close")), "")
+        assert "trainerd.engine" not in could_close
+        found = document(person, "optimize")
+        assert [one["home"] for one in found["elsewhere"]].count(str(other)) == 1
+        assert not any("trainerd.engine" in name for name in found["could_close"])
+    finally:
+        trainer.communicate()
+
+
+def without_rights(person: Person, *words: str) -> subprocess.CompletedProcess[str]:
+    """Typed by a person whom permissions hold; root's hold only without its capabilities."""
+    if os.geteuid() == 0 and shutil.which("setpriv") is None:
+        pytest.skip("root may read everything, and there is no setpriv")
+    before = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    return subprocess.run([*before, *words], capture_output=True, text=True, timeout=120, env=person.environment, check=False)
+
+
+@linux
+def test_folders_that_may_not_be_read_are_told_in_words(person: Person, tmp_path: Path) -> None:
+    """A cache without rights: --cache is refused with the folder's name, and without it the rest is shown. Runs without rights: `plan`
+    does not say that a task was never trained."""
+    (person.home.cache / "cadence-1").mkdir(parents=True)
+    person.home.runs.mkdir()
+    (tmp_path / "tiny.py").write_text(TASK, encoding="utf-8")
+    plan = [sys.executable, str(ROOT / "run_optimized_training.py"), "--home", str(person.home.root), "plan"]
+    try:
+        for folder in (person.home.cache, person.home.runs):
+            folder.chmod(0)
+        refused = without_rights(person, *command(person, "optimize", "--cache"))
+        assert refused.returncode == 5 and f"{person.home.cache} cannot be read: Permission denied." in refused.stderr, refused.stderr
+        shown = without_rights(person, *command(person, "optimize"))
+        assert shown.returncode == 0 and "RAM in use" in shown.stdout, shown.stderr
+        planned = " ".join(without_rights(person, *plan, "--task", f"{tmp_path / 'tiny.py'}:Tiny").stdout.split())
+        assert "The runs of this home cannot be read (Permission denied)" in planned and "has not been trained" not in planned, planned
+    finally:
+        for folder in (person.home.cache, person.home.runs):
+            folder.chmod(0o700)
+
+
+@linux
+@pytest.mark.parametrize("kilobytes", [0, 1])
+def test_a_table_that_the_disk_does_not_take_is_said_and_summed_up(person: Person, tmp_path: Path, kilobytes: int) -> None:
+    """Already the heading, or a line: what could not be written and why, exit 4, no fault of ours; what was seen is summed up."""
+    table = tmp_path / "memory.csv"
+    words = command(person, "monitor", "--duration", "6" if kilobytes else "0.5", "--interval", "0.2", "--csv", str(table))
+    limited = ["bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "bash", *words]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=120, env=person.environment, check=False)
+    assert done.returncode == 4 and f"{table} could not be written: File too large." in done.stderr, done.stdout + done.stderr
+    assert "trainerd itself" not in done.stderr and ("mean" in done.stdout) is bool(kilobytes), done.stdout
 
 
 @linux

@@ -7,8 +7,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -131,6 +131,9 @@ def _freed(found: freeing.Freed) -> Iterator[str]:
     for program in found.programs:
         several = f"  {len(program.pids)} processes" if len(program.pids) > 1 else f"  PID {program.pids[0]}"
         yield f"  {program.name[:40]:<42}{_megabytes(program.own_bytes):>10}{several}"
+    for one in found.elsewhere:
+        yield f"A training of another home, {one.home}, holds {_megabytes(one.own_bytes)} of RAM."
+        yield f"  {console.of_home(one.home)} pause  gives it back, and loses nothing."
     names = ", ".join(f"{program.name} ({size(program.own_bytes)})" for program in found.closable)
     yield f"You could close: {names}." if names else "None of your programs holds so much that closing it would help."
 
@@ -149,17 +152,19 @@ def monitor(home: Home, duration: float, interval: float, table: Path | None, as
     """RAM, swap and GPU memory from moment to moment; at the end the least, the mean and the most of each. Ctrl-C ends it earlier."""
     sampler = samples.Sampler(home)
     taken: list[samples.Sample] = []
+    lost: OutputLost | None = None
     try:
         with _table(table) as file:
-            rows = csv.writer(file) if file is not None else None
             for sample in _moments(sampler, duration, interval):
                 taken.append(sample)
-                if rows is not None and file is not None:
-                    _note(rows, file, sample, table)
+                if file is not None:
+                    _note(file, samples.row(sample), table)
                 if not as_json:
                     _say_line(sample, len(taken) - 1)
     except KeyboardInterrupt:
         pass  # whoever has seen enough wants the summary
+    except OutputLost as error:
+        lost = error  # of the table; what was seen is summed up all the same
     finally:
         sampler.close()
     if as_json:
@@ -168,6 +173,8 @@ def monitor(home: Home, duration: float, interval: float, table: Path | None, as
     elif taken:
         console.say(console.spelled("\n".join(["", samples.heading().replace("time", "", 1).rstrip().removesuffix("step").rstrip()])))
         console.say(console.spelled("\n".join(samples.summary_lines(taken))))
+    if lost is not None:
+        raise lost
     return EXIT_DONE
 
 
@@ -192,7 +199,8 @@ def _say_line(sample: samples.Sample, number: int) -> None:
 
 @contextmanager
 def _table(path: Path | None) -> Iterator[TextIO | None]:
-    """The new file for the moments, with its heading. Raises UsageError when it is there already or cannot be made."""
+    """The new file for the moments, with its heading. Raises UsageError when it is there already or cannot be made, OutputLost when the
+    disk does not even take that."""
     if path is None:
         yield None
         return
@@ -202,15 +210,18 @@ def _table(path: Path | None) -> Iterator[TextIO | None]:
         raise UsageError(f"{path} is there already, and would be overwritten.", "Name another file with --csv.") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror or error}.", "Name another file with --csv.") from None
-    with file:
-        csv.writer(file).writerow(samples.NAMES)
+    try:
+        _note(file, samples.NAMES, path)
         yield file
+    finally:
+        with suppress(OSError):  # it writes again what the disk did not take, and that was told
+            file.close()
 
 
-def _note(rows: Any, file: TextIO, sample: samples.Sample, path: Path | None) -> None:
+def _note(file: TextIO, row: Sequence[Any], path: Path | None) -> None:
     """One line of the table, there at once. Raises OutputLost when the disk takes no more."""
     try:
-        rows.writerow(samples.row(sample))
+        csv.writer(file).writerow(row)
         file.flush()
     except OSError as error:
         why = os.strerror(error.errno) if error.errno else error

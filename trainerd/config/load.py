@@ -218,6 +218,8 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
     except ConfigError as error:
         problems += error.problems
         return {}
+    if document is None and path.suffix.lower() == ".json":
+        problems.append(f"The configuration file {path} holds nothing, as a copy that was broken off: JSON has at least {{}}.")
     if document is None:
         return {}
     if not isinstance(document, dict):

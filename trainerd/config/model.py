@@ -20,7 +20,9 @@ def _size(text: str) -> str:
 
 
 def _written(value: Any) -> Any:
-    """A bare number of bytes, as YAML reads it, is a size too."""
+    """A bare number of bytes, as YAML reads it, is a size too; nothing is none."""
+    if value is None:
+        raise ValueError("nothing is given; write it like 3.5GB, 80% or auto")
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 

@@ -116,5 +116,5 @@ def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _short(value: Any) -> str:
-    text = value if isinstance(value, str) and value and "\n" not in value else repr(value)
+    text = value if isinstance(value, str) and value and "\n" not in value else "null" if value is None else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

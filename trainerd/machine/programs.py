@@ -76,6 +76,14 @@ def name_of(pid: int) -> str | None:
         return None
 
 
+def words_of(pid: int) -> list[str]:
+    """What a process was started with; nothing when it is gone or does not tell."""
+    try:
+        return [str(word) for word in psutil.Process(pid).cmdline()]
+    except (psutil.Error, OSError):
+        return []
+
+
 def shown_name(process: psutil.Process) -> str:
     """The program's name; of an interpreter's, with the script or module it runs."""
     name = str(process.name())
