@@ -108,7 +108,9 @@ def worded(doing: str) -> Iterator[None]:
         never = _beyond_this_machine(error)
         if never is not None:
             raise Refused(f"It does not fit: to {doing}, {never}.", "A smaller model would fit; more room would not help.") from error
-        raise TrainerdError(f"There is too little memory to {doing}. {_WHAT_TO_DO} ({in_words(error)})") from error
+        asked_bytes = _asked_bytes(str(error))
+        much = "" if asked_bytes is None else f": {written(asked_bytes)} could not be had in one piece"
+        raise TrainerdError(f"There is too little memory to {doing}{much}.", _WHAT_TO_DO) from error
 
 
 @dataclass(frozen=True)
