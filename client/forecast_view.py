@@ -127,7 +127,7 @@ def _verdict(answer: Answer, outlook: Outlook, fancy: bool, style: Style) -> lis
 
 def _parts(name: str, sizes: Mapping[str, int]) -> list[str]:
     """The largest first, each with its bytes."""
-    ordered = sorted(((part, value) for part, value in sizes.items() if value >= _LEAST_SHOWN_BYTES), key=lambda part: -part[1])
+    ordered = sorted(((part, value) for part, value in sizes.items() if abs(value) >= _LEAST_SHOWN_BYTES), key=lambda part: -part[1])
     return [
         f"{name if not number else '':<{_INDENT}}{size(value):>10}  {_NAMES.get(part, part)}"
         for number, (part, value) in enumerate(ordered)

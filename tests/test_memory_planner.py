@@ -314,7 +314,7 @@ def test_the_upper_bound_is_never_below_the_point() -> None:
 def test_an_answer_holds_a_breakdown_and_says_what_it_leaves_out() -> None:
     """The parts sum to the peak; what follows torch's source without a GPU having been asked is called so."""
     found = estimate(GRU, Setup("cuda", "bf16", 64, 64))
-    parts = {name: size for name, size in found.breakdown.items() if not name.startswith("cuda")}
+    parts = {name: size for name, size in found.breakdown.items() if not name.startswith(("cuda", "blocks torch"))}
     assert sum(parts.values()) == found.tensors == max(found.phases.values())
     assert found.allocated and found.reserved and found.driver
     assert found.tensors <= found.allocated.point <= found.reserved.point < found.driver.point

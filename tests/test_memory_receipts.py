@@ -18,6 +18,7 @@ from trainerd.memory import receipts
 from trainerd.memory.estimate import estimate
 from trainerd.memory.planner import FITS, TIGHT
 from trainerd.memory.profile import Profile
+from trainerd.memory.timeline import Setup
 
 GB = 1_000_000_000
 
@@ -66,3 +67,17 @@ def test_plan_does_not_say_fits_below_what_a_run_has_needed(tmp_path: Path) -> N
     assert after.answer.estimate.ram.upper >= told * 6.3
     shown = " ".join("\n".join(forecast_view.lines(after, True, lambda text, colour: text)).split())
     assert "one run here needed 6.3 times what was foretold" in shown, shown
+
+
+@pytest.mark.parametrize("setup", [FP32, replace(FP32, precision="bf16"), replace(FP32, device="cuda", precision="bf16", micro_batch=8)])
+def test_the_parts_add_up_to_the_likely_value(setup: Setup) -> None:
+    """To the byte, on both devices: what oneDNN keeps compiled and what receipts have corrected, up or down, are parts with names."""
+    measure = "driver_bytes" if setup.device == "cuda" else "ram_bytes"
+    for real in (None, 700.0, 1300.0):
+        given = [] if real is None else [receipt(0, setup) | {"predicted": {measure: 1000.0}, "real": {measure: real}}] * 3
+        found = estimate(GRU, setup, Profile(), trusted(given, setup))
+        assert sum(found.breakdown.values()) == round(found.needed.point)
+        assert found.breakdown.get("correction by earlier runs", 0) == pytest.approx(found.needed.point - found.raw[measure], abs=1)
+        assert ("compiled products" in found.breakdown) is (measure == "ram_bytes" and setup.precision == "bf16")
+        assert (real is None) is ("correction by earlier runs" not in found.breakdown)
+        assert not any("oneDNN" in text for text in found.not_modelled)

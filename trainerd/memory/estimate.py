@@ -20,19 +20,20 @@ from trainerd.memory.timeline import Setup, Table, Timeline
 _MIB = 1 << 20
 _PROCESS, _CONTEXT = "python and torch", "cuda context and workspace"
 _DATA, _HOLES = "data and imports", "holes in the heap"
+_COMPILED_PRODUCTS, _IDLE, _CORRECTION = "compiled products", "blocks torch's allocator keeps", "correction by earlier runs"
 # Without a receipt: a GPU's kernels that were not measured. What kernels' scratch and holes add on a CPU: heap.py.
 _GPU_SLACK, _RESERVED_SLACK = 0.08, 0.12
 _PROCESS_SLACK_BYTES = 96 * _MIB
 # oneDNN keeps compiled bf16 products on a CPU: each shape forwards and twice backwards, for each of some lengths, up to a number
 # of shapes that the trainer sets; a shape took 0.4 to 1.9 MiB (docs/log.md).
-_SHAPES, _SHAPES_PER_PRODUCT, _SHAPE_BYTES, _SHAPE_MOST_BYTES = 256, 24, 1 * _MIB, 2 * _MIB
+_SHAPES, _SHAPES_PER_PRODUCT, _SHAPE_BYTES, _SHAPE_MOST = 256, 24, 1 * _MIB, 2
 _ENOUGH_RUNS, _KEPT_SLACK = 3, 0.5
 _MANIFEST_BYTES = 1 * _MIB
 _EFFICIENCY, _SLOWEST = 0.4, 0.1  # of the measured speed of large products
 
 _NOT_MODELLED = {
     "cpu": (
-        "scratch space inside kernels (convolutions), and what oneDNN keeps compiled in bf16, but for a share in the upper bound",
+        "scratch space inside kernels (convolutions), but for a share in the upper bound",
         "pages of the data file that the system keeps in its cache",
         "loader processes (train.num_workers)",
         "prepared data and logs, on the disk",
@@ -127,12 +128,6 @@ def estimate(
     seconds, seconds_raw = _seconds(timeline, setup, profile, trust)
     checkpoint = timeline.weight_bytes + timeline.state_bytes + _MANIFEST_BYTES
     measure = "driver_bytes" if setup.device == "cuda" else "ram_bytes"
-    breakdown = dict(timeline.breakdown)
-    if setup.device == "cuda":
-        breakdown[_CONTEXT] = profile.context_bytes + profile.workspace_bytes
-    else:
-        bare = profile.process_bytes
-        breakdown |= {_PROCESS: bare, _DATA: process_bytes - bare, _HOLES: _holes(timeline, setup)}
     left_out = list(_NOT_MODELLED[setup.device])
     if setup.device == "cuda":
         left_out = [UNVERIFIED, *allocator_settings.settings(setup.allocator).left_out, *left_out]
@@ -151,7 +146,7 @@ def estimate(
         driver=device.driver,
         seconds_per_step=seconds,
         pace=pace.seconds(timeline, setup, profile),
-        breakdown=breakdown,
+        breakdown=_breakdown(timeline, setup, profile, process_bytes, (device.driver or ram).point, (device.raw or ram_raw)[measure]),
         phases=timeline.peaks,
         num_parameters=timeline.num_parameters,
         num_trainable=timeline.num_trainable,
@@ -161,6 +156,22 @@ def estimate(
         on_disk_bytes=timeline.on_disk_bytes,
         raw={**device.raw, **ram_raw, **seconds_raw},
     )
+
+
+def _breakdown(
+    timeline: Timeline, setup: Setup, profile: Profile, process_bytes: int, point: float, uncorrected: float
+) -> dict[str, int]:
+    """What the likely value is made of, to the byte: what earlier runs have corrected is a part of its own, and may be below nothing."""
+    parts = dict(timeline.breakdown)
+    if setup.device == "cuda":
+        parts[_CONTEXT] = profile.context_bytes + profile.workspace_bytes
+        parts[_IDLE] = round(uncorrected) - sum(parts.values())
+    else:
+        bare, compiled = profile.process_bytes, _shapes(timeline, setup)
+        parts |= {_PROCESS: bare, _DATA: process_bytes - bare, _HOLES: _holes(timeline, setup)}
+        parts |= {_COMPILED_PRODUCTS: compiled} if compiled else {}
+    correction = round(point) - sum(parts.values())
+    return parts | {_CORRECTION: correction} if correction else parts
 
 
 @dataclass(frozen=True)
@@ -190,13 +201,20 @@ def _ram(timeline: Timeline, setup: Setup, process_bytes: int, trust: Trust) -> 
     """The trainer's own RAM: its process, and the tensors when the device is the CPU, else what stays on the host."""
     held = timeline.peak if setup.device == "cpu" else timeline.host_bytes + timeline.weight_bytes
     worst = max(held, timeline.resting_bytes + timeline.worst_evaluation_bytes) if setup.device == "cpu" else held
-    shapes = min(_SHAPES, timeline.num_products * _SHAPES_PER_PRODUCT) if setup.device == "cpu" and setup.precision != "fp32" else 0
-    point = process_bytes + held + _holes(timeline, setup) + shapes * _SHAPE_BYTES
+    shapes = _shapes(timeline, setup)
+    point = process_bytes + held + _holes(timeline, setup) + shapes
     # What rests is known to the byte, and so are gradients; scratch and holes come with what else comes and goes.
     known = timeline.resting_bytes + (timeline.breakdown.get(GRADIENTS, 0) if worst == held else 0)
     coming = max(0, worst - known)
-    upper = process_bytes + _PROCESS_SLACK_BYTES + worst + heap.MOST[setup.heap].of(coming) + shapes * _SHAPE_MOST_BYTES
+    upper = process_bytes + _PROCESS_SLACK_BYTES + worst + heap.MOST[setup.heap].of(coming) + shapes * _SHAPE_MOST
     return _ranged(trust, "ram_bytes", point, upper), {"ram_bytes": float(point)}
+
+
+def _shapes(timeline: Timeline, setup: Setup) -> int:
+    """What oneDNN keeps compiled, likely."""
+    if setup.device != "cpu" or setup.precision == "fp32":
+        return 0
+    return min(_SHAPES, timeline.num_products * _SHAPES_PER_PRODUCT) * _SHAPE_BYTES
 
 
 def _holes(timeline: Timeline, setup: Setup) -> int:
