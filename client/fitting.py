@@ -32,4 +32,7 @@ def warnings(home: Home, asked: Resolved) -> list[str]:
 
 def _room(found: outlook.Outlook) -> str:
     key = "vram_limit" if found.place.device == "cuda" else "ram_limit"
-    return f"Or close other programs, or raise the limit (memory.{key}). The whole estimate: {console.program()} plan{options.typed()}"
+    whole = f"The whole estimate: {console.program()} plan{options.typed()}"
+    if found.answer.no_model_fits and not found.answer.proposals:
+        return whole  # what to do about the limit stands there already
+    return f"Or close other programs, or raise the limit (memory.{key}). {whole}"

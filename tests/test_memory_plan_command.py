@@ -251,8 +251,9 @@ def test_a_limit_that_others_have_passed_bounds_nothing_for_plan_and_start_eithe
     monkeypatch.setattr(engine_fitting.machine_memory, "ram", lambda: RamFacts(used + engine_fitting.machine_memory.own_bytes(), total))
     assert engine_fitting._ram_left(asked.config) == pytest.approx(found.place.budget_bytes, rel=0.01)
     used = 15_900_000_000
-    with pytest.raises(Refused):
+    with pytest.raises(Refused) as refused:
         fitting.warnings(person.home, asked)
+    assert "No model fits" in refused.value.hint and refused.value.hint.count("aise the limit") == 1, "what to do is said once"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with a GPU measures that")
