@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ from tests.test_memory_fitting import CPU, WideToy, bound
 from tests.toy import Toy, config
 from trainerd.config.model import RunConfig
 from trainerd.engine import optimizers
-from trainerd.engine.loader import Fetch
+from trainerd.engine.batches import Batches
+from trainerd.engine.loader import Fetch, Loader
 from trainerd.engine.trace import trace
 from trainerd.memory import forecast, traced
 from trainerd.memory.estimate import estimate
@@ -44,6 +46,19 @@ class Half(nn.Module):
 
 class HalfToy(Toy):
     model_kind = Half
+
+
+class Repeated:
+    """As many samples as are asked for, of a few."""
+
+    def __init__(self, samples: Any) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return 400
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._samples[index % len(self._samples)]
 
 
 def bytes_of(tensors: Any) -> int:
@@ -122,6 +137,25 @@ def test_an_evaluation_is_a_phase_of_its_own(tmp_path: Path) -> None:
     held = count.peak - count.known + bytes_of([batch])
     assert line.peaks[EVALUATING] - line.resting_bytes == pytest.approx(held, rel=0.02)
     assert line.resting_bytes < line.peaks[EVALUATING] < line.peak
+
+
+@pytest.mark.parametrize("samples", [2, 3])
+def test_every_batch_of_a_step_that_waits_on_the_host_is_counted(tmp_path: Path, samples: int) -> None:
+    """However many they are: all lie in RAM from the step's beginning, whatever the device; as many bytes as the loader really holds."""
+    task = HalfToy()
+    model, mixed = bound(task, tmp_path)
+    longest = int(task.train_samples.lengths.argmax())
+    task.train_samples.rows = [task.train_samples.rows[longest].repeat(1000)] * 50
+    task.train_samples.lengths = np.full(50, len(task.train_samples.rows[0]))
+    table = trace(task, model, task.train_samples, mixed, 400)
+    batches = Batches(400, 400, 0)
+    loader = Loader(task, Repeated(task.train_samples), batches, num_workers=0, seed=0, pin_memory=False)
+    loader.seek(0, samples)
+    held = bytes_of(batch for _, batch in loader.window().parts)
+    few, many = (table.timeline(Setup("cpu", "fp32", samples, number)) for number in (2 * samples, 400))
+    assert many.peak - few.peak == pytest.approx(held * (1 - 2 * samples / 400), rel=0.001)
+    on_gpu = table.timeline(Setup("cuda", "fp32", samples, 400))
+    assert on_gpu.host_bytes - on_gpu.weight_bytes - on_gpu.state_bytes == pytest.approx(held, rel=0.001)
 
 
 def made(weights: list[tuple[str, list[int]]], activations: int = MB, **more: Any) -> traced.TracedTable:

@@ -10,6 +10,7 @@ import gc
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from operator import invert
 from typing import Any, Protocol
 
 from trainerd.memory import alike, rounds, zero2
@@ -18,7 +19,7 @@ from trainerd.memory.optimizers import Optimizer
 from trainerd.memory.tape import ACTIVATIONS, STAGING, Tape, Tensor, levels
 
 LOADING, OPTIMIZER, STEP, EVALUATING, SAVING = "loading", "optimizer", "training", "evaluating", "checkpointing"
-_WINDOW = 64  # a step's micro-batches lie on the host together; beyond this many their sum is not played
+_WINDOW = 64  # a step's micro-batches lie on the host together; those beyond this many are played as one storage
 _STATISTICS_BYTES = 1 << 20  # buffers up to this are kept twice, for a step that is tried again
 
 
@@ -97,7 +98,7 @@ class Timeline:
     """Weights that are learned, and buffers: what a checkpoint holds of the model."""
     state_bytes: int
     host_bytes: int = 0
-    """Optimizer state that lives in RAM, and the staging copy of a checkpoint when the device is a GPU."""
+    """Optimizer state that lives in RAM; when the device is a GPU also a checkpoint's staging copy, and a step's batches that wait."""
     pinned_bytes: int = 0
     """The part of it that a GPU copies from and to by itself."""
     streamed_bytes: int = 0
@@ -173,7 +174,7 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup) -> Timelin
     tape.kind = ACTIVATIONS
     tape.mark(STEP)
     began = tape.here()
-    flops = _step(tape, model, optimizer, setup)
+    flops, waiting = _step(tape, model, optimizer, setup)
     played = 1 if setup.device == "cpu" else min(2, setup.accumulation)
     operations = (len(tape.sizes) - began[1] + tape.reborn) / played + tape.left_out
     ended = len(tape.events)
@@ -196,7 +197,7 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup) -> Timelin
         flops=flops,
         weight_bytes=sum(saved),
         state_bytes=state_bytes,
-        host_bytes=host_bytes,
+        host_bytes=host_bytes + waiting,
         pinned_bytes=optimizer.pinned_bytes,
         resting_bytes=held[-1],
         worst_evaluation_bytes=worst,
@@ -216,15 +217,21 @@ def _optimizer(tape: Tape, setup: Setup) -> Optimizer:
     return Optimizer(tape, setup.optimizer, on_host=setup.offload == "optimizer")
 
 
-def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup) -> float:
-    """One step of the engine; of several micro-batches two are played (on a CPU the second), for the others meet the same."""
+def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup) -> tuple[float, int]:
+    """One step of the engine; of several micro-batches two are played (on a CPU the second), for the others meet the same.
+
+    Its work, and the bytes of its batches that wait in RAM while a GPU computes: each is copied there in its turn.
+    """
     tape.flops = 0.0
     on_cpu, several = setup.device == "cpu", setup.accumulation > 1
+    began = tape.here()
     window = [model.micro_batch(tape, setup.micro_batch) for _ in range(min(setup.accumulation, _WINDOW))] if on_cpu else []
+    rest = _rest_of_window(tape, began, setup) if on_cpu else None
     if on_cpu and several:
         optimizer.give_gradients()
-    began = tape.here()
+    began = began if not on_cpu else tape.here()
     batch = window[0] if window else model.micro_batch(tape, setup.micro_batch)
+    waiting = 0 if on_cpu else _held_since(tape, began) * setup.effective_batch // setup.micro_batch
     with tape.autocast():
         loss = model.loss(batch)
     del batch
@@ -237,7 +244,22 @@ def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup) -> float
     optimizer.clip()
     optimizer.work()
     optimizer.zero_grad()
-    return tape.flops * setup.effective_batch / setup.micro_batch
+    del rest
+    return tape.flops * setup.effective_batch / setup.micro_batch, waiting
+
+
+def _rest_of_window(tape: Tape, began: tuple[int, int], setup: Setup) -> Tensor | None:
+    """The micro-batches that wait beside those that were made since `began`."""
+    left_out = setup.effective_batch - _WINDOW * setup.micro_batch
+    if left_out <= 0:
+        return None
+    return tape.new((_held_since(tape, began) * left_out // (_WINDOW * setup.micro_batch),), "uint8")
+
+
+def _held_since(tape: Tape, began: tuple[int, int]) -> int:
+    """The bytes of what was made since then, and is there."""
+    events = tape.events[began[0] :]
+    return sum(tape.sizes[number] for number in set(events).difference(map(invert, events)) if number >= began[1])
 
 
 def _evaluation(tape: Tape, model: Built, setup: Setup) -> int:

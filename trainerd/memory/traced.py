@@ -77,7 +77,7 @@ class TracedTable:
     """RAM that the last training held beside the model, its data included; 0: not known."""
     on_disk: tuple[int, int] = (0, 0)
     """Bytes of `frozen` and of `streamed` that lie in a file the task has mapped: in no RAM while they are not on a GPU."""
-    assumed: tuple[str, ...] = ("every sample as large as the largest that was found",)
+    assumed: tuple[str, ...] = ()
     format: int = field(default=FORMAT)
     is_traced = True
 
@@ -194,13 +194,14 @@ def _at(traces: Sequence[Trace], samples: int, gradients: Sequence[int]) -> Trac
     if list(low.events) == list(high.events) and low.batch == high.batch:
         sizes = [between(a, b) for a, b in zip(low.sizes, high.sizes, strict=True)]
         return replace(high, samples=samples, sizes=sizes, flops=flops)
-    # Of another form: the gradients that stay, and all else as one storage that comes and goes.
+    # Of another form: the batch, the gradients that stay, and all else as one storage that comes and goes.
     stays = sorted({weight for _, _, weight in high.gradients})
-    sizes = [gradients[weight] for weight in stays]
-    rest, born = max(0, between(low.peak, high.peak) - sum(sizes)), list(range(len(stays)))
-    events = [*born, len(stays), ~len(stays)]
-    marks = [[len(events), number, weight] for number, weight in enumerate(stays)]
-    return Trace(samples, [*sizes, rest], events, flops, 0, marks, max(low.products, high.products))
+    batch = between(*(sum(trace.sizes[: trace.batch]) for trace in (low, high)))
+    sizes = [batch, *(gradients[weight] for weight in stays)]
+    rest, born = max(0, between(low.peak, high.peak) - sum(sizes)), list(range(len(sizes)))
+    events = [*born, len(sizes), ~len(sizes), ~0]
+    marks = [[len(events), number, weight] for number, weight in enumerate(stays, 1)]
+    return Trace(samples, [*sizes, rest], events, flops, 1, marks, max(low.products, high.products))
 
 
 def write(path: Path, table: TracedTable) -> None:
