@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from trainerd.engine import attention, checkpointing, dropout, rng, streaming
 from trainerd.engine.fakes import Fakes
-from trainerd.engine.loader import Fetch, lengths_of
+from trainerd.engine.largest import Largest, largest
+from trainerd.engine.loader import Fetch
 from trainerd.engine.precision import Precision
 from trainerd.engine.recorder import Recorder
 from trainerd.engine.step import taken_apart
@@ -41,7 +42,6 @@ _NAMES = {
     torch.complex128: "complex128",
 }
 _STREAMED = tuple(itertools.product(_AGAIN, (False, True)))  # what is computed again, and whether copies are begun ahead
-_LOOK_AT = 2048  # samples whose length is asked where the dataset does not tell
 _GUESSED = "that the model does the same whatever the numbers are that its code has asked for"
 
 
@@ -97,7 +97,9 @@ def trace(
 ) -> TracedTable:
     """The table of a model on the CPU, its attention computed by `kernel`. Raises NotTraced, and whatever the model raises."""
     means = means or Means()
-    given = (task, model, dataset, precision, effective_batch, kernel, means)
+    with _quietly(task):
+        sample = largest(task, dataset, means.beat)
+    given = (task, model, dataset, sample, precision, effective_batch, kernel, means)
     if sum(map(_size, model.parameters())) <= _SMALL_BYTES:
         try:
             return _Tracing(*given).computed(_SMALL_SECONDS, _SMALL_HELD_BYTES)
@@ -117,10 +119,18 @@ class _Tracing:
     """One attempt."""
 
     def __init__(
-        self, task: Task, model: nn.Module, dataset: MapDataset, precision: Precision, effective_batch: int, kernel: str, means: Means
+        self,
+        task: Task,
+        model: nn.Module,
+        dataset: MapDataset,
+        sample: Largest,
+        precision: Precision,
+        effective_batch: int,
+        kernel: str,
+        means: Means,
     ) -> None:
         self._task, self._model, self._dataset, self._precision, self._kernel = task, model, dataset, precision, kernel
-        self._means = means
+        self._means, self._largest = means, sample
         most = min(4, effective_batch)
         self._numbers = sorted({max(1, most // 2), most}) if task.splittable else [effective_batch]
         self._found: dict[str, Traces] = {}
@@ -144,7 +154,7 @@ class _Tracing:
 
     def _table(self, watch: _Watch) -> TracedTable:
         with _undisturbed(self._task, self._model, self._fakes) as copied, attention.for_trace(self._kernel):
-            longest, blocks = _longest(self._task, self._dataset), self._task.blocks(copied)
+            blocks = self._task.blocks(copied)
             streamed = streaming.streamable(copied, blocks)
             modes = (checkpointing.NONE, *_AGAIN) if blocks else (checkpointing.NONE,)
             ways: list[tuple[str, str, bool | None]] = [(again, again, None) for again in modes]
@@ -154,8 +164,9 @@ class _Tracing:
             for name, again, ahead in ways:
                 away = contextlib.nullcontext() if ahead is None else streaming.streamed(copied, blocks, ahead=ahead)
                 with away, checkpointing.wrapped(copied, blocks, again):
-                    self._found[name] = self._traces(copied, longest, watch)
-            return _table(self._task, copied, self._precision, self._found, self._kernel, streamed)
+                    self._found[name] = self._traces(copied, self._largest.index, watch)
+            table = _table(self._task, copied, self._precision, self._found, self._kernel, streamed)
+            return replace(table, assumed=(self._largest.assumed,))
 
     def _traces(self, copied: nn.Module, longest: int, watch: _Watch) -> Traces:
         """Of each number of samples: a step, and an evaluation."""
@@ -291,23 +302,22 @@ def _autocast(precision: Precision) -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def _undisturbed(task: Task, model: nn.Module, fakes: Fakes | None) -> Iterator[nn.Module]:
     """A copy of the model in training mode, with memory or without; afterwards the task's context and all random states are as before."""
+    with _quietly(task):
+        copied = copy.deepcopy(model).to("cpu") if fakes is None else fakes.copied(model)
+        copied.train()
+        dropout.attach(copied, task.ctx)
+        yield copied
+
+
+@contextlib.contextmanager
+def _quietly(task: Task) -> Iterator[None]:
+    """The task's context on the CPU; afterwards it and all random states are as before."""
     ctx = task.ctx
     before = dict(vars(ctx))
     with rng.preserved():
-        copied = copy.deepcopy(model).to("cpu") if fakes is None else fakes.copied(model)
-        copied.train()
         ctx.device = torch.device("cpu")
-        dropout.attach(copied, ctx)
         try:
-            yield copied
+            yield
         finally:
             vars(ctx).clear()
             vars(ctx).update(before)
-
-
-def _longest(task: Task, dataset: MapDataset) -> int:
-    """The sample that needs most, as far as lengths tell."""
-    if len(dataset) > _LOOK_AT and getattr(dataset, "lengths", None) is None:
-        return max(range(_LOOK_AT), key=lambda index: task.length(dataset[index])) if type(task).length is not Task.length else 0
-    lengths = lengths_of(task, dataset)
-    return int(lengths.argmax()) if lengths is not None and len(lengths) else 0
