@@ -31,6 +31,8 @@ def warnings(home: Home, asked: Resolved) -> list[str]:
 
 
 def _room(found: outlook.Outlook) -> str:
+    if found.answer.no_model_fits and not found.answer.proposals:
+        return f"The whole estimate: {console.program()} plan"  # to raise the limit, or free memory, is what that says
     key = "vram_limit" if found.place.device == "cuda" else "ram_limit"
     whole = f"The whole estimate: {console.program()} plan{options.typed()}"
     if found.answer.no_model_fits and not found.answer.proposals:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from textwrap import wrap
 
 from trainerd.memory.estimate import UNVERIFIED, Estimate, Range
-from trainerd.memory.planner import FITS, TIGHT, Answer, Proposal
+from trainerd.memory.planner import FITS, TIGHT, Answer, Proposal, smaller
 
 from .outlook import Outlook, Unknown
 from .words import NOT_KNOWN, bar, count, duration, share, size
@@ -68,9 +68,17 @@ def remedies(outlook: Outlook) -> list[str]:
     if not answer.proposals:
         if answer.no_model_fits:
             return _wrapped(answer.no_model_fits, _WIDE)
-        return _wrapped(f"Nothing the engine can change makes it fit: at best it needs {size(needed.point)}. A smaller model would.", _WIDE)
+        return _least(answer)
     certainly = " for certain" if answer.verdict == TIGHT else ""
     return [f"It would fit{certainly} with:", *(line for proposal in answer.proposals for line in _proposed(proposal))]
+
+
+def _least(answer: Answer) -> list[str]:
+    """Nothing fits: the least of what was tried, what to type for it on a line of its own, and what is left to change."""
+    least = answer.least.estimate.needed.point if answer.least is not None else answer.estimate.needed.point
+    words = " ".join(f"--set {setting}" for setting in answer.least.settings) if answer.least is not None else ""
+    said = f"Nothing that was tried makes it fit: the least it needs is {size(least)}{', with' if words else '.'}"
+    return [*_wrapped(said, _WIDE), *([f"  {words}"] if words else []), *_wrapped(smaller(answer), _WIDE)]
 
 
 def _proposed(proposal: Proposal) -> list[str]:

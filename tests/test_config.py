@@ -51,6 +51,22 @@ def test_the_presets_promised_are_there() -> None:
     assert found == {"quick": (3, 5_000), "standard": (5, 10_000), "extended": (8, 20_000)}
 
 
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (["train.compile=true", "train.activation_checkpointing=full"], "torch compiles no block that is computed again"),
+        (["train.compile=true", "train.activation_checkpointing=selective"], "torch compiles no block that is computed again"),
+        (["memory.offload=base", "train.compile=true"], "train.compile is on, and without computing blocks again"),
+        (["memory.offload=base", "train.activation_checkpointing=none"], "is none, and without computing blocks again"),
+        (["memory.offload=optimizer", "train.optimizer=adamw8bit"], "the small state of train.optimizer = adamw8bit"),
+    ],
+)
+def test_what_the_trainer_would_refuse_is_refused_before_anything_is_started(sets: list[str], said: str) -> None:
+    """Keys that contradict each other whatever the task: `plan`, `config` and `start` read them here, and end with 2."""
+    assert any(said in problem for problem in problems(sets=sets))
+    assert load(sets=["train.compile=true"]).train.compile and load(sets=["memory.offload=base"]).memory.offload == "base"
+
+
 def test_yaml_is_read_by_the_rules_of_1_2() -> None:
     """1e-4 is a number, off is a word, and a document comes back as it was written."""
     assert yaml12.parse("{a: 1e-4, b: off, c: yes, d: 012, e: null}", "x") == {"a": 1e-4, "b": "off", "c": "yes", "d": 12, "e": None}

@@ -208,7 +208,7 @@ def test_what_no_model_could_fit_into_is_not_blamed_on_the_model(person: Person)
         text = " ".join(done.stdout.split())
         assert done.returncode == 5 and f"No model fits: {says}" in text and "aise the limit" in text and "smaller model" not in text, text
     large = person.types("plan", "--device", "cpu", "--budget", "420MB")
-    assert large.returncode == 5 and "A smaller model would." in " ".join(large.stdout.split()), large.stdout
+    assert large.returncode == 5 and "A smaller model would fit." in " ".join(large.stdout.split()), large.stdout
 
 
 def test_a_tight_plan_without_a_way_out_says_what_would_settle_it(person: Person) -> None:

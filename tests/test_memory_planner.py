@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainerd.config import contradictions
 from trainerd.config.model import RunConfig
 from trainerd.contract.errors import ConfigError
 from trainerd.memory import disk, forecast, receipts, traced
 from trainerd.memory.estimate import estimate
-from trainerd.memory.planner import FITS, TIGHT, TOO_LARGE, Answer, Question, choose, judge
+from trainerd.memory.planner import FITS, TIGHT, TOO_LARGE, Answer, Question, choose, judge, smaller
 from trainerd.memory.profile import Profile
 from trainerd.memory.receipts import Trust
 from trainerd.memory.timeline import Setup
@@ -220,6 +221,60 @@ def test_the_planner_asks_no_setup_twice() -> None:
 
     choose(Question(Setup("cuda", "bf16", 4096, 4096), 1600 * MB), GRU, counting)
     assert len(asked) == len(set(asked)) <= 40
+
+
+def test_the_largest_pieces_of_a_huge_batch_are_found_in_few_estimates() -> None:
+    """What is needed is nearly a line, so that a million samples are cut as by trying all of them, and with a handful of estimates for
+    each way; a way that cannot be the faster one is not searched."""
+    asked: list[Setup] = []
+
+    def counting(setup: Setup) -> Any:
+        asked.append(setup)
+        return estimate(SMALL_MN, setup)
+
+    question = Question(Setup("cuda", "bf16", 1_000_000, 1_000_000), 1600 * MB)
+    found = choose(question, SMALL_MN, counting)
+    assert found.verdict == FITS and len(asked) <= 35, len(asked)
+    pieces = found.setup.accumulation
+    one_less = found.setup.with_micro_batch(-(-1_000_000 // (pieces - 1)))
+    assert judge(estimate(SMALL_MN, one_less), question.budget_bytes) != FITS
+
+
+def test_nothing_is_proposed_that_the_engine_refuses() -> None:
+    """With torch.compile no block is computed again, and no base is streamed: no proposal contradicts what is set already."""
+    found = 0
+    for budget in (1200, 1500, 1700, 1900):
+        values: dict[str, Any] = {"compile": True, "precision": "fp32", "batch_size": 64, "micro_batch": 32}
+        asked = RunConfig.model_validate({"task": "cadence", "train": values, "memory": {"offload": "none"}})
+        mn = table(CadenceSettings.model_validate({"model": "gru-mn"}))
+        for proposal in forecast.answer(asked, forecast.Place("cuda", budget * MB, "bf16"), mn).proposals:
+            document = asked.model_dump()
+            for setting in proposal.settings:
+                section, _, rest = setting.partition(".")
+                key, _, value = rest.partition("=")
+                document[section][key] = int(value) if value.isdecimal() else value
+            assert contradictions.found(RunConfig.model_validate(document)) == [], proposal.settings
+            found += 1
+    assert found
+
+
+def test_where_nothing_fits_the_least_of_all_that_was_tried_is_said() -> None:
+    """Not only of what a plan takes by itself: lower precision, another optimizer, and keys that a person fixed; with what to set."""
+    answer = plan({"batch_size": 64, "precision": "fp32", "micro_batch": 64}, 260 * MB, SMALL_MN)
+    assert answer.verdict == TOO_LARGE and not answer.proposals and answer.least is not None
+    assert answer.least.estimate.needed.upper < answer.estimate.needed.upper
+    assert {"train.micro_batch=1", "train.optimizer=adafactor"} <= set(answer.least.settings)
+    assert "cannot be split: a train.batch_size below 64" in smaller(plan({"batch_size": 64}, 260 * MB, SMALL_MN, splittable=False))
+    assert smaller(answer) == "A smaller model would fit."
+
+
+def test_on_a_cpu_fp32_is_proposed_where_low_products_need_more() -> None:
+    """What oneDNN keeps compiled in bf16 may be more than bf16 saves: the way back is a proposal, and fits."""
+    low, full = (estimate(GRU, Setup("cpu", precision, 32, 32)).needed.upper for precision in ("bf16", "fp32"))
+    assert full < low
+    answer = plan({"batch_size": 32, "precision": "bf16"}, int(full) + MB, device="cpu")
+    assert ("train.precision=fp32",) in [proposal.settings for proposal in answer.proposals]
+    assert not any("fp32" in setting for p in plan({"precision": "bf16"}, 600 * MB).proposals for setting in p.settings)
 
 
 FP32 = Setup("cpu", "fp32", 32, 32)

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from trainerd.config import catalogue, deepspeed, yaml12
+from trainerd.config import catalogue, contradictions, deepspeed, yaml12
 from trainerd.config.model import RunConfig
 from trainerd.config.problems import in_words, no_section
 from trainerd.contract import runs
@@ -149,10 +149,7 @@ def _validate(layers: _Layers, entry: catalogue.TaskEntry | None) -> RunConfig |
     micro, batch = config.train.micro_batch, config.train.batch_size
     if isinstance(micro, int) and micro > batch:
         layers.problems.append(f"train.micro_batch = {micro}: is larger than train.batch_size, which is {batch}.")
-    if config.memory.offload == "optimizer" and "8bit" in config.train.optimizer:
-        said = f"memory.offload = optimizer: the small state of train.optimizer = {config.train.optimizer} stays on the device; choose one"
-        layers.problems.append(f"{said} of the two.")
-    layers.problems += _of_deepspeed(config)
+    layers.problems += [*contradictions.found(config), *_of_deepspeed(config)]
     return config
 
 

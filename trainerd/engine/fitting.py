@@ -247,7 +247,7 @@ def _what_helps(answer: planner.Answer, *, for_weights: bool = False) -> str:
         return f"These alone would fit with {ways}."
     if not ways and answer.no_model_fits:
         return answer.no_model_fits
-    return f"It would fit with {ways}." if ways else "A smaller model would fit, or more memory: close programs, or raise the limit."
+    return f"It would fit with {ways}." if ways else f"{planner.smaller(answer)} Or more memory: close programs, or raise the limit."
 
 
 def _tight(answer: planner.Answer) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from trainerd.config import deepspeed
+from trainerd.config import contradictions, deepspeed
 from trainerd.config.model import RunConfig
 from trainerd.contract.errors import ConfigError, DeviceLost
 from trainerd.engine import checkpointing, precision
@@ -36,9 +36,9 @@ Plan = dict[str, Any]
 def resolve(config: RunConfig, task: Task) -> Plan:
     """The plan for a new run. Plain values only. Raises ConfigError when the configuration contradicts the task."""
     train = config.train
-    contradictions = deepspeed.problems(config)
-    if contradictions:
-        raise ConfigError(contradictions)
+    problems = [*contradictions.found(config), *deepspeed.problems(config)]
+    if problems:
+        raise ConfigError(problems)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     plan: Plan = {
         "device": str(device),
@@ -90,12 +90,8 @@ def _has_blocks(task: Task) -> bool:
     return type(task).blocks is not Task.blocks
 
 
-def _needed_by_base(wanted: str, compiled: bool, task: Task) -> str:
+def _needed_by_base(wanted: str, task: Task) -> str:
     """A base that is streamed saves something only where blocks are computed again."""
-    if wanted == checkpointing.NONE or compiled:
-        other = "train.compile is on" if compiled else "train.activation_checkpointing is none"
-        said = f"memory.offload = base: {other}, and without computing blocks again each block's weights would be kept until the way back."
-        raise ConfigError([said], "Turn train.compile off and leave train.activation_checkpointing at auto.")
     if not _has_blocks(task):
         said = "memory.offload = base: this task names no blocks whose weights could be streamed."
         raise ConfigError([said], "Give the task blocks(model): a list of its layers; or set memory.offload=auto.")
@@ -104,14 +100,10 @@ def _needed_by_base(wanted: str, compiled: bool, task: Task) -> str:
 
 def _checkpointing(config: RunConfig, task: Task) -> str:
     wanted: str = config.train.activation_checkpointing
-    compiled = config.train.compile
     if config.memory.offload == BASE_ON_HOST:
-        wanted = _needed_by_base(wanted, compiled, task)
+        wanted = _needed_by_base(wanted, task)
     if wanted in (checkpointing.SELECTIVE, checkpointing.FULL) and not _has_blocks(task):
         raise checkpointing.unnamed(wanted)
-    if compiled and wanted not in ("auto", checkpointing.NONE):
-        message = f"train.compile is on and train.activation_checkpointing {wanted}: torch compiles no block that is computed again."
-        raise ConfigError([message], "Turn one of them off.")
     return checkpointing.NONE if wanted == "auto" else wanted
 
 

@@ -7,7 +7,8 @@ those that change the algorithm are only proposed. Every proposal has been estim
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from trainerd.memory import heap, limits
@@ -21,6 +22,16 @@ _PROPOSALS = 4
 _CLEARLY = 0.95
 
 Estimating = Callable[[Setup], Estimate]
+_Shown = tuple[Callable[[Setup], object], Callable[[Setup], str]]
+_SHOWN: tuple[_Shown, ...] = (
+    (lambda setup: setup.micro_batch, lambda setup: f"train.micro_batch={setup.micro_batch}"),
+    (lambda setup: setup.precision, lambda setup: f"train.precision={setup.precision}"),
+    (lambda setup: setup.optimizer, lambda setup: f"train.optimizer={setup.optimizer}"),
+    (lambda setup: setup.logits, lambda setup: f"memory.logits={setup.logits}"),
+    (lambda setup: setup.checkpointing, lambda setup: f"train.activation_checkpointing={setup.checkpointing}"),
+    (lambda setup: setup.offload, lambda setup: f"memory.offload={setup.offload}"),
+)
+"""What of a setup a person can write, and how."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,9 @@ class Answer:
     used: tuple[str, ...] = ()
     """Techniques the plan has taken up."""
     proposals: tuple[Proposal, ...] = ()
+    least: Proposal | None = None
+    """Where nothing fits: what needs least of all that was tried."""
+    splittable: bool = True
 
     @property
     def setup(self) -> Setup:
@@ -72,6 +86,14 @@ def judge(needed: Estimate, budget_bytes: int, ram_bytes: int | None = None) -> 
     if needed.needed.upper <= budget_bytes:
         return FITS
     return TIGHT if needed.needed.point <= budget_bytes else TOO_LARGE
+
+
+def smaller(answer: Answer) -> str:
+    """What is left to change where no setting makes it fit."""
+    batch = answer.setup.effective_batch
+    if answer.splittable or batch < 2:
+        return "A smaller model would fit."
+    return f"This batch cannot be split: a train.batch_size below {batch:,} would need less, in another mathematics; or a smaller model."
 
 
 def choose(question: Question, table: Table, estimating: Estimating) -> Answer:
@@ -96,26 +118,44 @@ def _chosen(question: Question, table: Table, estimating: Estimating) -> Answer:
     first = ask(question.setup)
     if judge(first, question.budget_bytes, question.ram_bytes) == FITS:
         return Answer(first, FITS, question.budget_bytes)
-    ways = list(_automatic(question, table))
+    ways = _automatic(question, table)
     for wanted in (FITS, TIGHT):
-        found = [(largest, used) for setup, used in ways if (largest := _largest(setup, question, ask, wanted)) is not None]
-        if found:
-            best, used = _fastest(found)
+        found = _fastest(ways, question, ask, wanted)
+        if found is not None:
+            best, used = found
             taken = used if best.setup.micro_batch == question.setup.micro_batch else (*used, "smaller micro-batch")
             better = _proposals(question, table, ask) if wanted == TIGHT else ()
             return Answer(best, judge(best, question.budget_bytes, question.ram_bytes), question.budget_bytes, taken, better)
     last = ways[-1][0]
     smallest = min((ask(setup) for setup in ([last, last.with_micro_batch(1)] if _may_split(question) else [last])), key=_upper)
-    return Answer(smallest, TOO_LARGE, question.budget_bytes, (), _proposals(question, table, ask))
+    proposals = _proposals(question, table, ask)
+    least = None if proposals else _least(question, seen.values())
+    return Answer(smallest, TOO_LARGE, question.budget_bytes, (), proposals, least, question.splittable)
 
 
-def _fastest(found: list[tuple[Estimate, tuple[str, ...]]]) -> tuple[Estimate, tuple[str, ...]]:
-    """The first, which changes least, unless another is clearly faster."""
-    best = found[0]
-    for other in found[1:]:
-        if other[0].pace < best[0].pace * _CLEARLY:
-            best = other
+def _fastest(
+    ways: Sequence[tuple[Setup, tuple[str, ...]]], question: Question, ask: Estimating, wanted: str
+) -> tuple[Estimate, tuple[str, ...]] | None:
+    """The first way that fits, which changes least, unless another is clearly faster. One that cannot be, in the largest pieces there
+    are, is not searched: smaller pieces are slower, and what lies on the host costs time, too."""
+    best: tuple[Estimate, tuple[str, ...]] | None = None
+    at_least: dict[Setup, float] = {}
+    for setup, used in ways:
+        resident = replace(setup, offload=question.setup.offload)
+        fastest = at_least.get(resident, 0.0) if setup != resident else 0.0
+        if best is None or fastest < best[0].pace * _CLEARLY:
+            fastest = max(fastest, ask(_whole(setup, question)).pace)
+        at_least[setup] = fastest
+        if best is not None and fastest >= best[0].pace * _CLEARLY:
+            continue
+        found = _largest(setup, question, ask, wanted)
+        if found is not None and (best is None or found.pace < best[0].pace * _CLEARLY):
+            best = found, used
     return best
+
+
+def _whole(setup: Setup, question: Question) -> Setup:
+    return setup.with_micro_batch(setup.effective_batch) if _may_split(question) else setup
 
 
 def _upper(estimate: Estimate) -> float:
@@ -153,20 +193,42 @@ def _largest(setup: Setup, question: Question, ask: Estimating, wanted: str) -> 
     if good(1):
         return ask(setup.with_micro_batch(batch))
     # In one piece no gradients wait beside the activations, so two may need more than one; from there on it goes down.
-    low, high = 2, batch
-    if high < low or not good(high):
+    if batch < 2 or not good(batch):
         return None
+    low, high, turn = 2, batch, 0
     while low < high:
-        middle = (low + high) // 2
+        # What is needed is nearly a line in the samples: where it meets the budget, and now and then the middle.
+        turn += 1
+        middle = math.isqrt(low * high) if turn % 3 == 0 else _meeting(setup, question, ask, wanted, (low - 1, high))
+        middle = min(max(middle, low), high - 1)
+        samples = _samples(setup, middle)
         if good(middle):
-            high = middle
+            high = -(-batch // samples)  # the fewest pieces of so many
         else:
-            low = middle + 1
+            low = -(-batch // (samples - 1))
     return ask(setup.with_micro_batch(_samples(setup, low)))
+
+
+def _meeting(setup: Setup, question: Question, ask: Estimating, wanted: str, pieces: tuple[int, int]) -> int:
+    """In how many pieces the batch would just fit, by the line through two numbers of them: too few, and enough."""
+    samples = [_samples(setup, number) for number in pieces]
+    ranges = [ask(setup.with_micro_batch(number)).needed for number in samples]
+    more, less = (needed.upper if wanted == FITS else needed.point for needed in ranges)
+    if more <= less:
+        return sum(pieces) // 2
+    fitting = samples[1] + (question.budget_bytes - less) * (samples[0] - samples[1]) / (more - less)
+    return math.ceil(setup.effective_batch / max(1, math.floor(fitting)))
 
 
 def _samples(setup: Setup, pieces: int) -> int:
     return -(-setup.effective_batch // pieces)
+
+
+def _least(question: Question, tried: Iterable[Estimate]) -> Proposal | None:
+    """Of all that was tried, what needs least; with what a person would have to set for it."""
+    least = min(tried, key=_upper)
+    changed = [(of, shown) for of, shown in _SHOWN if of(least.setup) != of(question.setup)]
+    return Proposal(tuple(shown(least.setup) for _, shown in changed), (), least)
 
 
 def _proposals(question: Question, table: Table, ask: Estimating) -> tuple[Proposal, ...]:

@@ -41,13 +41,21 @@ def _low(setup: Setup, table: Table) -> Setup | None:
     return changed if setup.precision == "fp32" and tells(table, changed) else None
 
 
+def _full(setup: Setup, table: Table) -> Setup | None:
+    """On a CPU alone: there what oneDNN compiles for low products may be more than they save."""
+    changed = replace(setup, precision="fp32")
+    return changed if setup.precision != "fp32" and setup.device == "cpu" and tells(table, changed) else None
+
+
 def _chunked(setup: Setup, table: Table) -> Setup | None:
     return replace(setup, logits="chunked") if setup.logits == "full" and "chunked" in table.offers else None
 
 
 def _again(mode: str) -> Callable[[Setup, Table], Setup | None]:
     def applied(setup: Setup, table: Table) -> Setup | None:
-        return replace(setup, checkpointing=mode) if setup.checkpointing == "none" and mode in table.offers else None
+        if setup.compiled or setup.checkpointing != "none" or mode not in table.offers:
+            return None  # torch compiles no block that is computed again (trainerd/config/contradictions.py)
+        return replace(setup, checkpointing=mode)
 
     return applied
 
@@ -74,7 +82,7 @@ def _optimizer_on_host(setup: Setup, table: Table) -> Setup | None:
 
 def _base_on_host(setup: Setup, table: Table) -> Setup | None:
     """Only where blocks are computed again: else each block's weights would be kept until the way back."""
-    if setup.device == "cpu" or setup.offload != "none" or setup.checkpointing == "none" or "base" not in table.offers:
+    if setup.device == "cpu" or setup.offload != "none" or setup.checkpointing == "none" or setup.compiled or "base" not in table.offers:
         return None
     return replace(setup, offload="base")
 
@@ -142,6 +150,15 @@ TECHNIQUES = (
         lambda setup: f"train.precision={setup.precision}",
         False,
         "products in bf16, weights and gradients stay in fp32",
+    ),
+    Technique(
+        "no autocast",
+        ROUNDING,
+        "train.precision",
+        _full,
+        lambda setup: f"train.precision={setup.precision}",
+        False,
+        "products in fp32: a CPU then keeps no compiled low ones; slower where it computes bf16",
     ),
     Technique(
         "8-bit AdamW",
