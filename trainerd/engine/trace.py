@@ -12,7 +12,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from trainerd.engine.precision import Precision
 from trainerd.engine.recorder import Recorder
 from trainerd.engine.step import taken_apart
 from trainerd.engine.task import MapDataset, Task
+from trainerd.memory import traced
 from trainerd.memory.traced import Trace, TracedTable, Traces, mode
 
 _SMALL_BYTES = 64 << 20  # of weights: computing them is likely faster than loading what tensors without memory need
@@ -42,6 +43,12 @@ _NAMES = {
     torch.complex128: "complex128",
 }
 _STREAMED = tuple(itertools.product(_AGAIN, (False, True)))  # what is computed again, and whether copies are begun ahead
+_Way = tuple[str, str, bool | None]
+_CHECKED, _NEARLY = (8, 16), 1.02
+_CURVES = {
+    (2, 4, 8): "that what a micro-batch needs grows with the square of its samples, as it does from 2 to 16",
+    (4, 8, 16): "that what a micro-batch needs grows as from 4 to 16 samples, by their square: it grew faster than that from 2 on",
+}
 _GUESSED = "that the model does the same whatever the numbers are that its code has asked for"
 
 
@@ -110,7 +117,9 @@ def trace(
     except Exception as error:  # torch's rules for such tensors, and a user's code
         why = str(error) if isinstance(error, NotTraced) else f"{type(error).__name__}: {error}"
     try:
-        return _Tracing(*given).computed(_LARGE_SECONDS)
+        last = _Tracing(*given)
+        last._checks = False  # to compute two samples and four takes long enough
+        return last.computed(_LARGE_SECONDS)
     except _TooMuch as error:
         raise NotTraced(f"Not traced without computing ({why[:150]}), nor computed: {error}.") from None
 
@@ -130,7 +139,8 @@ class _Tracing:
         means: Means,
     ) -> None:
         self._task, self._model, self._dataset, self._precision, self._kernel = task, model, dataset, precision, kernel
-        self._means, self._largest = means, sample
+        self._means, self._largest, self._batch = means, sample, effective_batch
+        self._checks = True
         most = min(4, effective_batch)
         self._numbers = sorted({max(1, most // 2), most}) if task.splittable else [effective_batch]
         self._found: dict[str, Traces] = {}
@@ -157,16 +167,53 @@ class _Tracing:
             blocks = self._task.blocks(copied)
             streamed = streaming.streamable(copied, blocks)
             modes = (checkpointing.NONE, *_AGAIN) if blocks else (checkpointing.NONE,)
-            ways: list[tuple[str, str, bool | None]] = [(again, again, None) for again in modes]
+            ways: list[_Way] = [(again, again, None) for again in modes]
             ways += [(mode(again, streams=True, ahead=ahead), again, ahead) for again, ahead in _STREAMED] if streamed else []
             if self._fakes is None:
                 watch.forwards = sum(self._numbers) / self._numbers[0] * (5 * len(ways) - 1)
-            for name, again, ahead in ways:
-                away = contextlib.nullcontext() if ahead is None else streaming.streamed(copied, blocks, ahead=ahead)
-                with away, checkpointing.wrapped(copied, blocks, again):
-                    self._found[name] = self._traces(copied, self._largest.index, watch)
+            self._go(ways, copied, blocks, watch)
+            curve = self._curve(copied, watch)
+            if curve is not None:
+                self._numbers = list(curve)
+                self._go(ways, copied, blocks, watch)
             table = _table(self._task, copied, self._precision, self._found, self._kernel, streamed)
-            return replace(table, assumed=(self._largest.assumed,))
+            return replace(table, assumed=(self._largest.assumed, *((_CURVES[curve],) if curve is not None else ())))
+
+    def _go(self, ways: list[_Way], copied: nn.Module, blocks: Sequence[nn.Module], watch: _Watch) -> None:
+        for name, again, ahead in ways:
+            away = contextlib.nullcontext() if ahead is None else streaming.streamed(copied, blocks, ahead=ahead)
+            with away, checkpointing.wrapped(copied, blocks, again):
+                self._found[name] = self._traces(copied, self._largest.index, watch)
+
+    def _curve(self, copied: nn.Module, watch: _Watch) -> tuple[int, int, int] | None:
+        """The numbers of samples to trace instead, where a step of eight is off the line through two and four, and the whole batch would
+        be; None where the line will do."""
+        if self._numbers != [2, 4] or self._batch < _CHECKED[0] or not self._checks:
+            return None
+        line, gradients = self._found[checkpointing.NONE].steps, [_size(p) for p in copied.parameters() if p.requires_grad]
+        eight = self._step(copied, _CHECKED[0], watch)
+        told = traced.stretched(line, eight.samples, gradients)
+        pairs = zip(eight.sizes, told.sizes, strict=True) if eight.events == told.events else [(eight.peak, told.peak)]
+        if not any(traced.is_off(real, foretold) for real, foretold in pairs):
+            return None
+        curved = [*line, eight]
+        if traced.stretched(curved, self._batch, gradients).peak <= traced.stretched(line, self._batch, gradients).peak * _NEARLY:
+            return None
+        sixteen = self._step(copied, _CHECKED[1], watch)
+        later = traced.stretched([*curved[1:], sixteen], self._batch, gradients)
+        return (2, 4, 8) if later.peak <= traced.stretched(curved, self._batch, gradients).peak * _NEARLY else (4, 8, 16)
+
+    def _step(self, copied: nn.Module, samples: int, watch: _Watch) -> Trace:
+        """A step of so many samples."""
+        batch = _batch(self._task, self._dataset, samples, self._largest.index)
+        made = _one(self._task, copied, batch, self._precision, samples, watch, self._fakes)
+        self._cleared(copied)
+        return made
+
+    def _cleared(self, copied: nn.Module) -> None:
+        copied.zero_grad(set_to_none=True)
+        if self._fakes is not None:
+            self._fakes.forget()
 
     def _traces(self, copied: nn.Module, longest: int, watch: _Watch) -> Traces:
         """Of each number of samples: a step, and an evaluation."""
@@ -175,9 +222,7 @@ class _Tracing:
             for some, pass_of in ((found.steps, _one), (found.held_out, _held_out)):
                 batch = _batch(self._task, self._dataset, samples, longest)
                 some.append(pass_of(self._task, copied, batch, self._precision, samples, watch, self._fakes))
-                copied.zero_grad(set_to_none=True)
-                if self._fakes is not None:
-                    self._fakes.forget()
+                self._cleared(copied)
         return found
 
 

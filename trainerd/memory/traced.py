@@ -1,12 +1,13 @@
-"""A model without a table: its allocations as they were traced at two micro-batches, stretched to any other. Must not import torch.
+"""A model without a table: its allocations as they were traced at some micro-batches, stretched to any other. Must not import torch.
 
-Each storage's size is taken as a + b * samples. When the two traces are not the same in form, only their peaks are fitted. What the
+Each storage's size is taken as a + b * samples, of three traces as a + b * samples + c * samples ** 2 where they are off that line. When
+the traces are not the same in form, only their peaks are fitted. What the
 trace does not hold, the optimizer, the batches that wait and a checkpoint's copy, is played as for a table (timeline.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from trainerd.memory.tape import ACTIVATIONS, GRADIENTS, Tape, Tensor
 from trainerd.memory.timeline import Setup, Timeline, of_model
 
 FORMAT = 4
+_WHIM, _ROUNDING_BYTES = 0.05, 512
 MATH = "math"
 """The only kernel of attention that allocates otherwise than the others, so that a trace is of it or of the others."""
 
@@ -131,7 +133,7 @@ class _Retold:
             tape.buffer(number, dtype="uint8")
         traces = table.modes[mode(setup.checkpointing, streams=_streams(setup), ahead=away)]
         sizes = [weight.storage.size for weight in self.weights]
-        self.step, self.held_out = (_at(some, setup.micro_batch, sizes) for some in (traces.steps, traces.held_out))
+        self.step, self.held_out = (stretched(some, setup.micro_batch, sizes) for some in (traces.steps, traces.held_out))
 
     def micro_batch(self, tape: Tape, samples: int) -> list[Tensor]:
         return [tape.new((size,), "uint8") for size in self.step.sizes[: self.step.batch]]
@@ -179,29 +181,51 @@ class _Retold:
             weight.grad = gradient
 
 
-def _at(traces: Sequence[Trace], samples: int, gradients: Sequence[int]) -> Trace:
-    """The trace at this micro-batch: every size on the line through the two that were traced. `gradients`: the size of each."""
+def stretched(traces: Sequence[Trace], samples: int, gradients: Sequence[int]) -> Trace:
+    """The trace at this micro-batch: every size on the line through those that were traced, on the curve where there are three and it
+    is off the line. `gradients`: the size of each."""
     exact = next((trace for trace in traces if trace.samples == samples), None)
     if exact is not None:
         return exact
-    low, high = traces[0], traces[-1]
-    step = high.samples - low.samples
+    numbers, high = [trace.samples for trace in traces], traces[-1]
 
-    def between(one: int, other: int) -> int:
-        return max(0, round(one + (other - one) * (samples - low.samples) / step))
+    def between(values: Iterable[float]) -> int:
+        return max(0, round(_through(numbers, list(values), samples)))
 
-    flops = float(between(round(low.flops), round(high.flops)))
-    if list(low.events) == list(high.events) and low.batch == high.batch:
-        sizes = [between(a, b) for a, b in zip(low.sizes, high.sizes, strict=True)]
+    flops = float(between(trace.flops for trace in traces))
+    if all(list(trace.events) == list(high.events) and trace.batch == high.batch for trace in traces):
+        sizes = [between(some) for some in zip(*(trace.sizes for trace in traces), strict=True)]
         return replace(high, samples=samples, sizes=sizes, flops=flops)
     # Of another form: the batch, the gradients that stay, and all else as one storage that comes and goes.
     stays = sorted({weight for _, _, weight in high.gradients})
-    batch = between(*(sum(trace.sizes[: trace.batch]) for trace in (low, high)))
+    batch = between(sum(trace.sizes[: trace.batch]) for trace in traces)
     sizes = [batch, *(gradients[weight] for weight in stays)]
-    rest, born = max(0, between(low.peak, high.peak) - sum(sizes)), list(range(len(sizes)))
+    rest, born = max(0, between(trace.peak for trace in traces) - sum(sizes)), list(range(len(sizes)))
     events = [*born, len(sizes), ~len(sizes), ~0]
     marks = [[len(events), number, weight] for number, weight in enumerate(stays, 1)]
-    return Trace(samples, [*sizes, rest], events, flops, 1, marks, max(low.products, high.products))
+    return Trace(samples, [*sizes, rest], events, flops, 1, marks, max(trace.products for trace in traces))
+
+
+def is_off(value: float, line: float) -> bool:
+    """Whether a size is more than rounding and a kernel's whims above what a line says."""
+    return value > line * (1 + _WHIM) + _ROUNDING_BYTES
+
+
+def _through(numbers: Sequence[int], values: Sequence[float], at: int) -> float:
+    """The line through the first and the last, or, where one of three is off the line through the others, the parabola."""
+    if len(numbers) == 3 and not is_off(values[2], _line(numbers, values, numbers[2])):
+        return _line(numbers[::2], values[::2], at)
+    if len(numbers) != 3:
+        return _line([numbers[0], numbers[-1]], [values[0], values[-1]], at)
+    (a, b, c), (first, second, third) = numbers, values
+    slopes = (second - first) / (b - a), (third - second) / (c - b)
+    return first + slopes[0] * (at - a) + (slopes[1] - slopes[0]) / (c - a) * (at - a) * (at - b)
+
+
+def _line(numbers: Sequence[int], values: Sequence[float], at: int) -> float:
+    if numbers[1] == numbers[0]:
+        return values[0]
+    return values[0] + (values[1] - values[0]) * (at - numbers[0]) / (numbers[1] - numbers[0])
 
 
 def write(path: Path, table: TracedTable) -> None:
