@@ -104,9 +104,8 @@ def trace(
 ) -> TracedTable:
     """The table of a model on the CPU, its attention computed by `kernel`. Raises NotTraced, and whatever the model raises."""
     means = means or Means()
-    with _quietly(task):
-        sample = largest(task, dataset, means.beat)
-    given = (task, model, dataset, sample, precision, effective_batch, kernel, means)
+    sample = _sample(task, dataset, means)
+    given = (task, model, dataset, precision, effective_batch, kernel, means, sample)
     if sum(map(_size, model.parameters())) <= _SMALL_BYTES:
         try:
             return _Tracing(*given).computed(_SMALL_SECONDS, _SMALL_HELD_BYTES)
@@ -132,14 +131,15 @@ class _Tracing:
         task: Task,
         model: nn.Module,
         dataset: MapDataset,
-        sample: Largest,
         precision: Precision,
         effective_batch: int,
         kernel: str,
         means: Means,
+        sample: Largest | None = None,
     ) -> None:
         self._task, self._model, self._dataset, self._precision, self._kernel = task, model, dataset, precision, kernel
-        self._means, self._largest, self._batch = means, sample, effective_batch
+        self._means, self._batch = means, effective_batch
+        self._largest = sample or _sample(task, dataset, means)
         self._checks = True
         most = min(4, effective_batch)
         self._numbers = sorted({max(1, most // 2), most}) if task.splittable else [effective_batch]
@@ -272,6 +272,11 @@ def _held_bytes(weight: nn.Parameter) -> int:
 
 def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def _sample(task: Task, dataset: MapDataset, means: Means) -> Largest:
+    with _quietly(task):
+        return largest(task, dataset, means.beat)
 
 
 def _batch(task: Task, dataset: MapDataset, samples: int, longest: int) -> Any:
