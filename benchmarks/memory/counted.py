@@ -109,7 +109,7 @@ def plan(table: FamilyTable, config: RunConfig, budget_bytes: int) -> Answer:
     """The planner's answer where tensors may have so many bytes."""
     nothing = Profile(measured=True, process_bytes=0)
     with counted_tapes():
-        return forecast.answer(config, forecast.Place("cpu", budget_bytes, "fp32", nothing), table)
+        return forecast.answer(config, forecast.Place("cpu", budget_bytes, "fp32", nothing, chooses_heap=True), table)
 
 
 def train(parts: Family, config: RunConfig, budget_bytes: int) -> tuple[Budget, Result | None]:

@@ -206,7 +206,8 @@ def _ram(timeline: Timeline, setup: Setup, process_bytes: int, trust: Trust) -> 
     # What rests is known to the byte, and so are gradients; scratch and holes come with what else comes and goes.
     known = timeline.resting_bytes + (timeline.breakdown.get(GRADIENTS, 0) if worst == held else 0)
     coming = max(0, worst - known)
-    upper = process_bytes + _PROCESS_SLACK_BYTES + worst + heap.MOST[setup.heap].of(coming) + shapes * _SHAPE_MOST
+    holes = heap.MOST[setup.heap].of(coming, setup.checkpointing)
+    upper = process_bytes + _PROCESS_SLACK_BYTES + worst + holes + shapes * _SHAPE_MOST
     return _ranged(trust, "ram_bytes", point, upper), {"ram_bytes": float(point)}
 
 
@@ -222,7 +223,7 @@ def _holes(timeline: Timeline, setup: Setup) -> int:
     if setup.device != "cpu":
         return 0
     coming = max(0, timeline.peak - timeline.resting_bytes - timeline.breakdown.get(GRADIENTS, 0))
-    return int(heap.LIKELY[setup.heap].of(coming))
+    return int(heap.LIKELY[setup.heap].of(coming, setup.checkpointing))
 
 
 def _seconds(timeline: Timeline, setup: Setup, profile: Profile, trust: Trust) -> tuple[Range | None, dict[str, float]]:

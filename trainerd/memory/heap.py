@@ -19,16 +19,19 @@ class Holes:
 
     share: float = 0.0
     fixed_bytes: int = 0
+    again: float | None = None
+    """The share where blocks are computed again: the same little is taken and freed many times, in other sizes each time."""
 
-    def of(self, coming: float) -> float:
-        return self.share * coming + min(self.fixed_bytes, _SMALL * coming)
+    def of(self, coming: float, checkpointing: str = "none") -> float:
+        share = self.share if checkpointing == "none" or self.again is None else self.again
+        return share * coming + min(self.fixed_bytes, _SMALL * coming)
 
 
 _MIB = 1 << 20
 _SMALL = 1.5
 # By real trainings (docs/log.md: python -m benchmarks.memory.ram), kernels' scratch included.
-LIKELY = {KEPT: Holes(0.3, 64 * _MIB), GIVEN_BACK: Holes(), UNKNOWN: Holes(0.1, 32 * _MIB)}
-MOST = {KEPT: Holes(0.6, 192 * _MIB), GIVEN_BACK: Holes(0.15), UNKNOWN: Holes(0.4, 128 * _MIB)}
+LIKELY = {KEPT: Holes(0.3, 64 * _MIB, again=0.6), GIVEN_BACK: Holes(), UNKNOWN: Holes(0.1, 32 * _MIB)}
+MOST = {KEPT: Holes(0.6, 192 * _MIB, again=1.2), GIVEN_BACK: Holes(0.08), UNKNOWN: Holes(0.4, 128 * _MIB, again=1.0)}
 
 
 def can_be_chosen() -> bool:
