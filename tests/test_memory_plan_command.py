@@ -168,7 +168,7 @@ def test_plan_for_another_machine(person: Person) -> None:
 
 def test_what_is_typed_wrong_is_said_in_words(person: Person) -> None:
     """A budget that is no size, or a few bytes."""
-    for given, says in (("lots", "'lots' is not a size"), ("5", "'5' is 5 bytes; write it with its unit"), ("3.5", "'3.5' is 3 bytes")):
+    for given, says in (("lots", "'lots' is not a size"), ("5", "'5' is 5 bytes; write it with its unit"), ("3.5", "'3.5' is 3.5 bytes")):
         done = person.types("plan", "--budget", given)
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
 
