@@ -206,7 +206,8 @@ def _ram(timeline: Timeline, setup: Setup, process_bytes: int, trust: Trust) -> 
     # What rests is known to the byte, and so are gradients; scratch and holes come with what else comes and goes.
     known = timeline.resting_bytes + (timeline.breakdown.get(GRADIENTS, 0) if worst == held else 0)
     coming = max(0, worst - known)
-    holes = heap.MOST[setup.heap].of(coming, setup.checkpointing)
+    how = setup.heap if setup.device == "cpu" else heap.GIVEN_BACK  # a GPU's trainer has a few large blocks in RAM, not a step's many
+    holes = heap.MOST[how].of(coming, setup.checkpointing)
     upper = process_bytes + _PROCESS_SLACK_BYTES + worst + holes + shapes * _SHAPE_MOST
     return _ranged(trust, "ram_bytes", point, upper), {"ram_bytes": float(point)}
 
