@@ -63,7 +63,7 @@ def main() -> int:
     parts = [
         ("ruff", [python, "-m", "ruff", "check", "--no-cache", "."]),
         ("mypy", [python, "-m", "mypy", "--cache-dir", str(folder / "mypy-cache")]),
-        ("pytest", [*pytest, "-n", WORKERS, "--dist", "loadgroup", "-m", "not slow"]),  # last: its closing line says how many
+        ("pytest", [*pytest, "-n", WORKERS, "-m", "not slow"]),  # last: its closing line says how many
     ]
     failed = [what for what, command in parts if not run(what, command)]
     if failed:

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,3 +63,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The Windows tests one after the other in one worker, and first: there is one Windows, and others would wait for its lock.
+    (xdist's own groups do not hold with pytest 9: it sets a name that pytest no longer reads.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneWindows(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return "windows" if "test_windows_tier.py" in nodeid else nodeid
+
+    return OneWindows(config, log)

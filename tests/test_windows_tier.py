@@ -28,7 +28,7 @@ if sys.platform != "linux":
 from tests.wine import ROOT, WindowsComputer, windows_path
 
 # One prefix is one Windows: its tests run one after the other, in one worker.
-pytestmark = [pytest.mark.windows, pytest.mark.xdist_group("windows"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.windows, pytest.mark.timeout(400)]
 LONG = ("--epochs", "200")
 # Tests written for every system, of what differs most between systems.
 PORTABLE = [

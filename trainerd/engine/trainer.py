@@ -141,7 +141,8 @@ class Trainer:
             stack.enter_context(_threads(plan["threads"]))
             with guard.worded("build the model and its optimizer" + (" and load what the run had saved" if found is not None else "")):
                 parts = (self.task, self.config, plan, self.paths, cache_dir, self._link, store, state, stack)
-                training = build(*parts, traces=self._traces, begun=begun)
+                # Code that was edited afterwards only writes the result: it is not run for an estimate.
+                training = build(*parts, traces=self._traces and not self.paths.trained_task.is_dir(), begun=begun)
             self._refuse_other_code(training)
             self._vouch_for_data(training, cache_dir, state)
             if found is not None:
