@@ -158,7 +158,7 @@ def test_what_was_trained_before_a_first_evaluation_survives_it(is_long, tmp_pat
     if is_long:
         monkeypatch.setattr(saver, "_WORTH_SECONDS", 0.0)
         monkeypatch.setattr(saver, "_LONG_SECONDS", 0.0)
-        monkeypatch.setattr(saver, "_COST_SHARE", 1.0)
+        monkeypatch.setattr(saver, "_COST_SHARE", float("inf"))  # a save takes longer than these steps do
     asked = config(checkpoint={"every_steps": 1000})
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", asked, task=_DiesEvaluating())
