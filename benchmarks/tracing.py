@@ -24,6 +24,7 @@ from benchmarks.memory import families
 from benchmarks.memory.counted import FamilyTask, configuration
 from benchmarks.memory.families import Family
 from trainerd.engine import trace
+from trainerd.engine.largest import largest
 from trainerd.engine.precision import Precision
 from trainerd.engine.task import TaskContext
 
@@ -79,7 +80,8 @@ def one(gb: float, kind: str, tokens: int, name: str) -> str:
     task = _task(gb, tokens, precision)
     model = task.model()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    tracing = trace._Tracing(task, model, task.dataset("train"), precision, 8, "auto", trace.Means())
+    data = task.dataset("train")
+    tracing = trace._Tracing(task, model, data, precision, 8, "auto", trace.Means(), largest(task, data))
     with _Most() as most:
         before, began = most.now(), time.monotonic()
         table = tracing.without_memory() if kind == "without" else tracing.computed(1e9)

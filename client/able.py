@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from trainerd.config import deepspeed
 from trainerd.config.model import RunConfig
 from trainerd.contract.errors import ConfigError
-from trainerd.machine import gpu
 
-from . import packages
+from . import gpu_driver, packages
 
 _EIGHT_BIT, _PAGED = "adamw8bit", "paged_adamw8bit"
 
@@ -25,7 +24,7 @@ def refuse_impossible(config: RunConfig) -> None:
     if config.train.optimizer not in (_EIGHT_BIT, _PAGED):
         return
     facts = packages.torch_facts()
-    on_gpu = facts is not None and facts.cuda is not None and bool(gpu.devices())
+    on_gpu = facts is not None and facts.cuda is not None and bool(gpu_driver.devices())
     found = problems(config, on_gpu, packages.bitsandbytes_steps_on_cpus())
     if found:
         raise ConfigError(found)

@@ -19,7 +19,7 @@ from trainerd.machine.memory import RamFacts, ram
 from trainerd.machine.power import power
 from trainerd.memory.limits import ADVICE
 
-from . import console, packages, registration
+from . import console, gpu_driver, packages, registration
 from .limits import passed
 from .words import size
 
@@ -44,11 +44,11 @@ def examine(home: Home) -> list[Finding]:
     """Every finding, in the order a person would ask."""
     checks: list[Callable[[], list[Finding]]] = [
         lambda: [python(sys.version_info[:2])],
-        lambda: [torch(packages.torch_facts(), gpu.devices(), adapters.nvidia_present(), gpu.driver_cuda())],
-        lambda: driver(gpu.devices(), gpu.driver_version(), adapters.nvidia_present()),
+        lambda: [torch(packages.torch_facts(), gpu_driver.devices(), adapters.nvidia_present(), gpu_driver.cuda())],
+        lambda: driver(gpu_driver.devices(), gpu_driver.version(), adapters.nvidia_present()),
         lambda: [bitsandbytes(packages.bitsandbytes_cuda(), packages.torch_facts())],
         lambda: [memory(ram().total_bytes)],
-        lambda: limits(home, ram(), gpu.devices()),
+        lambda: limits(home, ram(), gpu_driver.devices()),
         lambda: [disk(filesystem.free_bytes(home.root))],
         lambda: place(home, filesystem.synced_folder(home.root), filesystem.network_filesystem(home.root)),
         lambda: [writable(home)],
@@ -92,6 +92,8 @@ def torch(found: packages.TorchFacts | None, gpus: list[gpu.GpuFacts], nvidia: b
 
 
 def driver(gpus: list[gpu.GpuFacts], version: str | None, nvidia: bool) -> list[Finding]:
+    if gpu_driver.is_stuck():
+        return [Finding("GPU", "problem", gpu_driver.STUCK, "Restart the machine if it stays so.")]
     if gpus:
         named = ", ".join(f"{g.name} ({size(g.total_bytes)})" for g in gpus)
         return [Finding("GPU", "ok", f"{named}, driver {version or 'of unknown version'}")]

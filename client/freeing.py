@@ -16,11 +16,11 @@ from typing import Any
 from trainerd.contract import files, lock, status
 from trainerd.contract.errors import Refused, remedy
 from trainerd.contract.paths import Home
-from trainerd.machine import gpu, page_cache, programs
+from trainerd.machine import page_cache, programs
 from trainerd.machine.memory import process_tree_bytes, ram
 from trainerd.machine.programs import Program
 
-from . import console
+from . import console, gpu_driver
 
 _SHOWN = 8
 _WORTH_CLOSING_BYTES = 200_000_000
@@ -107,7 +107,7 @@ def free(home: Home, with_cache: bool) -> Freed:
         in_cache_bytes=_could_go(home.cache),
         training_bytes=process_tree_bytes(pids[0]) if pids else None,
         state=reading.state,
-        gpu_holders=[Holder(programs.name_of(p.pid) or "n/a", p.pid, p.used_bytes, p.pid in ours) for p in gpu.processes()],
+        gpu_holders=[Holder(programs.name_of(p.pid) or "n/a", p.pid, p.used_bytes, p.pid in ours) for p in gpu_driver.processes()],
         programs=heaviest,
         elsewhere=[one for program in heaviest if program.yours and _is_training(program) for one in _homes(program)],
     )
@@ -127,7 +127,7 @@ def _homes(program: Program) -> Iterator[Elsewhere]:
 
 
 def _level() -> Level:
-    used = [one.used_bytes for one in gpu.devices() if one.used_bytes is not None]
+    used = [one.used_bytes for one in gpu_driver.devices() if one.used_bytes is not None]
     return Level(ram().used_bytes, sum(used) if used else None)
 
 

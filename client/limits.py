@@ -8,10 +8,12 @@ from trainerd.machine import gpu
 from trainerd.machine.memory import RamFacts, ram
 from trainerd.memory.limits import ADVICE, used_already
 
+from . import gpu_driver
+
 
 def warnings(ram_limit: str, vram_limit: str) -> list[str]:
     """What a person who starts a training now should know. Looks at the machine."""
-    return [f"{text} {ADVICE}" for text in passed(ram_limit, vram_limit, ram(), gpu.devices())]
+    return [f"{text} {ADVICE}" for text in passed(ram_limit, vram_limit, ram(), gpu_driver.devices())]
 
 
 def passed(ram_limit: str, vram_limit: str, now: RamFacts, gpus: Sequence[gpu.GpuFacts]) -> list[str]:

@@ -13,7 +13,7 @@ from trainerd.machine.memory import ram, swap
 from trainerd.memory.planner import Answer
 from trainerd.memory.profile import Profile
 
-from . import diagnosis, outlook, packages
+from . import diagnosis, gpu_driver, outlook, packages
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Facts:
 
 def look(home: Home) -> Facts:
     """A look at this machine, with a plan for every preset of every built-in task."""
-    gpus, torch, nvidia = gpu.devices(), packages.torch_facts(), adapters.nvidia_present()
-    driver = gpu.driver_version()
+    gpus, torch, nvidia = gpu_driver.devices(), packages.torch_facts(), adapters.nvidia_present()
+    version = gpu_driver.version()
     memory, swapped = ram(), swap()
     mounted = filesystem.mount(home.root)
     fits, known = _fits(home)
@@ -91,10 +91,10 @@ def look(home: Home) -> Facts:
             "total_bytes": filesystem.total_bytes(home.root),
         },
         gpus=gpus,
-        driver=driver,
+        driver=version,
         torch=torch,
-        torch_finding=diagnosis.torch(torch, gpus, nvidia, gpu.driver_cuda()),
-        driver_findings=diagnosis.driver(gpus, driver, nvidia),
+        torch_finding=diagnosis.torch(torch, gpus, nvidia, gpu_driver.cuda()),
+        driver_findings=diagnosis.driver(gpus, version, nvidia),
         measured=known,
         fits=fits,
     )

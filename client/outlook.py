@@ -27,7 +27,7 @@ from trainerd.memory.planner import Answer
 from trainerd.memory.timeline import Setup, Table, tells
 from trainerd.memory.traced import TracedTable
 
-from . import diagnosis, packages
+from . import diagnosis, gpu_driver, packages
 
 _BF16_ON_CPU = {"amx_bf16", "avx512_bf16"}
 _BF16_ON_CUDA = (8, 0)  # older ones emulate it, many times as slow
@@ -125,11 +125,12 @@ def _stated(asked: Resolved) -> catalogue.Stated | None:
 
 def unused_gpu() -> tuple[str, ...]:
     """That there is a GPU which a training would not use, and the remedy; nothing where all is well, or there is none."""
-    gpus, nvidia, torch = gpu.devices(), adapters.nvidia_present(), packages.torch_facts()
-    found = diagnosis.driver(gpus, gpu.driver_version(), nvidia)
+    gpus, nvidia, torch = gpu_driver.devices(), adapters.nvidia_present(), packages.torch_facts()
+    found = diagnosis.driver(gpus, gpu_driver.version(), nvidia)
     if torch is not None:
-        found.insert(0, diagnosis.torch(torch, gpus, nvidia, gpu.driver_cuda()))
-    return tuple(f"{one.text} Training runs on the CPU. {one.remedy}" for one in found if one.level == "problem")
+        found.insert(0, diagnosis.torch(torch, gpus, nvidia, gpu_driver.cuda()))
+    instead = "This is about the CPU." if gpu_driver.is_stuck() else "Training runs on the CPU."
+    return tuple(f"{one.text} {instead} {one.remedy}" for one in found if one.level == "problem")
 
 
 def _what_it_will_do(config: RunConfig, place: forecast.Place, where: str, budget: str) -> tuple[str, ...]:
@@ -241,14 +242,14 @@ def _data_of(asked: Resolved) -> Any:
 
 def _place(home: Home, config: RunConfig, budget: str | None, device: str | None) -> tuple[forecast.Place, str, str]:
     """Where it would run, what is left there, and both in words."""
-    gpus = gpu.devices() if device != "cpu" else []
+    gpus = gpu_driver.devices() if device != "cpu" else []
     facts = packages.torch_facts()
-    has_cuda = bool(gpus) and facts is not None and facts.cuda is not None and not facts.newer_than(gpu.driver_cuda())
+    has_cuda = bool(gpus) and facts is not None and facts.cuda is not None and not facts.newer_than(gpu_driver.cuda())
     kind = {"gpu": "cuda", "cpu": "cpu"}.get(device or "") or ("cuda" if budget is not None or has_cuda else "cpu")
     name = gpus[0].name if kind == "cuda" and gpus else "cpu"
     torch = facts.version if facts is not None else ""
     assumed = profile.assumed(torch, cuda=kind == "cuda" or (facts is not None and facts.cuda is not None))
-    known = profile.read(profile.file_of(home.cache, name, gpu.driver_version() if kind == "cuda" else None, torch), assumed)
+    known = profile.read(profile.file_of(home.cache, name, gpu_driver.version() if kind == "cuda" else None, torch), assumed)
     allocator, chooses = allocator_settings.asked(os.environ, sys.platform), heap.can_be_chosen()
     if budget is not None:
         if name == "cpu" and kind == "cuda":
@@ -286,13 +287,13 @@ def _precision(kind: str, gpus: list[gpu.GpuFacts]) -> str:
     """What "auto" will most likely mean; the trainer asks the device itself (trainerd/engine/precision.py)."""
     if kind != "cuda":
         return "bf16" if cpu.features() & _BF16_ON_CPU else "fp32"
-    capability = gpu.compute_capability(gpus[0].index) if gpus else None
+    capability = gpu_driver.compute_capability(gpus[0].index) if gpus else None
     return "fp16" if capability is not None and capability < _BF16_ON_CUDA else "bf16"
 
 
 def knows_precision(place: forecast.Place) -> bool:
     """Whether what "auto" means there is known, not guessed: of a GPU only when the driver tells what it computes."""
-    return place.device != "cuda" or gpu.compute_capability(0) is not None
+    return place.device != "cuda" or gpu_driver.compute_capability(0) is not None
 
 
 def _named(kind: str, gpus: list[gpu.GpuFacts]) -> str:

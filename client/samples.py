@@ -13,6 +13,7 @@ from trainerd.contract.paths import Home
 from trainerd.machine.gpu import GpuReader
 from trainerd.machine.memory import process_tree_bytes, ram, swap
 
+from . import gpu_driver
 from .words import NOT_KNOWN, size
 
 
@@ -47,7 +48,7 @@ class Sampler:
     def take(self) -> Sample:
         reading = status.read(self.home)
         shown = reading.status if reading.alive else None
-        gpus = self.gpus.read()
+        gpus = gpu_driver.read(self.gpus)
         first = gpus[0] if gpus else None
         return Sample(
             at=time.time(),
@@ -62,7 +63,7 @@ class Sampler:
 
     def close(self) -> None:
         """Let go of the driver, so that an idle GPU may sleep."""
-        self.gpus.close()
+        gpu_driver.close(self.gpus)
 
 
 def heading() -> str:

@@ -20,7 +20,7 @@ from trainerd.contract.status import (
     Status,
 )
 
-from . import stuck
+from . import refused, stuck
 from .fit import Part, joined
 from .words import NOT_KNOWN, ago, bar, clean, count, duration, known, moment, number, percent, share, size
 
@@ -225,5 +225,6 @@ def what_next(reading: Reading, program: str) -> list[str]:
         saved = reading.status is not None and reading.status.checkpoint is not None
         return [f"Go on{' from the last checkpoint' if saved else ''} with: {program} resume"]
     if reading.state == FAILED:
-        return [f"Look into the log with: {program} logs", f"Try again with: {program} resume"]
+        look = f"Look into the log with: {program} logs"
+        return [look, *(refused.steps(reading, program) or [f"Try again with: {program} resume"])]
     return []

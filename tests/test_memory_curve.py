@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.test_memory_fitting import WideToy, bound, counted
+from trainerd.engine import trace as tracing
 from trainerd.engine.trace import trace
 from trainerd.memory.estimate import estimate
 from trainerd.memory.timeline import Setup
@@ -26,7 +27,7 @@ class Pairs(WideToy):
 
 
 class Triples(WideToy):
-    """Every three samples: faster than any square."""
+    """Every three samples."""
 
     def loss(self, model: Any, batch: torch.Tensor, ctx: Any) -> Any:
         losses, metrics = super().loss(model, batch, ctx)
@@ -51,13 +52,57 @@ def test_a_loss_over_pairs_is_followed_as_a_curve(tmp_path: Path) -> None:
         assert line.peak - line.state_bytes - weights == pytest.approx(truth, rel=0.02), samples
 
 
-def test_what_grows_faster_than_a_square_is_said(tmp_path: Path) -> None:
-    """It cannot be followed, but for most of it: the last three that were traced, and words."""
-    task = Triples()
+class Fours(WideToy):
+    """Every four samples."""
+
+    def loss(self, model: Any, batch: torch.Tensor, ctx: Any) -> Any:
+        losses, metrics = super().loss(model, batch, ctx)
+        total, weight = losses["tokens"]
+        one = model.embed(batch.clamp(min=0)).mean((1, 2))
+        two = one[:, None] * one
+        return {"tokens": (total + 0 * (two[:, :, None, None] - two).pow(2).sum(), weight)}, metrics
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers", "words", "most"), [(Triples, [2, 4, 8, 16], "cube", 160), (Fours, [2, 4, 8, 16, 32], "fourth", 48)]
+)
+def test_what_grows_faster_than_a_square_is_followed_too(tmp_path: Path, kind: Any, numbers: list[int], words: str, most: int) -> None:
+    """Within 2 % of the count: a cube has been checked at 32 samples; beyond that nothing is, and it is said."""
+    task = kind()
     model, mixed = bound(task, tmp_path)
-    table = trace(task, model, task.train_samples, mixed, 256)
-    assert [step.samples for step in table.modes["none"].steps] == [4, 8, 16]
-    assert any("it grew faster" in said for said in table.assumed)
+    table = trace(task, model, task.train_samples, mixed, most)
+    assert [step.samples for step in table.modes["none"].steps] == numbers and table.degree == len(numbers) - 1
+    said = [text for text in table.assumed if f"the {words}" in text and "from 2 to 32" in text]
+    assert len(said) == 1 and ("it grew faster" in said[0]) is (kind is Fours), table.assumed
+    line = table.timeline(Setup("cuda", "fp32", most, most * 2))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert line.peak - line.state_bytes - weights == pytest.approx(counted(task, model, mixed, most), rel=0.02)
+
+
+class Reading(Pairs):
+    """Cannot be traced without computing it."""
+
+    def loss(self, model: Any, batch: torch.Tensor, ctx: Any) -> Any:
+        if float(model.embed.weight.detach().sum().numpy()) == 0.5:
+            raise AssertionError
+        return super().loss(model, batch, ctx)
+
+
+@pytest.mark.parametrize("has_time", [True, False])
+def test_what_can_only_be_computed_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_time: bool) -> None:
+    """Where there is time for it; where not, the line through two and four is taken, and it is said that it was not checked."""
+    task = Reading()
+    model, mixed = bound(task, tmp_path)
+    monkeypatch.setattr(tracing, "_SMALL_BYTES", 0)
+    if not has_time:
+
+        def too_long(*_: Any) -> None:
+            raise tracing._TooMuch("it takes too long")
+
+        monkeypatch.setattr(tracing._Tracing, "_step", too_long)
+    table = trace(task, model, task.train_samples, mixed, 128)
+    assert [step.samples for step in table.modes["none"].steps] == ([2, 4, 8] if has_time else [2, 4])
+    assert any("not checked (it takes too long)" in said for said in table.assumed) is not has_time
 
 
 def test_a_line_is_traced_at_two_numbers_of_samples(tmp_path: Path) -> None:

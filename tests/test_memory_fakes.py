@@ -24,6 +24,7 @@ from trainerd.engine import chunked, rng
 from trainerd.engine import trace as tracing
 from trainerd.engine.dropout import SampleDropout
 from trainerd.engine.fakes import Fakes, Undecided
+from trainerd.engine.largest import largest
 from trainerd.engine.task import Task
 from trainerd.memory.traced import Trace, TracedTable, Traces
 from trainerd.tasks.cadence import blocks
@@ -75,7 +76,7 @@ def attempts(task: Any, tmp_path: Path, precision: str, kernel: str = "auto") ->
     """The table of a trace on real tensors, and of one on tensors without memory; of one micro-batch, to be quick."""
     task.splittable = False
     model, mixed = bound(task, tmp_path, precision)
-    given = (task, model, task.dataset("train"), mixed, 4, kernel, tracing.Means())
+    given = (task, model, task.dataset("train"), mixed, 4, kernel, tracing.Means(), largest(task, task.dataset("train")))
     return tracing._Tracing(*given).computed(600.0), tracing._Tracing(*given).without_memory()
 
 
@@ -335,7 +336,8 @@ def test_a_trace_without_memory_leaves_no_trace(tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     context, states = dict(vars(task.ctx)), rng.take()
     means = tracing.Means(beat=lambda: beats.append(1))
-    assert tracing._Tracing(task, model, task.train_samples, mixed, 8, "auto", means).without_memory().num_parameters == 232
+    given = (task, model, task.train_samples, mixed, 8, "auto", means, tracing._sample(task, task.train_samples, means))
+    assert tracing._Tracing(*given).without_memory().num_parameters == 232
     assert vars(task.ctx) == context and len(beats) > 50
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(type(p) is nn.Parameter and p.grad is None and not p._backward_hooks for p in model.parameters())

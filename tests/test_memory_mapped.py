@@ -234,6 +234,36 @@ def test_pages_of_a_mapped_file_are_not_our_own(tmp_path: Path) -> None:
     assert of_files > 100_000_000 and seen < 30_000_000 and 50_000_000 <= ours < 80_000_000
 
 
+_HOLD = """
+import mmap, sys
+from multiprocessing import shared_memory
+file = open(sys.argv[1], "rb")
+mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+sum(mapped[:: mmap.PAGESIZE])
+ours = bytearray(40_000_000)
+shared = shared_memory.SharedMemory(create=True, size=20_000_000)
+shared.buf[:] = bytes(20_000_000)
+print("held", flush=True)
+sys.stdin.read()
+shared.close()
+shared.unlink()
+"""
+
+
+@linux
+def test_what_a_tree_keeps_from_others_is_not_what_it_has_mapped(tmp_path: Path) -> None:
+    """100 MB of a file, 40 of its own, 20 in shared memory: the status and the rule for stepping aside count 60, and the interpreter."""
+    file = tmp_path / "data"
+    file.write_bytes(os.urandom(1_000_000) * 100)
+    command = [sys.executable, "-c", _HOLD, str(file)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stdout.readline() == "held\n"
+        resident, counted = psutil.Process(child.pid).memory_info().rss, memory.process_tree_bytes(child.pid)
+        child.communicate("")
+    assert resident > 160_000_000
+    assert counted is not None and 60_000_000 <= counted < 90_000_000
+
+
 @linux
 def test_a_file_in_ram_is_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is mapped from a tmpfs takes RAM, wherever it is."""

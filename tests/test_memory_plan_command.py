@@ -381,6 +381,7 @@ def test_ones_own_task_that_is_too_large_is_refused_at_its_first_start(person: P
     reading = person.sees()
     assert reading.state == status.FAILED and "It would fit with --set train.micro_batch=" in reading.reason, reading.reason
     assert reading.status and reading.status.trainer.restarts == 0 and not person.home.run(person.run()).metrics.exists()
+    assert f"start --config {person.home.run(person.run()).config} --set train.micro_batch=" in person.types("status").stdout
     planned_again = person.types("plan", "--json", *words, *large)  # what was traced is known, although nothing was trained
     assert planned_again.returncode == 5 and json.loads(planned_again.stdout)["estimate"]["num_trainable"] == 65536 * 4 + 1
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from client import diagnosis, gpu_driver, outlook
 from tests.supervised import QUICK, Daemon, journal, starts, supervise_here, wait_for
 from tests.test_machine import FakeNvml
+from trainerd.config.load import resolve
 from trainerd.contract import status
 from trainerd.contract.paths import Home
 from trainerd.contract.status import Status
@@ -264,3 +266,25 @@ def test_a_supervisor_starts_the_next_trainer_when_the_memory_is_back(home: Home
     assert supervisor.result == "completed" and len(starts(home)) == 2
     assert starts(home)[1][0] - died[0] >= 0.5
     assert [event["kind"] for event in journal(home)].count("death") == 1
+
+
+def test_no_command_waits_for_a_driver_that_is_stuck(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`plan` and `doctor` answer about the CPU and say why, and wait once, not for every question; when it answers again, so does it."""
+    gate, asked = threading.Event(), []
+
+    def never() -> None:
+        asked.append(1)
+        gate.wait(30)
+        raise OSError("the driver has gone")
+
+    monkeypatch.setattr(gpu, "_load", lambda: SimpleNamespace(nvmlInit=never, nvmlShutdown=never, NVMLError=OSError))
+    monkeypatch.setattr(gpu_driver, "_driver", gpu_driver.Driver(0.2))
+    began = time.monotonic()
+    found = outlook.look(home, resolve("cadence"))
+    assert isinstance(found, outlook.Outlook) and found.place.device == "cpu"
+    assert any(gpu_driver.STUCK in note and "about the CPU" in note for note in found.notes), found.notes
+    examined = diagnosis.examine(home)
+    assert any(one.level == "problem" and one.text == gpu_driver.STUCK for one in examined)
+    assert len(asked) == 1 and time.monotonic() - began < 10
+    gate.set()
+    wait_for(lambda: gpu_driver.devices() == [] and not gpu_driver.is_stuck(), 10, "the driver to answer again")

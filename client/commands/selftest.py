@@ -20,9 +20,8 @@ import click
 
 from trainerd.contract import interpreter
 from trainerd.contract.errors import EXIT_DONE, EXIT_FAILED, Refused, RunFailed
-from trainerd.machine import gpu
 
-from .. import console, packages, verdict
+from .. import console, gpu_driver, packages, verdict
 from ..seconds import Seconds
 
 _GONE_SECONDS = 10.0
@@ -111,7 +110,7 @@ def _try(home: Path, words: list[str], shown: Shown) -> Event:
 
 def _gpu() -> list[str]:
     """The first GPU; whether torch can use it is the child's to see."""
-    devices = gpu.devices()
+    devices = gpu_driver.devices()
     torch = packages.torch_facts()
     return ["--gpu", devices[0].uuid, devices[0].name] if devices and torch is not None else []
 

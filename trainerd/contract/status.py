@@ -108,7 +108,7 @@ class RamUse:
     limit_bytes: int | None = None
     total_bytes: int | None = None
     trainer_bytes: int | None = None
-    """The trainer and all it started, shared pages counted once; used_bytes is the whole machine's."""
+    """The trainer and all it started, shared pages counted once, pages of files left out; used_bytes is the whole machine's."""
 
 
 @dataclass

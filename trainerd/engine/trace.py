@@ -44,11 +44,11 @@ _NAMES = {
 }
 _STREAMED = tuple(itertools.product(_AGAIN, (False, True)))  # what is computed again, and whether copies are begun ahead
 _Way = tuple[str, str, bool | None]
-_CHECKED, _NEARLY = (8, 16), 1.02
-_CURVES = {
-    (2, 4, 8): "that what a micro-batch needs grows with the square of its samples, as it does from 2 to 16",
-    (4, 8, 16): "that what a micro-batch needs grows as from 4 to 16 samples, by their square: it grew faster than that from 2 on",
-}
+_CHECKED, _NEARLY = (8, 16, 32), 1.02
+_GROWS = "that what a micro-batch needs grows with the {power} of its samples, as it does from 2 to {checked}"
+_POWERS = {3: "square", 4: "cube", 5: "fourth power"}
+_FASTER = "; it grew faster than by their cube, and may beyond that by more than their fourth power, too"
+_UNCHECKED = "that what a micro-batch needs grows evenly with its samples, as from 2 to 4: that it does so was not checked ({why})"
 _GUESSED = "that the model does the same whatever the numbers are that its code has asked for"
 
 
@@ -116,9 +116,7 @@ def trace(
     except Exception as error:  # torch's rules for such tensors, and a user's code
         why = str(error) if isinstance(error, NotTraced) else f"{type(error).__name__}: {error}"
     try:
-        last = _Tracing(*given)
-        last._checks = False  # to compute two samples and four takes long enough
-        return last.computed(_LARGE_SECONDS)
+        return _Tracing(*given, is_last=True).computed(_LARGE_SECONDS)
     except _TooMuch as error:
         raise NotTraced(f"Not traced without computing ({why[:150]}), nor computed: {error}.") from None
 
@@ -135,12 +133,14 @@ class _Tracing:
         effective_batch: int,
         kernel: str,
         means: Means,
-        sample: Largest | None = None,
+        sample: Largest,
+        is_last: bool = False,
     ) -> None:
+        """`is_last`: what it finds without time or room for every check is better than nothing."""
         self._task, self._model, self._dataset, self._precision, self._kernel = task, model, dataset, precision, kernel
         self._means, self._batch = means, effective_batch
-        self._largest = sample or _sample(task, dataset, means)
-        self._checks = True
+        self._largest, self._is_last = sample, is_last
+        self._grown = ""
         most = min(4, effective_batch)
         self._numbers = sorted({max(1, most // 2), most}) if task.splittable else [effective_batch]
         self._found: dict[str, Traces] = {}
@@ -172,12 +172,12 @@ class _Tracing:
             if self._fakes is None:
                 watch.forwards = sum(self._numbers) / self._numbers[0] * (5 * len(ways) - 1)
             self._go(ways, copied, blocks, watch)
-            curve = self._curve(copied, watch)
-            if curve is not None:
-                self._numbers = list(curve)
+            numbers = self._curve(copied, watch)
+            if numbers != self._numbers:
+                self._numbers = numbers
                 self._go(ways, copied, blocks, watch)
             table = _table(self._task, copied, self._precision, self._found, self._kernel, streamed)
-            return replace(table, assumed=(self._largest.assumed, *((_CURVES[curve],) if curve is not None else ())))
+            return replace(table, assumed=(self._largest.assumed, *((self._grown,) if self._grown else ())))
 
     def _go(self, ways: list[_Way], copied: nn.Module, blocks: Sequence[nn.Module], watch: _Watch) -> None:
         for name, again, ahead in ways:
@@ -185,23 +185,32 @@ class _Tracing:
             with away, checkpointing.wrapped(copied, blocks, again):
                 self._found[name] = self._traces(copied, self._largest.index, watch)
 
-    def _curve(self, copied: nn.Module, watch: _Watch) -> tuple[int, int, int] | None:
-        """The numbers of samples to trace instead, where a step of eight is off the line through two and four, and the whole batch would
-        be; None where the line will do."""
-        if self._numbers != [2, 4] or self._batch < _CHECKED[0] or not self._checks:
-            return None
-        line, gradients = self._found[checkpointing.NONE].steps, [_size(p) for p in copied.parameters() if p.requires_grad]
-        eight = self._step(copied, _CHECKED[0], watch)
-        told = traced.stretched(line, eight.samples, gradients)
-        pairs = zip(eight.sizes, told.sizes, strict=True) if eight.events == told.events else [(eight.peak, told.peak)]
-        if not any(traced.is_off(real, foretold) for real, foretold in pairs):
-            return None
-        curved = [*line, eight]
-        if traced.stretched(curved, self._batch, gradients).peak <= traced.stretched(line, self._batch, gradients).peak * _NEARLY:
-            return None
-        sixteen = self._step(copied, _CHECKED[1], watch)
-        later = traced.stretched([*curved[1:], sixteen], self._batch, gradients)
-        return (2, 4, 8) if later.peak <= traced.stretched(curved, self._batch, gradients).peak * _NEARLY else (4, 8, 16)
+    def _curve(self, copied: nn.Module, watch: _Watch) -> list[int]:
+        """The numbers of samples that tell how a micro-batch grows: one more where a step of more is above what those before say, and the
+        whole batch would be. The last that was looked at checks the others, as far as the batch goes."""
+        if self._numbers != [2, 4]:
+            return self._numbers
+        known, gradients = self._found[checkpointing.NONE].steps, [_size(p) for p in copied.parameters() if p.requires_grad]
+        checked = known[-1].samples
+        try:
+            for samples in (number for number in _CHECKED if number <= self._batch):
+                made, checked = self._step(copied, samples, watch), samples
+                if not _is_above(made, traced.stretched(known, samples, gradients)):
+                    break
+                higher = [*known, made]
+                peaks = [traced.stretched(some, self._batch, gradients).peak for some in (known, higher)]
+                if peaks[1] <= peaks[0] * _NEARLY:
+                    break
+                known = higher
+        except _TooMuch as error:
+            if not self._is_last:
+                raise
+            self._grown = _UNCHECKED.format(why=error)
+            return self._numbers
+        if len(known) > 2:
+            self._grown = _GROWS.format(power=_POWERS[len(known)], checked=checked)
+            self._grown += _FASTER if len(known) == max(_POWERS) else ""
+        return [trace.samples for trace in known]
 
     def _step(self, copied: nn.Module, samples: int, watch: _Watch) -> Trace:
         """A step of so many samples."""
@@ -224,6 +233,13 @@ class _Tracing:
                 some.append(pass_of(self._task, copied, batch, self._precision, samples, watch, self._fakes))
                 self._cleared(copied)
         return found
+
+
+def _is_above(made: Trace, told: Trace) -> bool:
+    """Whether a step holds more than others say of it: in one of its storages, or at its highest where it has another form."""
+    alike = made.events == told.events
+    pairs = zip(made.sizes, told.sizes, strict=True) if alike else [(made.peak, told.peak)]
+    return any(traced.is_off(real, foretold) for real, foretold in pairs)
 
 
 def of_weights(task: Task, model: nn.Module, precision: Precision, kernel: str = attention.AUTO) -> TracedTable:

@@ -1,8 +1,8 @@
 """A model without a table: its allocations as they were traced at some micro-batches, stretched to any other. Must not import torch.
 
-Each storage's size is taken as a + b * samples, of three traces as a + b * samples + c * samples ** 2 where they are off that line. When
-the traces are not the same in form, only their peaks are fitted. What the
-trace does not hold, the optimizer, the batches that wait and a checkpoint's copy, is played as for a table (timeline.py).
+Each storage's size is taken as a + b * samples; of more than two traces as the polynomial of the lowest degree that none of them is above.
+When the traces are not the same in form, only their peaks are fitted. What the trace does not hold, the optimizer, the batches that wait
+and a checkpoint's copy, is played as for a table (timeline.py).
 """
 
 from __future__ import annotations
@@ -82,6 +82,11 @@ class TracedTable:
     assumed: tuple[str, ...] = ()
     format: int = field(default=FORMAT)
     is_traced = True
+
+    @property
+    def degree(self) -> int:
+        """Of what a micro-batch needs in its samples: 1 is even growth, 2 with their square."""
+        return max(1, len(self.modes["none"].steps) - 1)
 
     @property
     def offers(self) -> tuple[str, ...]:
@@ -182,8 +187,8 @@ class _Retold:
 
 
 def stretched(traces: Sequence[Trace], samples: int, gradients: Sequence[int]) -> Trace:
-    """The trace at this micro-batch: every size on the line through those that were traced, on the curve where there are three and it
-    is off the line. `gradients`: the size of each."""
+    """The trace at this micro-batch: every size on the line through those that were traced, or on the curve, where there are more than
+    two and it is above the line. `gradients`: the size of each."""
     exact = next((trace for trace in traces if trace.samples == samples), None)
     if exact is not None:
         return exact
@@ -212,20 +217,26 @@ def is_off(value: float, line: float) -> bool:
 
 
 def _through(numbers: Sequence[int], values: Sequence[float], at: int) -> float:
-    """The line through the first and the last, or, where one of three is off the line through the others, the parabola."""
-    if len(numbers) == 3 and not is_off(values[2], _line(numbers, values, numbers[2])):
-        return _line(numbers[::2], values[::2], at)
-    if len(numbers) != 3:
-        return _line([numbers[0], numbers[-1]], [values[0], values[-1]], at)
-    (a, b, c), (first, second, third) = numbers, values
-    slopes = (second - first) / (b - a), (third - second) / (c - b)
-    return first + slopes[0] * (at - a) + (slopes[1] - slopes[0]) / (c - a) * (at - a) * (at - b)
+    """The polynomial of the lowest degree through the first points that no later one is above, drawn through points spread over all; of
+    the highest degree where each is."""
+    most = len(numbers) - 1
+    for degree in range(1, most):
+        first = numbers[: degree + 1], values[: degree + 1]
+        if any(is_off(values[place], _polynomial(*first, numbers[place])) for place in range(degree + 1, most + 1)):
+            continue
+        spread = [round(place * most / degree) for place in range(degree + 1)]
+        return _polynomial([numbers[place] for place in spread], [values[place] for place in spread], at)
+    return _polynomial(numbers, values, at)
 
 
-def _line(numbers: Sequence[int], values: Sequence[float], at: int) -> float:
-    if numbers[1] == numbers[0]:
-        return values[0]
-    return values[0] + (values[1] - values[0]) * (at - numbers[0]) / (numbers[1] - numbers[0])
+def _polynomial(numbers: Sequence[int], values: Sequence[float], at: int) -> float:
+    """Through all of these points (Lagrange's form)."""
+    total = 0.0
+    for number, value in zip(numbers, values, strict=True):
+        for other in numbers:
+            value *= (at - other) / (number - other) if other != number else 1.0
+        total += value
+    return total
 
 
 def write(path: Path, table: TracedTable) -> None:
