@@ -17,6 +17,7 @@ from trainerd.config.load import resolve
 from trainerd.contract import status
 from trainerd.contract.paths import Home
 from trainerd.contract.status import Status
+from trainerd.engine import locks
 from trainerd.machine import gpu, memory
 from trainerd.machine.asking import Asking
 from trainerd.supervisor import reclaim
@@ -133,6 +134,25 @@ def test_an_odd_driver_is_not_asked_in_every_second() -> None:
         time.sleep(0.01)
     wait_for(lambda: not asking.is_open, 5, "the end of patience")
     assert asked == [1] and asking.answer() is None
+
+
+@pytest.mark.parametrize(("plan", "expected"), [({"device": "cuda:1"}, "cuda:1"), (None, "cuda:0"), ({"device": "cpu"}, "cpu")], ids=str)
+def test_a_trainer_whose_driver_is_stuck_still_takes_a_lock(
+    plan: dict[str, str] | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one of its plan's GPU by torch's name, of the first without a plan; never the CPU's, and who trains there asks nobody."""
+    answers = threading.Event()
+
+    class Silent(FakeNvml):
+        def nvmlInit(self) -> None:
+            assert plan != {"device": "cpu"} and answers.wait(60)
+            super().nvmlInit()
+
+    monkeypatch.setattr(locks, "_DRIVER_SECONDS", 0.1)
+    began = time.monotonic()
+    assert locks.device_name(plan, Silent("GPU-a", "GPU-b")) == expected
+    assert time.monotonic() - began < 5.0
+    answers.set()
 
 
 def test_what_the_driver_told_last_is_unknown_once_it_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:

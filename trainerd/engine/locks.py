@@ -26,6 +26,7 @@ _KEEP_SECONDS = 1.0
 _GO_FIRST_SECONDS = 2.5
 REMOVED = "trainer.lock was removed while the training runs"
 _NOTE_BYTES = 4096
+_DRIVER_SECONDS = 5.0
 
 
 def state_folder(environment: Mapping[str, str] = os.environ) -> Path:
@@ -37,17 +38,20 @@ def state_folder(environment: Mapping[str, str] = os.environ) -> Path:
 def device_name(plan: Mapping[str, Any] | None, nvml: Any = None) -> str:
     """The device a trainer uses: the UUID of the GPU its plan names, of the first one when there is no plan yet, or "cpu".
 
-    A GPU that does not answer keeps the plan's name for it: whoever waits for it must not stand in the CPU's queue. `nvml`
-    stands in for pynvml in tests.
+    A GPU that does not answer keeps the plan's name for it: whoever waits for it must not stand in the CPU's queue. Neither must who
+    has no plan yet, where a driver is stuck: then it is the first GPU by torch's name. `nvml` stands in for pynvml in tests.
     """
     # Asked here and not of torch, because the lock comes before torch, which may take the device's memory.
     from trainerd.machine import gpu
+    from trainerd.machine.asking import within
 
     planned = str((plan or {}).get("device") or "")
     if planned == "cpu":
         return planned
     number = planned.partition(":")[2]
-    found, index = gpu.devices(nvml), int(number) if number.isdecimal() else 0
+    found, index = within(_DRIVER_SECONDS, lambda: gpu.devices(nvml)), int(number) if number.isdecimal() else 0
+    if found is None:
+        return planned or "cuda:0"
     return found[index].uuid if index < len(found) else planned or "cpu"
 
 
