@@ -142,6 +142,41 @@ def test_few_blocks_of_the_base_are_there_at_once(ahead):
     assert not copies.alive
 
 
+class _Ordered(_Counting):
+    """Remembers which block was brought while which one computed."""
+
+    def __init__(self, homes):
+        super().__init__(ahead=True)
+        self.number, self.begun = {home.data_ptr(): number for number, home in enumerate(homes)}, []
+
+    def begin(self, homes):
+        self.begun.append(self.number[homes[0].data_ptr()])
+        return super().begin(homes)
+
+
+def test_the_next_block_is_brought_ahead_in_every_pass():
+    """Up on the way there, down on the way back; also in a training pass after an evaluation, and in one evaluation after another."""
+    model = _built()
+    copies = _Ordered([block.norm.weight for block in model.blocks])
+    stream = Stream(model, list(model.blocks), torch.device("cpu"), copies)
+    checkpointing.wrap(model, list(model.blocks), checkpointing.FULL)
+    up, down = list(range(_BLOCKS)), list(range(_BLOCKS))[::-1]
+
+    def evaluated():
+        copies.begun.clear()
+        with torch.no_grad():
+            model(torch.arange(8).view(2, 4))
+        assert copies.begun == up and stream._next is None
+
+    evaluated()
+    evaluated()
+    for _ in range(2):
+        copies.begun.clear()
+        _step(model)
+        assert copies.begun == up + down and stream._next is None
+    evaluated()
+
+
 def test_without_computing_again_all_of_it_would_stay():
     """Why the plan insists on it: autograd keeps every copy until the way back, and the numbers are right all the same."""
     expected = _step(_built())

@@ -69,26 +69,27 @@ def table_of(task: Toy, tmp_path: Path, precision: str = "fp32") -> tuple[traced
 @pytest.mark.parametrize("again", ["selective", "full"])
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_a_streamed_base_is_foretold(tmp_path: Path, device: str, again: str, precision: str) -> None:
-    """Within 2 % of what is counted while the base is really streamed (one block ahead, as to a GPU): one block's copy or two in place
-    of six; what stays on the host is told as RAM, and as pinned for a GPU."""
+    """Within half a percent of what is counted while the base is really streamed (one block ahead, as to a GPU), also far from the two
+    and four samples of the trace: one block's copy or two in place of six; what stays on the host is told as RAM, pinned for a GPU."""
     task = LoraToy()
     found, model, mixed = table_of(task, tmp_path, precision)
     assert found.offers == ("selective", "full", "base") and sum(found.streamed) == _BLOCKS * BLOCK_BYTES
-    setup, streamed = Setup(device, precision, 8, 16, offload="base", checkpointing=again), sum(found.streamed)
-    line = found.timeline(setup)
+    streamed, weights = sum(found.streamed), sum(p.numel() * p.element_size() for p in model.parameters())
     copies = Copies()
     copies.ahead = device == "cuda"
     Stream(model, task.blocks(model), CPU, copies)
     checkpointing.wrap(model, task.blocks(model), again)
-    truth = counted(task, model, mixed, 8)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    beside = line.state_bytes + (weights - streamed if device == "cuda" else weights + line.weight_bytes + line.state_bytes)
-    assert line.peak - beside == pytest.approx(truth, rel=0.02)
-    assert line.pinned_bytes == line.streamed_bytes == (streamed if device == "cuda" else 0)
-    if device == "cuda":
-        resident = found.timeline(Setup(device, precision, 8, 16, checkpointing=again))
-        assert 3 * BLOCK_BYTES < resident.peak - line.peak < 5.1 * BLOCK_BYTES
-        assert line.host_bytes - resident.host_bytes == streamed
+    for samples in (8, 32):
+        line = found.timeline(Setup(device, precision, samples, 2 * samples, offload="base", checkpointing=again))
+        truth = counted(task, model, mixed, samples)
+        model.zero_grad()
+        beside = line.state_bytes + (weights - streamed if device == "cuda" else weights + line.weight_bytes + line.state_bytes)
+        assert line.peak - beside == pytest.approx(truth, rel=0.005)
+        assert line.pinned_bytes == line.streamed_bytes == (streamed if device == "cuda" else 0)
+        resident = found.timeline(Setup(device, precision, samples, 2 * samples, checkpointing=again))
+        if device == "cuda" and samples == 8:
+            assert 3 * BLOCK_BYTES < resident.peak - line.peak < 5.1 * BLOCK_BYTES
+            assert line.host_bytes - resident.host_bytes == streamed
 
 
 def test_a_model_without_a_frozen_base_offers_none(tmp_path: Path) -> None:

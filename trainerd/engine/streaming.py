@@ -135,11 +135,15 @@ class Stream:
         return self._copies.begin([weight.home.data for weight in self._blocks[number]])
 
     def _after(self, number: int) -> int | None:
-        """Up on the way there, down on the way back, which begins where the way there has ended."""
-        if number == self._last:
+        """Up on the way there, down on the way back, which begins where the way there has ended. An evaluation has none: after it the next
+        pass begins with a jump back."""
+        back = self._last - number
+        if back == 0:
             self._direction = 1 if number == 0 else -1
-        else:
-            self._direction = 1 if number > self._last else -1
+        elif back < 0:
+            self._direction = 1
+        elif self._direction == -1 or (back == 1 and len(self._blocks) > 2):
+            self._direction = -1
         self._last = number
         after = number + self._direction
         return after if 0 <= after < len(self._blocks) else None
