@@ -40,6 +40,14 @@ from trainerd.engine.task import Task
 
 WIDTH, BLOCKS = int(os.environ["BASE_WIDTH"]), int(os.environ["BASE_BLOCKS"])
 
+def packed(numbers, scales):
+    import bitsandbytes as bnb
+    layer = bnb.nn.Linear4bit(WIDTH, WIDTH, bias=False, device="meta", quant_type="nf4", compute_dtype=torch.float32)
+    about = {"shape": torch.Size((WIDTH, WIDTH)), "blocksize": 64, "quant_type": "nf4", "dtype": torch.float32}
+    layer.quant_state = bnb.functional.QuantState(scales, code=bnb.functional.get_4bit_type("nf4", device="cpu"), **about)
+    layer.weight = bnb.nn.Params4bit(numbers, quant_type="nf4", quant_state=layer.quant_state, bnb_quantized=True, module=layer)
+    return layer
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
@@ -56,7 +64,10 @@ class Mapped(Task):
         model = nn.Sequential(*(Block() for _ in range(BLOCKS)), nn.Linear(WIDTH, 1))
         for name, tensor in load_file(os.environ["BASE_FILE"]).items():
             tensor = tensor.clone() if os.environ.get("BASE_COPIED") else tensor
-            model[int(name)].base.weight = nn.Parameter(tensor, requires_grad=False)
+            if tensor.dtype == torch.uint8:
+                model[int(name)].base = packed(tensor, torch.full((WIDTH * WIDTH // 64,), WIDTH**-0.5))
+            else:
+                model[int(name)].base.weight = nn.Parameter(tensor, requires_grad=False)
         return model
 
     def blocks(self, model):
@@ -75,11 +86,17 @@ class Mapped(Task):
 '''
 
 
-def _base(folder: Path, width: int, blocks: int) -> dict[str, str]:
+def _base(folder: Path, width: int, blocks: int, bits: int = 32) -> dict[str, str]:
     """A file of so many matrices, written one after the other, and what tells the task of it."""
     file = folder / "base.safetensors"
     generator = torch.Generator().manual_seed(0)
-    save_file({str(n): torch.randn(width, width, generator=generator) / width**0.5 for n in range(blocks)}, file)
+
+    def matrix() -> torch.Tensor:
+        if bits == 4:
+            return torch.randint(0, 256, (width * width // 2, 1), dtype=torch.uint8, generator=generator)
+        return torch.randn(width, width, generator=generator) / width**0.5
+
+    save_file({str(n): matrix() for n in range(blocks)}, file)
     return {"BASE_FILE": str(file), "BASE_WIDTH": str(width), "BASE_BLOCKS": str(blocks)}
 
 
@@ -104,10 +121,11 @@ def _trains(home: Path, about: dict[str, str], limit_bytes: int | None, *sets: s
     return person.steps(), (Home(home).run("run").model / "model.safetensors").read_bytes(), person
 
 
-def _compared(tmp_path: Path, about: dict[str, str], limit_bytes: int) -> None:
+def _compared(tmp_path: Path, about: dict[str, str], limit_bytes: int, *sets: str) -> None:
+    """`sets`: of the run within the limit alone."""
     base_bytes = os.path.getsize(about["BASE_FILE"])
     assert limit_bytes < base_bytes + _bare_trainer_bytes()
-    within = _trains(tmp_path / "within", about, limit_bytes)
+    within = _trains(tmp_path / "within", about, limit_bytes, *sets)
     without = _trains(tmp_path / "without", {**about, "BASE_COPIED": "1"}, None)
     assert within[:2] == without[:2] and len(within[0]) == 4
     kinds = {event["kind"] for event in within[2].events()}
@@ -127,6 +145,16 @@ def test_a_base_larger_than_the_room_for_it_trains_to_the_bit(tmp_path: Path) ->
 def test_a_base_larger_than_all_the_ram_trains_to_the_bit(tmp_path: Path) -> None:
     """1.2 GB of weights, and 0.9 GB for everything: the same."""
     _compared(tmp_path, _base(tmp_path, 4096, 18), 900 * MB)
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_base_in_4_bits_larger_than_the_room_for_it_is_streamed_to_the_bit(tmp_path: Path) -> None:
+    """403 MB of packed weights mapped from a file, their blocks' copies streamed in 640 MB for everything: the losses and the result of
+    bitsandbytes' own functions with all of it in RAM."""
+    pytest.importorskip("bitsandbytes")
+    _compared(tmp_path, _base(tmp_path, 4096, 48, bits=4), 640 * MB, "memory.offload=base")
 
 
 class _MappedToy(LoraToy):

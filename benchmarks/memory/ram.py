@@ -27,6 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt wide": {"settings": {"width": 512, "depth": 2, "words": 16000}, "batch_size": 16},
     "lora": {"settings": {"kind": "lora"}, "batch_size": 32},
     "lora full bf16": {"settings": {"kind": "lora"}, "batch_size": 32, "activation_checkpointing": "full", "precision": "bf16"},
+    "lora base": {"settings": {"kind": "lora"}, "batch_size": 8, "offload": "base", "activation_checkpointing": "full"},
+    "lora base wide": {"settings": {"kind": "lora", "width": 768}, "batch_size": 4, "offload": "base", "activation_checkpointing": "full"},
     "by hand": {"settings": {"kind": "by-hand", "length": 384}, "batch_size": 8},
     "by hand full": {"settings": {"kind": "by-hand", "length": 384}, "batch_size": 8, "activation_checkpointing": "full"},
     "cnn": {"settings": {"kind": "cnn", "width": 32, "length": 48}, "batch_size": 32},
@@ -52,9 +54,10 @@ def one(asked: argparse.Namespace) -> None:
         fitting._hold_blocks = lambda *_: None  # as where there is no room for holes
     case = dict(CASES[asked.only[0]])
     settings = Settings(**case.pop("settings"))
+    memory = {"offload": case.pop("offload", "none")}
     train = {"precision": "fp32", "threads": 1, "max_steps": asked.steps, "activation_checkpointing": "none", **case}
     train.setdefault("micro_batch", train["batch_size"])
-    config = RunConfig.model_validate({"train": train, "settings": settings.model_dump()})
+    config = RunConfig.model_validate({"train": train, "memory": memory, "settings": settings.model_dump()})
     with contextlib.redirect_stdout(io.StringIO()):
         Trainer(Net(settings), config, home=asked.home, run=asked.run, link=Link(), traces=True).train()
 

@@ -26,6 +26,7 @@ from trainerd.engine import (
     fitting,
     lanes,
     optimizers,
+    packed,
     precision,
     rng,
     space,
@@ -80,7 +81,7 @@ def build(
     task.bind(_context(config, plan, mixed, cache_dir))
     dataset, held_out = _datasets(task)
     batches = Batches(len(dataset), config.train.batch_size, config.seed, lengths=lengths_of(task, dataset), limit=config.data.size)
-    model = _model(task, config, link, begun=begun)
+    model = _model(task, config, mixed.device, link, begun=begun)
     foreseen = fitting.foresee(task, model, dataset, config, plan, paths, mixed, link.send, pulse.beat, traces=traces, begun=begun)
     watch = _spill_watch(mixed.device, link, paged=config.train.optimizer == "paged_adamw8bit")  # while nothing of the model is there
     model = _placed(task, model, mixed, plan, link, stack)
@@ -124,11 +125,13 @@ def _context(config: RunConfig, plan: plans.Plan, mixed: precision.Precision, ca
     return TaskContext(device=mixed.device, dtype=mixed.dtype, seed=config.seed, cache_dir=cache_dir, data=config.data, logits=logits)
 
 
-def _model(task: Task, config: RunConfig, link: Link, *, begun: bool) -> torch.nn.Module:
-    """What the task builds, in a phase of its own: the data is done."""
+def _model(task: Task, config: RunConfig, device: torch.device, link: Link, *, begun: bool) -> torch.nn.Module:
+    """What the task builds, in a phase of its own: the data is done. What bitsandbytes is to pack is packed, so that it is estimated so."""
     link.send(wire.PHASE, name=phases.STARTING, done=None, total=None, unit=None)
     with filling.watched(config.memory, link, begun=begun):
-        return task.model()
+        model = task.model()
+        packed.pack(model, device)
+    return model
 
 
 def _placed(
@@ -144,6 +147,7 @@ def _placed(
             link.send(wire.WARNING, text=text)
     else:
         model = model.to(mixed.device)
+        packed.settle(model, mixed.device)
     checkpointing.wrap(model, task.blocks(model), plan["activation_checkpointing"].replace("off", checkpointing.NONE))
     stack.enter_context(attention.kernel(plan.get("attention", attention.AUTO), mixed.device, mixed.dtype))
     return model.train()

@@ -28,9 +28,10 @@ _DEAR = frozenset(
         "mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_convolution", "_cudnn_rnn", "miopen_rnn", "mkldnn_rnn_layer",
         "_scaled_mm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+        "gemm_4bit", "int8_scaled_mm", "int8_mixed_scaled_mm",
     }
 )  # fmt: skip
-"""Operations whose results a selective checkpoint keeps."""
+"""Operations whose results a selective checkpoint keeps; the last line's are bitsandbytes'."""
 
 
 def unnamed(mode: str) -> ConfigError:

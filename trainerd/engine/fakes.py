@@ -70,6 +70,7 @@ class Fakes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         copied = copies[id(weight)] = nn.Parameter(self._mode.from_tensor(bare), requires_grad=weight.requires_grad)
         for name, value in vars(weight).items():
             setattr(copied, name, copy.deepcopy(value, copies))
+        copied.kind = type(weight)  # type: ignore[attr-defined]
 
     def forget(self) -> None:
         """Let go of what was kept for real tensors that it has met."""

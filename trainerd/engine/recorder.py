@@ -21,6 +21,14 @@ from trainerd.memory.traced import Trace
 _DEVICE = torch.ops.prim.device.default  # a question of torch's own, about a tensor without memory
 
 
+def _of_packed(x: Tensor, *_: Any, out_val: Any, **__: Any) -> int:
+    """The work of a product with a packed weight: torch knows its own alone."""
+    return int(2 * tree_leaves(out_val)[0].numel() * x.shape[-1])
+
+
+_PACKED = {f"bitsandbytes.{name}": _of_packed for name in ("gemm_4bit", "int8_scaled_mm", "int8_mixed_scaled_mm")}
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Births and ends of storages, in order; those known before are left out. `weights`: whose gradients are waited for. `watch` hears
     at each operation how much is held."""
@@ -53,7 +61,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args)
         self._watch(self._held_bytes)
         result = func(*args, **(kwargs or {}))
-        work = flop_registry.get(func.overloadpacket)
+        work = flop_registry.get(func.overloadpacket, _PACKED.get(str(func.overloadpacket)))
         if work is not None:
             self.flops += work(*args, **(kwargs or {}), out_val=result)
             if self.forwards:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from trainerd.contract.errors import ConfigError
+from trainerd.engine import packed
 from trainerd.engine.lanes import pin, unpin
 
 
@@ -27,6 +28,8 @@ class _Weight:
 
     home: nn.Parameter
     places: tuple[tuple[nn.Module, str], ...]
+    is_packed: bool = False
+    """Of a layer in 4 or 8 bits, whose scales stay on the device."""
 
 
 class Copies:
@@ -73,8 +76,8 @@ class Stream:
         if not any(self._blocks):
             raise ConfigError(
                 ["memory.offload = base: the blocks of this task's model have no frozen weight that can be streamed."],
-                "It is for a base that is not trained, under adapters that are; a base in 4 or 8 bits stays on the device. Set "
-                "memory.offload=auto.",
+                "It is for a base that is not trained, under adapters that are: plain weights, or bitsandbytes' linear layers in 4 or 8 "
+                "bits; what is packed otherwise stays on the device. Set memory.offload=auto.",
             )
         self.bytes = [sum(_size(w.home) for w in weights) for weights in self._blocks]
         """Of each block's frozen weights."""
@@ -84,6 +87,9 @@ class Stream:
         self._move_rest(model, device)
         if device.type == "cuda":
             self._pin()
+        self._packed = [module for weights in self._blocks for weight in weights if weight.is_packed for module, _ in weight.places]
+        for layer in self._packed:
+            packed.replace_forward(layer, device)
         self._forwards = [block.forward for block in blocks]
         for number, block in enumerate(blocks):
             block.forward = _Streamed(self, number, block.forward)
@@ -99,6 +105,8 @@ class Stream:
         self._next = None
         for block, forward in zip(self._modules, self._forwards, strict=True):
             block.forward = forward
+        for layer in self._packed:
+            packed.restore_forward(layer)
         for home in self._pinned:
             unpin(home)
         self._pinned.clear()
@@ -109,7 +117,7 @@ class Stream:
         weights = self._blocks[number]
         copies = self._fetched(number)
         for weight, copy in zip(weights, copies, strict=True):
-            held = nn.Parameter(copy, requires_grad=False)
+            held = packed.held(copy, weight.home)
             for module, name in weight.places:
                 setattr(module, name, held)
         del copies
@@ -132,7 +140,7 @@ class Stream:
         return copies
 
     def _begin(self, number: int) -> list[Tensor]:
-        return self._copies.begin([weight.home.data for weight in self._blocks[number]])
+        return self._copies.begin([packed.plain(weight.home) for weight in self._blocks[number]])
 
     def _after(self, number: int) -> int | None:
         """Up on the way there, down on the way back, which begins where the way there has ended. An evaluation has none: after it the next
@@ -159,13 +167,15 @@ class Stream:
                 module._apply(lambda t: t.to(device), recurse=False)  # type: ignore[no-untyped-call]
             for name, p in own.items():
                 setattr(module, name, p)  # not past the module: a recurrent one keeps a list of its own
+        packed.settle(model, device)
 
     def _pin(self) -> None:
         for weights in self._blocks:
             for weight in weights:
-                if not pin(weight.home.data):
+                numbers = packed.plain(weight.home)
+                if not pin(numbers):
                     return
-                self._pinned.append(weight.home.data)
+                self._pinned.append(numbers)
 
 
 def streamable(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
@@ -197,17 +207,28 @@ class _Streamed:
 
 
 def _frozen(model: nn.Module, block: nn.Module) -> list[_Weight]:
-    """The block's plain frozen weights that nothing outside of it uses. Quantised ones have parts that would stay behind."""
+    """The block's frozen weights that nothing outside of it uses: plain ones, and bitsandbytes' packed ones."""
     everywhere = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     homes: dict[int, nn.Parameter] = {}
+    is_packed: dict[int, bool] = {}
     for module in block.modules():
         for name, p in module._parameters.items():
-            plain = p is not None and type(p) in (nn.Parameter, FakeTensor) and getattr(p, "quant_state", None) is None
-            if p is not None and plain and not p.requires_grad and p.is_floating_point():
-                homes[id(p)] = p
+            if p is None or p.requires_grad:
+                continue
+            of_packed = packed.is_weight(module, name)
+            if of_packed or _is_plain(p):
+                homes[id(p)], is_packed[id(p)] = p, of_packed
                 places.setdefault(id(p), []).append((module, name))
-    return [_Weight(home, tuple(places[key])) for key, home in homes.items() if len(places[key]) == everywhere[key]]
+    return [_Weight(home, tuple(places[key]), is_packed[key]) for key, home in homes.items() if len(places[key]) == everywhere[key]]
+
+
+def _is_plain(weight: nn.Parameter) -> bool:
+    """What is of a kind of its own may have parts that would stay behind; of one without memory its copy has told the kind (fakes.py)."""
+    kind: type[Tensor] = type(weight)
+    if kind is FakeTensor:
+        kind = getattr(weight, "kind", nn.Parameter)
+    return kind is nn.Parameter and weight.is_floating_point()
 
 
 def _size(tensor: Tensor) -> int:

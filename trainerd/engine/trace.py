@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainerd.engine import attention, checkpointing, dropout, rng, streaming
+from trainerd.engine import attention, checkpointing, dropout, packed, rng, streaming
 from trainerd.engine.fakes import Fakes
 from trainerd.engine.largest import Largest, largest
 from trainerd.engine.loader import Fetch
@@ -257,13 +257,13 @@ def _table(
     task: Task, model: nn.Module, precision: Precision, found: dict[str, Traces], kernel: str, streamed: list[nn.Parameter]
 ) -> TracedTable:
     weights, away = list(model.parameters()), {id(weight) for weight in streamed}
-    num_parameters = sum(_numbers_of(p) for p in weights)
+    num_parameters, scales = sum(_numbers_of(p) for p in weights), packed.scale_bytes(model)
     return TracedTable(
         kind=f"{type(task).__name__} {type(model).__name__} {num_parameters}",
         precision=precision.name,
         weights=[(_NAMES.get(p.dtype, "fp32"), list(p.shape)) for p in weights if p.requires_grad],
-        frozen=[_held_bytes(p) for p in weights if not p.requires_grad and id(p) not in away],
-        streamed=[_held_bytes(p) for p in streamed],
+        frozen=[*(_size(p) for p in weights if not p.requires_grad and id(p) not in away), *scales.values()],  # those stay, too
+        streamed=[_size(p) for p in streamed],
         buffers=[b.numel() * b.element_size() for b in model.buffers()],
         num_parameters=num_parameters,
         modes=found,
@@ -276,14 +276,6 @@ def _numbers_of(weight: nn.Parameter) -> int:
     """How many numbers it stands for: bitsandbytes packs two of them into a byte, and tells the shape they had."""
     shape = getattr(getattr(weight, "quant_state", None), "shape", None)
     return weight.numel() if shape is None else math.prod(shape)
-
-
-def _held_bytes(weight: nn.Parameter) -> int:
-    """Its own, and the scales of one in 4 or 8 bits."""
-    state = getattr(weight, "quant_state", None)
-    parts = [getattr(level, name, None) for level in (state, getattr(state, "state2", None)) for name in ("absmax", "code")]
-    tensors = [part for part in (weight, *parts, getattr(weight, "SCB", None)) if isinstance(part, Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _size(tensor: Tensor) -> int:

@@ -17,7 +17,7 @@ from trainerd.contract.errors import Unreadable
 from trainerd.memory.tape import ACTIVATIONS, GRADIENTS, Tape, Tensor
 from trainerd.memory.timeline import Setup, Timeline, of_model
 
-FORMAT = 4
+FORMAT = 5
 _WHIM, _ROUNDING_BYTES = 0.05, 512
 MATH = "math"
 """The only kernel of attention that allocates otherwise than the others, so that a trace is of it or of the others."""
