@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from trainerd.config import catalogue
@@ -171,6 +172,10 @@ def _table_of(home: Home, asked: Resolved, place: forecast.Place) -> _Known | Un
         then, now = (model_of(one, defaults if isinstance(defaults, Mapping) else {}) for one in (record.identity, wanted))
         if then != now:
             unlike = unlike or (differences(then, now) if same and noted else [])
+            continue
+        edited = receipts.edited(noted)
+        if edited:
+            unlike = unlike or [f"{Path(edited).name}, which it imports, was edited or moved"]
             continue
         table = _trace_of(home, noted)
         if table is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -337,20 +338,25 @@ def test_a_model_of_ones_own_is_traced_once_and_then_planned(person: Person, tmp
 
 
 def test_an_edited_task_is_traced_anew(person: Person, tmp_path: Path) -> None:
-    """What its old code needed is not what it needs: `plan` says that it was edited, its next training foretells for the new code."""
-    file, wide = tmp_path / "tiny.py", TASK.replace("x, y = batch", "x, y = batch; held = (x @ torch.ones(4, 200_000)).square().sum() * 0")
-    wide = wide.replace('reduction="sum"), 1.0)', 'reduction="sum") + held, 1.0)')
+    """What its old code needed is not what it needs, be it in the task's file or in a module beside it that it imports: `plan` says what
+    was edited, its next training foretells for the new code."""
+    file, beside = tmp_path / "tiny.py", tmp_path / "tiny_wide.py"
+    person.environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    source = TASK.replace("x, y = batch", "import tiny_wide; x, y = batch; held = tiny_wide.held(x)")
+    file.write_text(source.replace('reduction="sum"), 1.0)', 'reduction="sum") + held, 1.0)'), "utf-8")
     words = ("--task", f"{file}:Tiny", "--set", "train.precision=fp32", "--set", "train.max_steps=2", "--set", "train.batch_size=64")
     told = []
-    for source in (TASK, wide):
-        file.write_text(source, encoding="utf-8")
+    for width in (1, 200_000):
+        beside.write_text(f"import torch\ndef held(x): return (x @ torch.ones(4, {width})).square().sum() * 0\n", "utf-8")
         said = json.loads(person.types("plan", "--json", *words).stdout)
-        assert said["verdict"] is None and ("the task file was edited" in said["reason"]) is bool(told), said
+        assert said["verdict"] is None and ("tiny_wide.py, which it imports, was edited" in said["reason"]) is bool(told), said
         person.starts(*words, "--wait")
         receipt = json.loads((person.home.run(person.run()).folder / FILE).read_text("utf-8"))
         told.append(receipt["predicted"]["ram_bytes"])
         assert planned(person, *words)["estimate"]["kind"]
     assert told[1] > told[0] + 40_000_000
+    file.write_text(source, "utf-8")
+    assert "the task file was edited" in json.loads(person.types("plan", "--json", *words).stdout)["reason"]
 
 
 HUGE = """

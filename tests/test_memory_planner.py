@@ -283,7 +283,7 @@ FP32 = Setup("cpu", "fp32", 32, 32)
 
 def receipt(real: float, setup: Setup = FP32, told: float = 1000.0, **more: Any) -> dict[str, Any]:
     """As the engine writes it (trainerd/engine/receipt.py)."""
-    about = {"kind": "cadence gru", "device": "cpu", "torch": "2", "setup": receipts.setup_kind(setup)}
+    about = {"kind": "cadence gru", "device": "cpu", "torch": "2", "setup": receipts.setup_kind(setup), "settings": {}}
     return {**about, "predicted": {"ram_bytes": told}, "real": {"ram_bytes": real}, **more}
 
 

@@ -49,20 +49,64 @@ def test_it_counts_for_every_setup_of_that_model_and_more_in_larger_pieces() -> 
     assert not trusted([receipt(6.3 * GB, told=GB, mixed=True)]).corrections
 
 
+NARROW, WIDE = {"gru": {"hidden": 128}}, {"gru": {"hidden": 2048}}
+
+
+def asked(given: list[dict[str, Any]], settings: dict[str, Any] = WIDE, setup: Setup = FP32, **more: Any) -> receipts.Trust:
+    return receipts.trust(given, "cadence gru", "cpu", "2", setup, receipts.Model(settings, **more))
+
+
+@pytest.mark.parametrize("real", [0.85, 0.95, 1.2])
+@pytest.mark.parametrize("about", [{"settings": NARROW}, {"settings": WIDE, "source": "edited"}, {}])
+def test_a_run_with_other_settings_moves_little_and_narrows_nothing(real: float, about: dict[str, Any]) -> None:
+    """A narrow model that was 15 % off, in bytes next to nothing of a wide one's: the likely value goes by the less of the two, the bound
+    covers the more. So for other code of the task, and a receipt that does not tell its settings."""
+    told = 0.25 * GB
+    given = [{name: value for name, value in (receipt(real * told, told=told) | about).items() if name != "settings" or about}] * 3
+    base, found = estimate(GRU, FP32).ram, estimate(GRU, FP32, Profile(), asked(given)).ram
+    assert base.point > 1.5 * told and 0 < (found.point - base.point) / (real * told - told) <= 0.751
+    assert found.upper >= base.upper and found.upper >= max(base.point * real, base.point + real * told - told)
+    words = asked(given).words("ram_bytes")
+    assert "no run like this has been measured here yet" in words and "the bound is no narrower" in words, words
+    assert ("settings.gru.hidden 128, not 2048" in words) is (about.get("settings") == NARROW), words
+
+
+def test_a_run_with_the_same_settings_speaks_alone() -> None:
+    """However many of others there are; a setting at its default is the same said or unsaid."""
+    same = receipt(1100, settings={}, defaults=WIDE)
+    others = [receipt(700, settings=NARROW)] * 5
+    assert asked([same, *others]).of("ram_bytes") == asked([same]).of("ram_bytes") == trusted([receipt(1100)]).of("ram_bytes")
+    assert asked([receipt(1100, settings=WIDE)]).of("ram_bytes").factor > 1.04
+    seconds = receipt(0, settings=NARROW) | {"predicted": {"seconds_per_step": 1.0}, "real": {"seconds_per_step": 3.0}}
+    assert asked([seconds]).of("seconds_per_step").moved(4.0) == pytest.approx(8.0), "a machine that is slower is so by a share"
+
+
+def test_a_model_that_grows_faster_than_evenly_is_not_corrected_by_small_pieces() -> None:
+    """What a piece of 8 was off by says little of one of 32, and what was not understood in it is sixteen times as much."""
+    small = receipt(900, settings=WIDE, plan={"micro_batch": 8})
+    assert asked([small]).of("ram_bytes").factor < 1
+    pairs = asked([small], degree=2).of("ram_bytes")
+    assert pairs.apart and pairs.factor == 1 and "smaller micro-batches (8, not 32)" in pairs.because
+    assert not asked([small], setup=replace(FP32, micro_batch=8), degree=2).of("ram_bytes").apart
+    far = receipt(6.3 * GB, told=GB, settings=WIDE, plan={"micro_batch": 8})
+    once, squared = (asked([far], degree=degree).of("ram_bytes").beyond_bytes for degree in (1, 2))
+    assert squared == pytest.approx(4 * once)
+
+
 def _with_receipt(home: Home, document: dict[str, Any]) -> None:
     (new_run(home.root).folder / receipts.FILE).write_text(json.dumps({"schema": 1, **document}), encoding="utf-8")
 
 
 def test_plan_does_not_say_fits_below_what_a_run_has_needed(tmp_path: Path) -> None:
     """Of the same model on a CPU, also for a budget: tight, and the reason is in what it says."""
-    home, asked, budget = Home(tmp_path), resolve("cadence"), "3GB"
-    first = outlook.look(home, asked, budget, "cpu")
+    home, wanted, budget = Home(tmp_path), resolve("cadence"), "3GB"
+    first = outlook.look(home, wanted, budget, "cpu")
     assert isinstance(first, outlook.Outlook) and first.answer.verdict == FITS
     setup, told = first.answer.setup, first.answer.estimate.raw["ram_bytes"]
     about = {"kind": first.answer.estimate.kind, "device": "cpu", "torch": first.place.profile.torch, "setup": receipts.setup_kind(setup)}
     plan = {"micro_batch": setup.micro_batch}
     _with_receipt(home, {**about, "plan": plan, "predicted": {"ram_bytes": told}, "real": {"ram_bytes": told * 6.3}})
-    after = outlook.look(home, asked, budget, "cpu")
+    after = outlook.look(home, wanted, budget, "cpu")
     assert isinstance(after, outlook.Outlook) and after.answer.verdict == TIGHT and not after.answer.proposals
     assert after.answer.estimate.ram.upper >= told * 6.3
     shown = " ".join("\n".join(forecast_view.lines(after, True, lambda text, colour: text)).split())

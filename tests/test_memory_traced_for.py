@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from tests.test_memory_fitting import CPU, bound
 from tests.toy import Toy, config
 from trainerd.config.identity import differences, model_of
 from trainerd.config.model import RunConfig
-from trainerd.engine import taskfile, traced_for
+from trainerd.engine import sources, taskfile, traced_for
 from trainerd.engine.precision import Precision
 
 
@@ -23,7 +26,7 @@ class Narrow(Toy):
 
 
 def made(task: Toy, model: nn.Module, asked: RunConfig) -> str:
-    return traced_for.key(task, model, task.train_samples, asked, Precision("fp32", CPU))
+    return traced_for.key(task, model, task.train_samples, asked, Precision("fp32", CPU), traced_for.code_of(task))
 
 
 def test_another_source_data_type_or_buffer_is_another_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,3 +87,27 @@ def test_the_defaults_are_known_but_for_what_must_be_said() -> None:
         Settings = Needed
 
     assert traced_for.defaults(Needing({"width": 3, "depth": 9})) == Asked().model_dump()
+
+
+def test_the_files_a_tasks_code_comes_from_are_a_persons_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the task's: what it imports, however deep, relative or inside a function, and what those import; nothing of Python, of
+    installed packages or of ours, and nothing of it is run."""
+    names = {"own_a.py": "import json, torch, own_b\nfrom own_pack import deep\n", "own_b.py": "def f():\n    import own_late\n"}
+    names |= {"own_late.py": "raise SystemExit('run')\n", "own_other.py": "", "own_pack/__init__.py": "", "own_pack/low.py": ""}
+    names |= {"own_pack/deep.py": "from . import low\n"}
+    names |= {"own_task.py": "import own_a\nfrom trainerd.engine.task import Task\nclass Own(Task): pass\n"}
+    for name, content in names.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content, "utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(sys.modules)
+    kind = importlib.import_module("own_task").Own
+    found = {Path(path).relative_to(tmp_path).as_posix() for path in sources.imported(kind) if Path(path).is_relative_to(tmp_path)}
+    assert found == set(names) - {"own_task.py", "own_other.py"} and "own_late" not in sys.modules
+    assert not [path for path in sources.imported(kind) if "site-packages" in path or f"trainerd{os.sep}engine" in path]
+    first = traced_for.code_of(kind()).digest
+    (tmp_path / "own_late.py").write_text("x = 1\n", "utf-8")
+    assert traced_for.code_of(kind()).digest != first
+    for name in set(sys.modules) - before:
+        if name.startswith("own_"):
+            monkeypatch.delitem(sys.modules, name)

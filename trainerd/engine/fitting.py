@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,6 +58,10 @@ class Forecast:
     """DeepSpeed's, where it has the optimizer."""
     heap: str = heap.UNKNOWN
     """How large blocks are held in this life."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """All of the task's."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Those it has where nobody says any."""
     peak_before: int = 0
     """RAM that was held for a moment before the training, where the system's count cannot leave it out."""
 
@@ -106,17 +111,18 @@ def foresee(
     `begun`: steps of this plan have worked. `beat` is called while it lasts. Raises Refused for another one that is too large for a CPU:
     there nothing fails at a limit, all crawls.
     """
-    config = ds_config.at_hand(config, paths)
+    config = traced_for.with_settings(ds_config.at_hand(config, paths), task)
     place = _place(config, plan, paths.home)
     table: Table | None = None
     name: str | None = None
     why: str | None = None
-    peak_before = 0
+    peak_before, code = 0, traced_for.Code("", {})
     try:
         table = task.memory_table()
         if table is None and traces:
-            name = f"{traced_for.key(task, model, dataset, config, mixed)}.json"
-            table, peak_before = _traced(task, model, dataset, config, paths.home, mixed, name, beat)
+            code = traced_for.code_of(task)
+            name = f"{traced_for.key(task, model, dataset, config, mixed, code)}.json"
+            table, peak_before = _traced(task, model, dataset, config, paths.home, mixed, name, code, beat)
     except Exception as error:  # a user's model may do anything; its own training tells what is wrong
         why = _why(error)
         send(wire.NOTE, kind="no_memory_estimate", text=why)
@@ -126,10 +132,11 @@ def foresee(
     place = replace(place, process_bytes=0) if begun else place  # what it goes on from lies in RAM as well now, for a moment
     place, table = _with_process(place, table, task, model, paths.home.cache / "traces" / trace if trace else None)
     found = Forecast(table, place, trace, task.splittable, samples=len(dataset))
+    found.settings, found.defaults = config.settings, traced_for.defaults(task)
     found.buckets, found.heap = forecast.buckets(config, place.device), place.heap
     if traces and (name or why):
-        about = {"splittable": task.splittable, "samples": len(dataset), "defaults": traced_for.defaults(task)}
-        receipts.note_trace(paths, {"trace": trace, "untraced": why, **about})
+        about = {"splittable": task.splittable, "samples": len(dataset), "defaults": found.defaults}
+        receipts.note_trace(paths, {"trace": trace, "untraced": why, "sources": dict(code.files), **about})
     if table is not None and not begun:
         _fit(found, table, config, plan, send, len(dataset))
     plan.pop("open", None)
@@ -309,6 +316,7 @@ def _traced(
     home: Home,
     mixed: Precision,
     name: str,
+    code: traced_for.Code,
     beat: Callable[[], None],
 ) -> tuple[Table, int]:
     """The trace of this model, from the cache or made now; and the RAM's peak until then, as peak.begin_anew() tells it."""
@@ -325,7 +333,7 @@ def _traced(
     means = Means(_ram_left(config) - machine_memory.own_bytes(), beat)
     made = trace(task, model, dataset, mixed, config.train.batch_size, kernel, means)
     before = peak.begin_anew()  # the copy of the model is no need of the training
-    made = replace(made, on_disk=of_files)
+    made = replace(made, on_disk=of_files, source=code.digest)
     _keep(path, made)
     return made, before
 

@@ -247,7 +247,9 @@ def _ranged(trust: Trust, measure: str, point: float, upper: float) -> Range:
     least = point + found.beyond_bytes if found.num_beyond else 0.0
     if not found.num_runs:
         return Range(point, max(upper, least))
-    corrected, seen = point * found.factor, point * max(found.most, found.factor)
+    corrected, seen = found.moved(point), found.highest(point)
+    if found.apart:  # of other settings: nothing is narrower for them
+        return Range(corrected, max(upper, seen, corrected + upper - point, least))
     kept = _KEPT_SLACK if found.num_runs >= _ENOUGH_RUNS else 1.0
     return Range(corrected, max(seen, corrected + kept * (upper - point), least))
 

@@ -116,10 +116,11 @@ def answer(config: RunConfig, place: Place, table: Table, splittable: bool = Tru
 
 def _asking(config: RunConfig, place: Place, table: Table) -> Callable[[Setup], Estimate]:
     torch, given = place.profile.torch or None, tuple(place.receipts)
+    model = receipts.Model(config.settings, getattr(table, "source", ""), getattr(table, "degree", 1))
     keep, best = config.checkpoint.keep, config.checkpoint.keep_best or config.train.early_stopping is not None
 
     def ask(setup: Setup) -> Estimate:
-        trust = receipts.trust(given, table.kind, place.name, torch, setup)
+        trust = receipts.trust(given, table.kind, place.name, torch, setup, model)
         return estimate(table, setup, place.profile, trust, keep=keep, keep_best=best, process_bytes=place.process_bytes)
 
     return ask

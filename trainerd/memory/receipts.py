@@ -1,16 +1,20 @@
 """What earlier runs really needed beside what was foretold, and what that says about the next estimate. Must not measure.
 
 The engine writes runs/<run>/receipt.json; here they are read. Only receipts of the same model kind, device, torch and kind of
-setup count: corrections do not travel between models, and what bf16 needs beyond its tensors fp32 does not show. A run that needed many
-times what was foretold corrects nothing, for it was not understood; but the bound is never below it.
+setup count: corrections do not travel between models, and what bf16 needs beyond its tensors fp32 does not show. With the task's settings
+they count in full; those of other settings (a narrow model, asked about a wide one) only where there are none of these: they move the
+likely value a little and narrow no bound. A run that needed many times what was foretold corrects nothing, for it was not understood;
+but the bound is never below it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from trainerd.contract import files, runs
@@ -42,6 +46,33 @@ class Correction:
     num_beyond: int = 0
     beyond_bytes: float = 0.0
     """How much more than foretold such a run needed: the bound is so far above the point, at least."""
+    apart: tuple[tuple[float, float], ...] = ()
+    """Of runs with other settings, in place of the factor: how many times what was foretold each needed, and how many bytes more. Which of
+    the two it will be at another size nobody knows."""
+    because: str = ""
+    """In what the newest of those differed."""
+
+    def moved(self, point: float) -> float:
+        """The likely value, corrected: by other settings' runs by the bytes or by the share, whichever is less."""
+        if not self.apart:
+            return point * self.factor
+        steps = [min(point * (ratio - 1), excess, key=abs) for ratio, excess in self.apart]
+        return point + statistics.median(steps) * len(steps) / (len(steps) + _DOUBT)
+
+    def highest(self, point: float) -> float:
+        """What a run like the one that needed most would need: of other settings by the bytes or by the share, whichever is more."""
+        if not self.apart:
+            return point * max(self.most, self.factor)
+        return point + max(max(point * (ratio - 1), excess) * (1 + _SPREAD) for ratio, excess in self.apart)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is asked about: the task's settings as they were said, its code, and how what it needs grows with a micro-batch's samples."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+    degree: int = 1
 
 
 @dataclass(frozen=True)
@@ -66,6 +97,12 @@ class Trust:
         if not found.num_runs:
             said = f"{beyond}{kind}" if beyond else f"no run has been measured here yet of this kind{kind}"
             return f"{said}{others}"
+        if found.apart:
+            least, most = (pick(ratio for ratio, _ in found.apart) for pick in (min, max))
+            needed = f"needed {least:.2f} of what was foretold" if found.num_runs == 1 else f"needed {least:.2f} to {most:.2f} of it"
+            said = f"no run like this has been measured here yet{kind}; {_runs(found.num_runs)} with {found.because} {needed}: "
+            said += "the likely value follows by the less of bytes and share, and the bound is no narrower for it"
+            return f"{beyond}; {said}{others}" if beyond else f"{said}{others}"
         needed = f"which needed up to {found.seen:.2f} of what was foretold"
         said = f"corrected by {found.factor:.2f} after {_runs(found.num_runs)} of this kind{kind}, {needed}"
         return f"{beyond}; {said}{others}" if beyond else f"{said}{others}"
@@ -107,6 +144,19 @@ def trace_of(paths: RunPaths) -> Mapping[str, Any]:
     return {}
 
 
+def edited(noted: Mapping[str, Any]) -> str:
+    """The first file the traced task's code came from, beside its own, that is not as it was; "" when all are."""
+    sources = noted.get("sources")
+    for path, digest in sources.items() if isinstance(sources, Mapping) else ():
+        try:
+            now = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        except (OSError, ValueError):
+            return str(path)
+        if now != digest:
+            return str(path)
+    return ""
+
+
 def setup_kind(setup: Setup) -> dict[str, Any]:
     """What of a setup decides which of torch's kernels and which states there are, and how they are allocated. A micro-batch only
     makes them larger. torch's own allocator is not named: a receipt of an earlier trainerd means that one."""
@@ -140,28 +190,73 @@ def _in_words(kind: Mapping[str, Any]) -> str:
     return ", ".join([str(kind["precision"]), str(kind["optimizer"]), *unusual]).replace("compiled True", "compiled")
 
 
-def trust(receipts: Iterable[Mapping[str, Any]], kind: str, device: str, torch: str | None, setup: Setup) -> Trust:
+def trust(
+    receipts: Iterable[Mapping[str, Any]], kind: str, device: str, torch: str | None, setup: Setup, model: Model | None = None
+) -> Trust:
     """What the receipts of this model, machine and kind of setup say. One that does not tell its setup is of no use."""
+    model = model or Model()
     alike = [r for r in receipts if r.get("kind") == kind and r.get("device") == device and (torch is None or r.get("torch") == torch)]
     wanted = setup_kind(setup)
     counted = [receipt for receipt in alike if receipt.get("setup") == wanted and not receipt.get("mixed")]
     known = [receipt for receipt in alike if not receipt.get("mixed")]
-    corrections = {measure: found for measure in MEASURES if (found := _of_measure(counted, known, measure, setup)) is not None}
+    corrections = {measure: found for measure in MEASURES if (found := _of_measure(counted, known, measure, setup, model)) is not None}
     far = [receipt for receipt in known if receipt not in counted and any(_beyond(receipt, measure) for measure in MEASURES)]
     return Trust(corrections, _in_words(wanted), len(alike) - len(counted) - len(far))
 
 
-def _of_measure(counted: list[Mapping[str, Any]], known: list[Mapping[str, Any]], measure: str, setup: Setup) -> Correction | None:
+def _of_measure(
+    counted: list[Mapping[str, Any]], known: list[Mapping[str, Any]], measure: str, setup: Setup, model: Model
+) -> Correction | None:
     """What is not understood may be in every setup of this model."""
-    usual = [ratio for receipt in counted if (ratio := _ratio(receipt, measure)) is not None and not _beyond(receipt, measure)]
-    usual = [ratio for ratio in usual if 1 / _MOST**2 < ratio < _ABSURD or measure == "seconds_per_step"]
+    usual = [receipt for receipt in counted if _is_usual(receipt, measure)]
     above = [receipt for receipt in known if _beyond(receipt, measure)]
     if not usual and not above:
         return None
-    found = _correction(usual) if usual else Correction()
-    most = max((_excess(receipt, measure) * _times(receipt, setup) for receipt in above), default=0.0) * (1 + _SPREAD)
+    unlike = [_unlike(receipt, setup, model) for receipt in usual]
+    same = [_ratio(receipt, measure) or 1.0 for receipt, why in zip(usual, unlike, strict=True) if not why]
+    found = _correction(same) if same else Correction()
+    if usual and not same:
+        times = measure == "seconds_per_step"  # a machine that is slower is so by a share
+        ratios = [_ratio(receipt, measure) or 1.0 for receipt in usual]
+        excess = [math.copysign(math.inf, ratio - 1) if times else _excess(one, measure) for ratio, one in zip(ratios, usual, strict=True)]
+        found = Correction(num_runs=len(usual), apart=tuple(zip(ratios, excess, strict=True)), because=unlike[0])
+    most = max((_excess(receipt, measure) * _times(receipt, setup, model) for receipt in above), default=0.0) * (1 + _SPREAD)
     highest = max((_ratio(receipt, measure) or 0.0 for receipt in above), default=0.0)
     return replace(found, beyond=highest, num_beyond=len(above), beyond_bytes=most)
+
+
+def _is_usual(receipt: Mapping[str, Any], measure: str) -> bool:
+    """Whether what it was off by can be a correction."""
+    ratio = _ratio(receipt, measure)
+    if ratio is None or _beyond(receipt, measure):
+        return False
+    return 1 / _MOST**2 < ratio < _ABSURD or measure == "seconds_per_step"
+
+
+def _unlike(receipt: Mapping[str, Any], setup: Setup, model: Model) -> str:
+    """In what its run differed from what is asked about, beside the setup; "" where it says as much as a run can."""
+    settings, defaults = receipt.get("settings"), receipt.get("defaults")
+    if not isinstance(settings, Mapping):
+        return "settings that it does not tell"
+    usual = _flat(defaults) if isinstance(defaults, Mapping) else {}
+    then, now = ({**usual, **_flat(some)} for some in (settings, model.settings))
+    other = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if other:
+        more = f", and {len(other) - 1} more" if len(other) > 1 else ""
+        return f"another setting (settings.{other[0]} {then.get(other[0])}, not {now.get(other[0])}{more})"
+    if (receipt.get("source") or "") != model.source:
+        return "other code of the task"
+    if model.degree > 1 and _before(receipt) is not None and setup.micro_batch > (_before(receipt) or 0):
+        return f"smaller micro-batches ({_before(receipt)}, not {setup.micro_batch}), and what this model needs does not grow evenly,"
+    return ""
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Its leaves by dotted name."""
+    leaves: dict[str, Any] = {}
+    for name, value in section.items():
+        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return leaves
 
 
 def _ratio(receipt: Mapping[str, Any], measure: str) -> float | None:
@@ -179,11 +274,18 @@ def _excess(receipt: Mapping[str, Any], measure: str) -> float:
     return real - told
 
 
-def _times(receipt: Mapping[str, Any], setup: Setup) -> float:
-    """Whatever it is, it may be of every sample: more in a larger micro-batch than that run's. In a smaller one it may be as much."""
+def _times(receipt: Mapping[str, Any], setup: Setup, model: Model) -> float:
+    """Whatever it is, it may be of every sample: more in a larger micro-batch than that run's, as the model's needs grow. In a smaller one
+    it may be as much."""
+    before = _before(receipt)
+    return 1.0 if before is None else max(1.0, setup.micro_batch / before) ** model.degree
+
+
+def _before(receipt: Mapping[str, Any]) -> int | None:
+    """The micro-batch of its run."""
     plan = receipt.get("plan")
-    before = plan.get("micro_batch") if isinstance(plan, Mapping) else None
-    return max(1.0, setup.micro_batch / before) if isinstance(before, int) and before > 0 else 1.0
+    found = plan.get("micro_batch") if isinstance(plan, Mapping) else None
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _number(side: Any, measure: str) -> float | None:

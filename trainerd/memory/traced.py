@@ -80,6 +80,8 @@ class TracedTable:
     on_disk: tuple[int, int] = (0, 0)
     """Bytes of `frozen` and of `streamed` that lie in a file the task has mapped: in no RAM while they are not on a GPU."""
     assumed: tuple[str, ...] = ()
+    source: str = ""
+    """A hash of the task's code, that of the modules it imports included."""
     format: int = field(default=FORMAT)
     is_traced = True
 
