@@ -59,6 +59,16 @@ class TensorCount(TorchDispatchMode):
         self.log.append((self._operation, size, self.live))
 
 
+class InsideCount(TensorCount):
+    """The same, and what the operations of bitsandbytes make inside: those are Python, and torch shows their results alone."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace != "bitsandbytes":
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        with self:
+            return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **(kwargs or {}))
+
+
 def allocator_changes(run: Callable[[], Any]) -> list[int]:
     """The bytes of every allocation (positive) and release (negative) of torch's CPU allocator, in order, while `run` ran."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -166,28 +166,6 @@ def _math_table(tape: Tape) -> Any:
     return layers.SelfAttention(tape, 32, 4)
 
 
-class _Lora(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.base = nn.Linear(32, 32), nn.Linear(32, 64, bias=False).requires_grad_(False)
-        self.down, self.up = nn.Linear(32, 4, bias=False), nn.Linear(4, 64, bias=False)
-        self.drop = nn.Dropout(0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        result: Tensor = self.base(x) + self.up(self.down(self.drop(x))) * 2.0
-        return result
-
-
-class _LoraTable:
-    def __init__(self, tape: Tape) -> None:
-        self.first = layers.Linear(tape, 32, 32)
-        self.second = layers.Linear(tape, 32, 64, bias=False, adapter=layers.Adapter(4, dropout=0.1))
-
-    def __call__(self, x: Shadow) -> Shadow:
-        return self.second(self.first(x))
-
-
 def _by_hand_table(tape: Tape) -> Any:
     return layers.SelfAttention(tape, 32, 4, fused=False)
 
@@ -200,7 +178,6 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], Any, tuple[int, ...]]] = {
     "attention, by hand, of one sample": (lambda: _Attention(False), _by_hand_table, (1, 6, 32)),
     "rms norm": (lambda: nn.RMSNorm(32), lambda tape: layers.Norm(tape, 32, root=True), (3, 6, 32)),
     "gru": (lambda: nn.GRU(24, 32, batch_first=True), lambda tape: Gru(tape, 24, 32), (4, 5, 24)),
-    "lora": (_Lora, _LoraTable, (3, 6, 32)),
 }
 
 
@@ -229,21 +206,6 @@ def test_a_block_allocates_what_its_table_says(name: str, precision: str) -> Non
     tape.backward(total)
     del total
     assert (tape.peak - before, tape.live - before) == expected
-
-
-def test_a_quantised_base_is_as_large_as_in_bitsandbytes() -> None:
-    """NF4 with doubly quantised scales: the packed weight, its scales, and their tables, to the byte."""
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        layer = bitsandbytes.nn.Linear4bit(64, 128, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", compress_statistics=True)
-        layer = layer.to("cpu")
-    kept = layer.weight.quant_state
-    parts = [layer.weight, *vars(kept).values(), *vars(kept.state2).values()]
-    held = {t.data_ptr(): t.numel() * t.element_size() for t in parts if isinstance(t, Tensor)}
-    tape = Tape("cpu", "bf16")
-    layers.Linear(tape, 64, 128, bias=False, base="nf4")
-    assert tape.live == sum(held.values())
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adafactor"])

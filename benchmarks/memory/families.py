@@ -123,7 +123,9 @@ class _LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base(x)
-        return result + self.up(self.down(self.drop(x))) * 2.0
+        given, x = result.dtype, x.to(self.down.weight.dtype)
+        result = result + self.up(self.down(self.drop(x))) * 2.0
+        return result.to(given)  # type: ignore[no-any-return]
 
 
 class _LlamaBlock(nn.Module):

@@ -1,28 +1,14 @@
 """The blocks models are made of, as modules over tensors without contents. Must not know any task.
 
-They hold parameters and are called like torch's modules of the same name. A base in NF4 or int8 is what bitsandbytes keeps;
-an adapter is what PEFT adds beside it.
+They hold parameters and are called like torch's modules of the same name. A base in NF4 or int8 is bitsandbytes' (quantised.py);
+an adapter is what PEFT adds beside it (adapters.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-from trainerd.memory import kernels, ops
-from trainerd.memory.tape import ADAPTERS, BUFFERS, Node, Shape, Tape, Tensor
-
-_NF4_BLOCK, _NF4_NESTED = 64, 256
-_NF4_TABLES = (16 + 256) * 4 + 4  # the code, the nested code, the offset
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """LoRA of this rank beside a frozen base; `dora` learns the length of each weight row as well."""
-
-    rank: int
-    dropout: float = 0.0
-    dora: bool = False
+from trainerd.memory import kernels, ops, quantised
+from trainerd.memory.adapters import Adapter, Beside
+from trainerd.memory.tape import BUFFERS, Shape, Tape, Tensor
 
 
 class Linear:
@@ -45,99 +31,26 @@ class Linear:
         compute: str | None = None,
         loaded: str | None = None,
     ) -> None:
-        self.fan_in, self.fan_out, self.base, self.adapter = fan_in, fan_out, base, adapter
+        self.fan_in, self.fan_out, self.base, self.nested = fan_in, fan_out, base, nested
         self.compute = compute or tape.precision or "fp32"
         self.loaded = loaded or self.compute
-        trainable = trainable and adapter is None and base not in ("nf4", "int8")
-        self.quantised: list[Tensor] = []
+        packed = base in quantised.NAMES
+        trainable = trainable and adapter is None and not packed
         self.weight: Tensor | None = None
-        if base in ("nf4", "int8"):
-            self.quantised = [tape.parameter(n, dtype="uint8", trainable=False) for n in _quantised_bytes(fan_in, fan_out, base, nested)]
+        if packed:
+            for number in quantised.sizes(fan_in, fan_out, base, nested):
+                tape.parameter(number, dtype="uint8", trainable=False)
         else:
             self.weight = tape.parameter(fan_out, fan_in, dtype=base, trainable=trainable)
-        self.bias = tape.parameter(fan_out, dtype=base if self.weight else self.compute, trainable=trainable) if bias else None
-        if adapter is not None:
-            self.down = tape.parameter(adapter.rank, fan_in, kind=ADAPTERS)
-            self.up = tape.parameter(fan_out, adapter.rank, kind=ADAPTERS)
-            self.length = tape.parameter(fan_out, kind=ADAPTERS) if adapter.dora else None
+        self.bias = tape.parameter(fan_out, dtype=self.compute if packed else base, trainable=trainable) if bias else None
+        self.beside = Beside(tape, self, adapter) if adapter is not None else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        result = self._base(x)
-        if self.adapter is None:
-            return result
-        given = ops.dropout(x) if self.adapter.dropout else x
-        if given.dtype != "fp32" and not x.tape.casting:
-            given = ops.to(given, "fp32")
-        beside = ops.scale(kernels.linear(kernels.linear(given, self.down), self.up))
-        if self.length is None:
-            return ops.add(result, beside)
-        return self._dora(result, beside)
+        return self.product(x) if self.beside is None else self.beside(x)
 
-    def _base(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight, self.bias) if self.weight is not None else _dequantised_linear(self, x)
-
-    def _dora(self, result: Tensor, beside: Tensor) -> Tensor:
-        """(length / |W + BA| - 1) * base + length / |W + BA| * beside; the norm is made without a gradient."""
-        tape = result.tape
-        assert self.length is not None
-        with tape.no_grad():
-            whole = tape.new((self.fan_out, self.fan_in), "fp32")
-            summed = tape.new((self.fan_out, self.fan_in), "fp32")
-            norm = tape.new((self.fan_out,), "fp32")
-            del whole, summed
-        length = ops.mul(self.length, norm)
-        return ops.add(ops.mul(ops.scale(length), result), ops.mul(length, beside))
-
-
-def _quantised_bytes(fan_in: int, fan_out: int, base: str, nested: bool) -> list[int]:
-    """Bytes of the packed weight and of its scales, as bitsandbytes keeps them."""
-    numbers = fan_in * fan_out
-    if base == "int8":
-        return [numbers, fan_out * 4]
-    blocks = -(-numbers // _NF4_BLOCK)
-    if not nested:
-        return [-(-numbers // 2), blocks * 4, 16 * 4]
-    return [-(-numbers // 2), blocks, -(-blocks // _NF4_NESTED) * 4, _NF4_TABLES]
-
-
-def _dequantised_linear(layer: Linear, x: Tensor) -> Tensor:
-    """The weight is unpacked for this product and forgotten; going back it is unpacked again."""
-    tape = x.tape
-    x = ops.to(x, layer.compute)
-    # bitsandbytes multiplies NF4 without unpacking on a CPU, forwards.
-    unpacked = None if layer.base == "nf4" and tape.device == "cpu" else _unpacked(tape, layer)
-    made = tape.new((*x.shape[:-1], layer.fan_out), layer.compute)
-    tape.flops += 2.0 * x.numel * layer.fan_out
-    del unpacked
-    tape.record([made], [x], _dequantised_back, (), layer)
-    return made
-
-
-def _unpacked(tape: Tape, layer: Linear) -> list[Tensor]:
-    """The weight as it is multiplied: by way of the type it was loaded in, and of its scales."""
-    shape = (layer.fan_out, layer.fan_in)
-    if layer.base == "int8":
-        whole = [tape.new(shape, layer.compute)]
-        scales = [tape.new((layer.fan_out,), "fp32") for _ in (0, 1)]
-        del scales
-        return whole
-    scales = [tape.new((-(-layer.fan_out * layer.fan_in // _NF4_BLOCK),), "fp32")]
-    loaded = tape.new(shape, layer.loaded)
-    del scales
-    return [loaded if layer.loaded == layer.compute else tape.new(shape, layer.compute)]
-
-
-def _dequantised_back(node: Node, grads: list[Tensor | None]) -> Sequence[Tensor | None]:
-    g, grads[0] = grads[0], None
-    about = node.shapes[0]
-    if g is None or about is None:
-        return [None]
-    layer: Linear = node.about[0]
-    unpacked = _unpacked(g.tape, layer)
-    found = g.tape.new(*about)
-    g.tape.flops += 2.0 * found.numel * layer.fan_out
-    del unpacked
-    return [found]
+    def product(self, x: Tensor) -> Tensor:
+        """The base's own."""
+        return quantised.linear(self, x) if self.weight is None else kernels.linear(x, self.weight, self.bias)
 
 
 class Embedding:
