@@ -38,8 +38,9 @@ def make_environment(folder: Path) -> int:
 def run(what: str, command: list[str]) -> bool:
     """Run one part in front of the person; whether it passed."""
     print(f"\n== {what}", flush=True)
-    one_thread = {"OMP_NUM_THREADS": "1", **os.environ}  # the tests' tensors are small, and threads beside threads wait for each other
-    return subprocess.call(command, cwd=ROOT, env=one_thread, stdin=subprocess.DEVNULL) == 0
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # the tests' tensors are small, and threads beside threads wait for each other
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # they start hundreds of processes, and each would compile everything anew
+    return subprocess.call(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL) == 0
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ import pytest
 
 from trainerd.contract.paths import Home
 
+_LONG = ("test_windows_tier", "test_end_to_end", "test_trainer_process", "test_stops", "test_wheel", "test_selftest", "test_zero2")
+_TOGETHER = _LONG[:3] + ("test_wheel", "test_provenance")
+"""Each in one worker: for the first there is one Windows (others would wait for its lock), the others share a dear beginning."""
 _SIBLING = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -22,8 +26,17 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The Windows tier first: it is one long chain of waits, and the other tests run beside it."""
-    items.sort(key=lambda item: "test_windows_tier" not in item.nodeid)
+    """What takes longest first, and the Windows tier before all, for it is one long chain of waits: no worker is left with it at the end."""
+    place = {name: number for number, name in enumerate(_LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+@pytest.fixture(autouse=True)
+def _collects_little() -> None:
+    """A trainer collects garbage at its settled moments, over a process of its own. Here it would go through all that the tests have
+    imported each time, which took longer than most trainings: what is there before a test is left out."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -67,12 +80,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """The Windows tests one after the other in one worker, and first: there is one Windows, and others would wait for its lock.
-    (xdist's own groups do not hold with pytest 9: it sets a name that pytest no longer reads.)"""
+    """Some files whole, of the others each test alone. (xdist's own groups do not hold with pytest 9: it sets a name that pytest no
+    longer reads.)"""
     from xdist.scheduler import LoadScopeScheduling
 
-    class OneWindows(LoadScopeScheduling):  # type: ignore[misc]
+    class SomeTogether(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
-            return "windows" if "test_windows_tier.py" in nodeid else nodeid
+            name = Path(nodeid.split("::", 1)[0]).stem
+            return name if name in _TOGETHER else nodeid
 
-    return OneWindows(config, log)
+    return SomeTogether(config, log)

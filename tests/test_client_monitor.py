@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ import pytest
 from client import curve, screen, tail, view
 from tests.person import DOOR, Person
 from tests.supervised import RUN, Daemon
-from trainerd.contract import files, lock, status
+from trainerd.contract import files, lock, requests, status
 from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home
 
@@ -119,13 +121,29 @@ def test_every_key_in_a_real_terminal(home: Home, terminal: Callable[..., Termin
         assert daemon.reading().state == status.RUNNING
         monitor.child.send("\x1b[A")
         monitor.child.send("ss")  # faster than it looks
-        shown = monitor.until("resume")
+        monitor.until("Go on from the last checkpoint with:")
+        daemon.process.wait(20)  # while it ends it still answers
         monitor.child.send("p")
         shown = monitor.until("Nothing is running")
         assert "STOPPED" in shown and "Go on from the last checkpoint with:" in shown and "RAM " not in shown and "speed" not in shown
         monitor.child.send("q")
         assert monitor.left() == 0
         assert b"\x1b[?1049h" in monitor.raw and b"\x1b[?1049l" in monitor.raw and b"\x1b[?25h" in monitor.raw
+
+
+def test_what_nobody_heard_is_not_called_done(home: Home, terminal: Callable[..., Terminal]) -> None:
+    """A pause asked of a supervisor that dies before it hears it: it was too late, and it waits for no later one."""
+    with Daemon(home, LONG) as daemon:
+        daemon.until_step(1)
+        monitor = terminal()
+        monitor.until("RUNNING")
+        os.kill(daemon.process.pid, signal.SIGSTOP)
+        monitor.child.send("p")
+        monitor.until("pause: asked")
+        daemon.process.kill()
+        daemon.process.wait(10)
+        monitor.until("pause: too late")
+        assert requests.pending(home) == []
 
 
 def test_leaving_never_stops_the_training(home: Home, terminal: Callable[..., Terminal]) -> None:

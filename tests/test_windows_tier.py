@@ -83,7 +83,7 @@ def computer(prefix: Path, tmp_path: Path) -> Iterator[WindowsComputer]:
 
 def test_contract_and_processes_under_a_windows_python(prefix: Path, tmp_path: Path) -> None:
     """Locks, status, requests, job objects and priorities hold under Windows' own rules; files, checkpoints and settings as elsewhere."""
-    environment = {**os.environ, "WINPY_ROOT": str(prefix), "WINPYTHONPATH": windows_path(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "WINPY_ROOT": str(prefix), "WINPYTHONPATH": windows_path(ROOT)}
     options = ["-q", "-p", "no:cacheprovider", f"--basetemp={windows_path(tmp_path / 'there')}"]
     command = [prefix / "winpy", "-m", "pytest", *options, "tests/windows", *PORTABLE]
     with open(tmp_path / "stderr", "wb") as errors, windows_without_a_screen(prefix):

@@ -169,12 +169,15 @@ class Monitor:
         if self.asked is None:
             return
         try:
-            answered = self.asked.answer(reading) is not None or not reading.alive
+            answered = self.asked.answer(reading) is not None
         except TrainerdError as error:
             self.note, self.asked = error.message, None
             return
-        if answered:
+        if answered or (self.asked.verb == "stop" and not reading.alive):
             self.note, self.asked = f"{self.asked.verb}: done. {view.summary(reading)}", None
+        elif not reading.alive:
+            self.asked.withdraw()
+            self.note, self.asked = f"{self.asked.verb}: too late. {view.summary(reading)}", None
         elif time.monotonic() - self.asked.at > _GIVE_UP_SECONDS:
             self.asked.withdraw()
             self.note, self.asked = f"{self.asked.verb}: the supervisor did not answer.", None

@@ -42,13 +42,16 @@ def free() -> None:
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """What set-up has made stays to the end: a collection on the way need not look at its 300,000 objects again."""
+    """What set-up has made stays to the end: a collection on the way need not look at its 300,000 objects again. Whoever has frozen
+    something himself keeps it so."""
+    had_frozen = gc.get_freeze_count() > 0
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not had_frozen:
+            gc.unfreeze()
 
 
 class Cleaner:
