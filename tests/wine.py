@@ -34,7 +34,7 @@ class WindowsComputer:
         for part in PARTS:
             source = ROOT / part
             if source.is_dir():
-                shutil.copytree(source, self.checkout / part, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(source, self.checkout / part)  # what is compiled already, too
             else:
                 shutil.copy(source, self.checkout)
         self.environment = {
