@@ -14,7 +14,7 @@ import pytest
 from trainerd.contract.paths import Home
 
 _LONG = ("test_windows_tier", "test_end_to_end", "test_trainer_process", "test_stops", "test_wheel", "test_selftest", "test_zero2")
-_TOGETHER = _LONG[:3] + ("test_wheel", "test_provenance")
+_TOGETHER = (*_LONG[:3], "test_wheel", "test_provenance")
 """Each in one worker: for the first there is one Windows (others would wait for its lock), the others share a dear beginning."""
 _SIBLING = Path(__file__).resolve().parents[2] / "shared"
 
@@ -26,7 +26,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest first, and the Windows tier before all, for it is one long chain of waits: no worker is left with it at the end."""
+    """What takes longest first, and before all the Windows tier, one long chain of waits: no worker is left with it at the end."""
     place = {name: number for number, name in enumerate(_LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
