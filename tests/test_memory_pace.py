@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.memory import pace
+from benchmarks.memory.counted import FamilyTable
+from benchmarks.memory.families import family
 from tests.test_memory_traced import LARGE, MB, made
 from trainerd.config.model import RunConfig
+from trainerd.engine import measuring
 from trainerd.memory import forecast, profile
 from trainerd.memory.estimate import estimate
 from trainerd.memory.planner import FITS
@@ -35,19 +39,19 @@ def seconds(known: Profile, where: str = "none", micro_batch: int = 8) -> float:
 
 
 def test_the_optimizers_step_takes_what_its_memory_takes() -> None:
-    """On the GPU through the GPU's memory: 100 million weights, 28 bytes each, in 18 ms; on the CPU through the CPU's, and over the bus
-    on both ways. Half the speed of one: twice its part, and nothing else."""
+    """On the GPU through the GPU's memory: 100 million weights, 28 bytes each, in 18 ms, and 16 bytes on the ways there and back; on the
+    CPU through the CPU's, and over the bus on both ways. Half the speed of one: twice its part, and nothing else."""
     here, away = seconds(MEASURED), seconds(MEASURED, "optimizer")
-    assert 28 * WEIGHTS / 1.6e11 < here < 1.5 * 28 * WEIGHTS / 1.6e11
+    assert 44 * WEIGHTS / 1.6e11 < here < 1.2 * 44 * WEIGHTS / 1.6e11
     assert away > 28 * WEIGHTS / 2e10 + 8 * WEIGHTS / 1.2e10
     slow = {name: replace(MEASURED, **{f"{name}_bytes_per_second": getattr(MEASURED, f"{name}_bytes_per_second") / 2}) for name in PARTS}
     for name, (on_the_gpu, on_the_cpu) in PARTS.items():
-        assert seconds(slow[name]) - here == pytest.approx(on_the_gpu * WEIGHTS, abs=1e-6), name
-        assert seconds(slow[name], "optimizer") - away == pytest.approx(on_the_cpu * WEIGHTS, abs=1e-6), name
+        assert seconds(slow[name]) - here == pytest.approx(on_the_gpu * WEIGHTS, rel=0.02, abs=1e-6), name
+        assert seconds(slow[name], "optimizer") - away == pytest.approx(on_the_cpu * WEIGHTS, rel=0.02, abs=1e-6), name
 
 
 PARTS = {
-    "device": (28 / 1.6e11, 0),
+    "device": (44 / 1.6e11, 0),
     "ram": (0, 28 / 2e10),
     "to_device": (0, 4 / 1.2e10),
     "from_device": (0, 4 / 1.2e10),
@@ -98,3 +102,23 @@ def test_a_plan_takes_the_optimizer_off_the_gpu_where_the_bus_is_fast() -> None:
         found = chosen(known)
         assert found.setup.offload == taken
         assert found.estimate.pace < chosen(known, offload=other).estimate.pace
+
+
+def test_on_a_cpu_results_take_time_beside_products() -> None:
+    """Four times the results, the same products: longer by their way through memory; and the bound is well above the likely value."""
+    known = Profile(measured=True, gigaflops={"fp32": 80.0}, ram_bytes_per_second=4e10)
+    small, large = (
+        estimate(made([("fp32", [1000, 1000])], size * MB), Setup("cpu", "fp32", 8, 8), known).seconds_per_step for size in (10, 40)
+    )
+    assert small is not None and large is not None and large.upper > 2 * large.point
+    assert large.point - small.point == pytest.approx(15 * 30 * MB * 8 / 4e10, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gru", "gru-mn", "gpt", "cnn3d", "llama-lora"])
+def test_a_real_step_takes_what_is_foretold(name: str) -> None:
+    """In the real engine on this CPU, measured first: within the bound, and the likely value no more than three times off either way."""
+    measured, _, _ = measuring.measured(1)
+    found = estimate(FamilyTable(name, family(name)), Setup("cpu", "fp32", 8, 8), measured).seconds_per_step
+    took = pace.real(name, 8, "fp32", 1, 12)
+    assert found is not None and took <= found.upper and found.point / 3 < took < found.point * 3

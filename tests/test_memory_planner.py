@@ -90,11 +90,11 @@ def test_checkpointing_is_taken_up_when_a_whole_batch_does_not_fit() -> None:
 
 
 def _traced(samples: int, held: int, operations: int, flops: float) -> traced.Trace:
-    """So many operations of 1 MB per sample, of which so many results are held at once."""
+    """So many operations of 250 kB per sample, of which so many results are held at once."""
     events: list[int] = []
     for number in range(operations):
         events += [number] if number < held else [number, ~number]
-    return traced.Trace(samples, [samples * MB] * operations, [*events, *(~number for number in range(held))], samples * flops)
+    return traced.Trace(samples, [samples * MB // 4] * operations, [*events, *(~number for number in range(held))], samples * flops)
 
 
 def test_the_faster_way_to_fit_is_taken() -> None:

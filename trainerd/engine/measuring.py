@@ -21,13 +21,15 @@ _REPEATS = 5
 _COPY_BYTES = 128 << 20
 
 
-def measured() -> tuple[profile.Profile, str, str | None]:
-    """The profile, and the device and driver it is for. In a process that has not been on a GPU yet."""
+def measured(threads: int | None = None) -> tuple[profile.Profile, str, str | None]:
+    """The profile, and the device and driver it is for, by so many threads, else as many as a trainer takes by itself. In a process that
+    has not been on a GPU yet."""
     import torch
 
-    from trainerd.engine import gpu_use, trainer  # noqa: F401 - the trainer: what one has loaded before its model
+    from trainerd.engine import gpu_use, plan, trainer  # noqa: F401 - the trainer: what one has loaded before its model
     from trainerd.engine.fitting import device_facts
 
+    torch.set_num_threads(threads or plan.own_threads())
     others = gpu_use.before_context()
     _take_a_step(torch, torch.device("cpu"))
     process_bytes = memory.own_bytes() + profile.LATER_BYTES

@@ -43,7 +43,7 @@ def resolve(config: RunConfig, task: Task) -> Plan:
     plan: Plan = {
         "device": str(device),
         "precision": precision.resolve(train.precision, device),
-        "threads": max(1, cpu.physical_cores() - 1) if train.threads == "auto" else train.threads,
+        "threads": own_threads() if train.threads == "auto" else train.threads,
         "num_workers": 0 if train.num_workers == "auto" else train.num_workers,
         "deterministic": train.deterministic,
         "optimizer": train.optimizer,
@@ -64,6 +64,11 @@ def resolve(config: RunConfig, task: Task) -> Plan:
     if (train.micro_batch == "auto" and task.splittable) or offload_open or blocks_open:
         plan["open"] = True  # fitting.py takes it out, when the model is known
     return plan
+
+
+def own_threads() -> int:
+    """How many a trainer takes where nobody says: one core is left to the person."""
+    return max(1, cpu.physical_cores() - 1)
 
 
 def follow(plan: Plan, config: RunConfig) -> None:

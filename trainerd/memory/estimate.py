@@ -29,7 +29,6 @@ _PROCESS_SLACK_BYTES = 96 * _MIB
 _SHAPES, _SHAPES_PER_PRODUCT, _SHAPE_BYTES, _SHAPE_MOST = 256, 24, 1 * _MIB, 2
 _ENOUGH_RUNS, _KEPT_SLACK = 3, 0.5
 _MANIFEST_BYTES = 1 * _MIB
-_EFFICIENCY, _SLOWEST = 0.4, 0.1  # of the measured speed of large products
 
 _NOT_MODELLED = {
     "cpu": (
@@ -228,16 +227,11 @@ def _holes(timeline: Timeline, setup: Setup) -> int:
 
 
 def _seconds(timeline: Timeline, setup: Setup, profile: Profile, trust: Trust) -> tuple[Range | None, dict[str, float]]:
-    """A step's time from its products, what it moves, and measured speeds; None while neither a speed nor a receipt is known."""
-    speed = profile.gigaflops.get(setup.precision)
-    if not speed:
+    """A step's time by measured speeds; none while they are not known."""
+    found = pace.shown(timeline, setup, profile)
+    if found is None:
         return None, {}
-    best = timeline.flops / (speed * 1e9)
-    through = pace.speeds(profile, setup.device)
-    # What goes over the bus does so while something else is computed, at best.
-    moving, updating = pace.over_the_bus(timeline, setup, through), pace.updating(timeline, setup, through)
-    point = max(best / _EFFICIENCY, moving) + updating
-    return _ranged(trust, "seconds_per_step", point, best / _SLOWEST + moving + updating), {"seconds_per_step": point}
+    return _ranged(trust, "seconds_per_step", *found), {"seconds_per_step": found[0]}
 
 
 def _ranged(trust: Trust, measure: str, point: float, upper: float) -> Range:

@@ -1,8 +1,8 @@
-"""How long a step takes, to compare setups of one training with one another. Must not be shown as it is: for a person it is too rough.
+"""How long a step takes: products, going through memory, starting operations, the bus, the optimizer. By the machine's profile, where it
+was measured.
 
-Products; for each piece of the batch passing over the weights and their gradients, and starting operations, which is what small
-pieces pay for; what goes over the bus; and the optimizer's own step, where its states lie. By the machine's profile, where measured.
-The estimate makes a range of the last two.
+Plans are compared by seconds(), nothing of it beside anything else; a person is shown shown(), a range, and only of a machine that was
+measured. Held against real steps on a CPU (docs/log.md: python -m benchmarks.memory.pace). Must not measure.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from trainerd.memory.timeline import Setup, Timeline
 
 # Where nothing was measured: a laptop's processor, and a small GPU.
 _GIGAFLOPS = {"cpu": {"fp32": 60.0, "bf16": 90.0, "fp16": 5.0}, "cuda": {"fp32": 4e3, "bf16": 1.6e4, "fp16": 1.6e4}}
-_EFFICIENCY = 0.4
-_RAM_BYTES_PER_SECOND = 1e10
+_EFFICIENCY = {"cpu": 0.85, "cuda": 0.4}  # of the measured speed of large products
+# How many times what is made goes through memory, by the measured speed of a large tensor that is written over. On a CPU with what comes of
+# making it: fresh pages, which the system clears, and kernels that compute more than they move.
+_MADE_PASSES = {"cpu": 15, "cuda": 3}
+_SLOWER = {"cpu": 2.5, "cuda": 4.0}  # than likely: the bound
+_RAM_BYTES_PER_SECOND = 2e10
 # Nominal for an RTX 3050 of a laptop: GDDR6 of 128 bits at 12 Gbit/s each, 192 GB/s (NVIDIA); four fifths of that are usually seen.
 DEVICE_BYTES_PER_SECOND = 0.8 * 192e9
 _BUS_BYTES_PER_SECOND = 6e9
-_OPERATION_SECONDS = {"cpu": 2.5e-5, "cuda": 1.2e-5}
+_OPERATION_SECONDS = {"cpu": 1.5e-5, "cuda": 1.2e-5}
 _WATCHED = 2  # under selective checkpointing Python looks at each operation, which costs as much as a small one (docs/log.md)
 _WEIGHT_BYTES = 4
 _WEIGHT_PASSES = 4  # read on both ways; its gradient is read and written
@@ -75,9 +79,27 @@ def updating(timeline: Timeline, setup: Setup, speed: Speeds) -> float:
 def seconds(timeline: Timeline, setup: Setup, profile: Profile) -> float:
     """Of one step, nothing of it beside anything else."""
     speed = speeds(profile, setup.device)
+    return computing(timeline, setup, profile, speed) + over_the_bus(timeline, setup, speed) + updating(timeline, setup, speed)
+
+
+def computing(timeline: Timeline, setup: Setup, profile: Profile, speed: Speeds) -> float:
+    """Seconds of one step for the model, both ways: each piece of the batch makes its results, and passes over the weights and their
+    gradients."""
     gigaflops = profile.gigaflops.get(setup.precision) or _GIGAFLOPS[setup.device][setup.precision]
-    products = timeline.flops / (gigaflops * 1e9 * _EFFICIENCY)
-    passing = timeline.num_trainable * _WEIGHT_BYTES * _WEIGHT_PASSES / speed.device
+    products = timeline.flops / (gigaflops * 1e9 * _EFFICIENCY[setup.device])
+    weights = timeline.num_trainable * _WEIGHT_BYTES
+    made = max(0.0, timeline.made_bytes - weights)  # without the gradients, which are passed over with the weights
+    passing = (weights * _WEIGHT_PASSES + made * _MADE_PASSES[setup.device]) / speed.device
     starting = timeline.operations * _OPERATION_SECONDS[setup.device] * (_WATCHED if setup.checkpointing == "selective" else 1)
-    moving = over_the_bus(timeline, setup, speed) + updating(timeline, setup, speed)
-    return products + setup.accumulation * (passing + starting) + moving
+    return products + setup.accumulation * (passing + starting)
+
+
+def shown(timeline: Timeline, setup: Setup, profile: Profile) -> tuple[float, float] | None:
+    """Of one step, likely and at most; None where the speed of products is not known."""
+    if not profile.gigaflops.get(setup.precision):
+        return None
+    speed = speeds(profile, setup.device)
+    computed, moving = computing(timeline, setup, profile, speed), over_the_bus(timeline, setup, speed)
+    # What goes over the bus does so while something else is computed, at best.
+    updated = updating(timeline, setup, speed)
+    return max(computed, moving) + updated, (computed + moving + updated) * _SLOWER[setup.device]

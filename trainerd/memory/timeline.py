@@ -111,6 +111,8 @@ class Timeline:
     """What an evaluation may need in its worst case, beyond weights and optimizer."""
     operations: float = 0.0
     """Results made in one micro-batch, both ways."""
+    made_bytes: float = 0.0
+    """Of the results made in one micro-batch, both ways: what is written, and read again."""
     num_products: int = 0
     """Different shapes of products in a step, forwards."""
     num_parameters: int = 0
@@ -177,6 +179,7 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup) -> Timelin
     flops, waiting = _step(tape, model, optimizer, setup)
     played = 1 if setup.device == "cpu" else min(2, setup.accumulation)
     operations = (len(tape.sizes) - began[1] + tape.reborn) / played + tape.left_out
+    made_bytes = operations * sum(tape.sizes[began[1] :]) / max(1, len(tape.sizes) - began[1])
     ended = len(tape.events)
     second, left_out = rounds.again(tape, began) if setup.device != "cpu" else ([], [])
     worst = _evaluation(tape, model, setup)
@@ -202,6 +205,7 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup) -> Timelin
         resting_bytes=held[-1],
         worst_evaluation_bytes=worst,
         operations=operations,
+        made_bytes=made_bytes,
         num_products=len(set(tape.multiplied)),
         num_parameters=sum(p.numel for p in tape.parameters),
         num_trainable=sum(p.numel for p in trainable),
