@@ -1,16 +1,17 @@
 """Activation checkpointing: a block keeps its inputs, or also what is dear to compute, and is run again on the way back.
 
-Must not know any block. torch's non-reentrant form: the second forward begins when the way back reaches the block, and stops as
-soon as the last tensor has been saved that the way back needs.
+Must not know any block. torch's non-reentrant form: the second forward begins when the way back first needs something that the block
+would have saved, and stops as soon as the last such tensor is there.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from trainerd.memory import alike
 from trainerd.memory.tape import Backward, Node, Shape, Tape, Tensor
 
 
@@ -41,47 +42,86 @@ class _Keeping:
 
 
 def checkpointed(block: Callable[..., Tensor], *given: Tensor, keeps: bool = False) -> Tensor:
-    """block(*given), without what it would save; with `keeps`, but for the results of its products. Gradients of its parameters are
-    made when the way back comes by."""
+    """block(*given), without what it would save; with `keeps`, but for the results of its products."""
     tape = given[0].tape
     if not tape.grad_enabled:
         return block(*given)
-    first = len(tape.parameters)
-    keeping = _Keeping() if keeps else None
-    with tape.no_grad(), keeping.on(tape, again=False) if keeping else nullcontext():
+    first, run = len(tape.parameters), _Run(tape, block, given, _Keeping() if keeps else None)
+    with run.forwards():
         made = block(*given)
     assert len(tape.parameters) == first, "a checkpointed block must not make parameters"
-    # The parameters the block will lead back to are not known before it is run again: a leaf of this tape stands for them.
-    anchor = next((p for p in tape.parameters if p.requires_grad), None)
-    tape.record([made], [*given, anchor], _again, tuple(t.detach() for t in given), block, tape.casting, keeping)
     return made
 
 
-def _again(node: Node, grads: list[Tensor | None]) -> Sequence[Tensor | None]:
-    g, grads[0] = grads[0], None
-    if g is None:
-        return [None] * len(node.edges)
-    block, casting, keeping = node.about
-    tape = g.tape
-    inputs = [_leaf(t, node.needs(place)) for place, t in enumerate(node.saved)]
-    before, tape.grad_enabled = tape.grad_enabled, True
-    stop = _Stop(tape)
-    try:
-        with tape.autocast(casting), keeping.on(tape, again=True) if keeping else nullcontext(), stop.looking():
-            made = block(*inputs)
-    finally:
-        tape.grad_enabled = before
-    root, output = made.node, made.output
-    del made
-    stop.apply()
-    roots = [] if root is None else [(root, output, g)]
-    del g
-    tape.run(roots)
-    found = [t.grad for t in inputs]
-    for leaf in inputs:
-        if leaf.node is not None:
-            leaf.node.variable = leaf.node = leaf.grad = None  # a circle would keep its bytes
-    return [*found, None]
+class _Run:
+    """One run of a block: its way back is there from the beginning, and what the nodes have saved is made again when the first of them
+    needs it. What comes before that node on the way back and saves nothing is done by then, as in torch."""
+
+    def __init__(self, tape: Tape, block: Callable[..., Tensor], given: Sequence[Tensor], keeping: _Keeping | None) -> None:
+        self._tape, self._block, self._keeping, self._casting = tape, block, keeping, tape.casting
+        self._given = [(t.detach(), t.requires_grad) for t in given]
+        self._stop: _Stop | None = None
+        self._nodes = 0
+
+    @contextmanager
+    def forwards(self) -> Iterator[None]:
+        """While the block is run for the first time."""
+        with self._recording(self._record), self._kept(again=False):
+            yield
+
+    @contextmanager
+    def _recording(self, record: Callable[..., None]) -> Iterator[None]:
+        tape: Any = self._tape
+        tape.record = record
+        try:
+            yield
+        finally:
+            del tape.record  # the method is there again
+
+    def _kept(self, *, again: bool) -> AbstractContextManager[None]:
+        return self._keeping.on(self._tape, again=again) if self._keeping else nullcontext()
+
+    def _record(self, made: Sequence[Tensor], given: Any, backward: Backward, saved: tuple[Any, ...] = (), *about: Any) -> None:
+        if any(isinstance(t, Tensor) for t in saved):
+            place, self._nodes = self._nodes, self._nodes + 1
+            Tape.record(self._tape, made, given, self._unpacking(place, backward), (), *about)
+            if made[0].node is None:
+                self._nodes = place
+        else:
+            Tape.record(self._tape, made, given, backward, saved, *about)
+
+    def _unpacking(self, place: int, backward: Backward) -> Backward:
+        def unpacked(node: Node, grads: list[Tensor | None]) -> Sequence[Tensor | None]:
+            stop = self._stop or self._again()
+            node.saved, stop.saved[place] = stop.saved[place], ()
+            node.backward = backward  # nothing holds this run, and its inputs, when the last of its nodes is done
+            return backward(node, grads)
+
+        return unpacked
+
+    def _again(self) -> _Stop:
+        """The second run, up to the last tensor that the way back needs."""
+        tape, stop = self._tape, _Stop(self._tape)
+        self._stop, turn = stop, tape.turn
+        if turn is not None:
+            tape.cut(None, alike.BACKWARD)
+        inputs = [_leaf(t, needed) for t, needed in self._given]
+        before, tape.grad_enabled = tape.grad_enabled, True
+        try:
+            with tape.autocast(self._casting), self._kept(again=True), self._recording(stop.record):
+                made = self._block(*inputs)
+        finally:
+            tape.grad_enabled = before
+        del made
+        for leaf in inputs:
+            node, leaf.node = leaf.node, None
+            if node is not None:
+                node.variable = None  # a circle would keep its bytes
+        stop.apply()
+        if turn is not None:
+            tape.cut(turn, alike.BACKWARD)
+        assert len(stop.saved) == self._nodes, "a block that is computed again must do the same again"
+        return stop
 
 
 class _Stop:
@@ -95,23 +135,15 @@ class _Stop:
         self._at = self._first = -1
         self._flops = self._before = tape.flops
         self._waits: Tensor | None = None
+        self.saved: list[tuple[Any, ...]] = []
 
-    @contextmanager
-    def looking(self) -> Iterator[None]:
-        """While the block is run."""
-        tape: Any = self._tape
-        tape.record = self._record
-        try:
-            yield
-        finally:
-            del tape.record  # the method is there again
-
-    def _record(self, made: Sequence[Tensor], given: Any, backward: Backward, saved: tuple[Any, ...] = (), *about: Any) -> None:
+    def record(self, made: Sequence[Tensor], given: Any, backward: Backward, saved: tuple[Any, ...] = (), *about: Any) -> None:
         Tape.record(self._tape, made, given, backward, saved, *about)
         flops, self._before = self._before, self._tape.flops
         kept = {t.storage.number for t in saved if isinstance(t, Tensor)}
         if not kept or made[0].node is None:
             return
+        self.saved.append(saved)
         events, self._waits = self._tape.events, None
         self._at, self._first, self._flops = len(events), len(self._tape.sizes), self._before
         born, anew = made[0].storage.number, made[0].storage.number >= self._began

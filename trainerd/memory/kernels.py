@@ -231,7 +231,7 @@ def _attention_back(node: Node, grads: Grads) -> Sequence[Tensor | None]:
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """nn.RMSNorm: on a CPU it is made of elementary operations; on a GPU one kernel, in fp32 under autocast."""
     if x.tape.device != "cuda":
-        return mul(mul(x, unary(mean(_square(x)), saves="result")), weight)
+        return mul(mul(x, unary(mean(square(x)), saves="result")), weight)
     x = high(x)
     made = x.tape.new(x.shape, wider(x, weight))
     kept = x.tape.new((*x.shape[:-1], 1), "fp32")
@@ -239,7 +239,7 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return made
 
 
-def _square(x: Tensor) -> Tensor:
+def square(x: Tensor) -> Tensor:
     """x.pow(2): going back, the power of one less, and its double, before the product with the gradient."""
     made = x.tape.new(x.shape, x.dtype)
     x.tape.record([made], [x], _square_back, (x.detach(),))
