@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from trainerd.config.model import DataConfig
-from trainerd.engine.dropout import attach
+from trainerd.engine.dropout import SampleDropout, attach, lay_out
 from trainerd.engine.task import TaskContext
 from trainerd.tasks.cadence.dataset import TokenRows
 from trainerd.tasks.cadence.model import Batch, GruMnModel, GruModel, MemoryLayer, QueryModel, build
@@ -179,9 +179,13 @@ def test_one_batch_of_eight_is_eight_of_one(model: QueryModel, tmp_path: Path) -
     """Whatever the micro-batch, padding and order of rows: the same loss and gradients, dropout included."""
     ctx = TaskContext(torch.device("cpu"), torch.float32, 0, tmp_path, DataConfig())
     attach(model, ctx)
+    lay_out(model, ctx.device)
+    drops = [module for module in model.modules() if isinstance(module, SampleDropout)]
+    laid_out = [drop._units for drop in drops]
     whole = batch([7, 3, 5, 1, 7, 2, 4, 6])
     ids = [11, 5, 42, 7, 19, 3, 8, 100]
     one, grads = gradients(model, [whole], [ids], ctx)
+    assert drops and None not in laid_out and all(drop._units is known for drop, known in zip(drops, laid_out, strict=True))
     eight, split = gradients(model, [rows_of(whole, [row]) for row in range(8)], [[i] for i in ids], ctx)
     mixed_rows = [[3, 0, 6], [1], [7, 2, 5, 4]]
     mixed, shuffled = gradients(model, [rows_of(whole, rows) for rows in mixed_rows], [[ids[r] for r in rows] for rows in mixed_rows], ctx)

@@ -234,6 +234,20 @@ def test_sample_dropout_draws_from_no_random_state_and_lets_gradients_through():
     assert module.eval()(x) is x
 
 
+def test_units_that_are_known_are_numbered_before_the_first_step():
+    """The mask is the same, and the step keeps nothing new; where they are not known, or others come, they are numbered then."""
+    ctx, (module,) = _attached()
+    known = SampleDropout(0.3, 8)
+    dropout.attach(known, ctx)
+    ctx.sample_ids = [3, 4]
+    x = torch.ones(2, 5, 8)
+    for one in (module, known):
+        dropout.lay_out(one, x.device)
+    laid_out = known._units
+    assert module._units is None and torch.equal(module(x), known(x)) and known._units is laid_out
+    assert known(torch.ones(2, 5, 6)).shape == (2, 5, 6) and known._units is not laid_out
+
+
 def test_rows_without_a_sample_are_an_error():
     """A layout that cannot be keyed says what to pass."""
     ctx, (module,) = _attached()

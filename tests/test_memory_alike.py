@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainerd.memory import alike, ops, timeline
+from trainerd.memory import alike, ops, shared, timeline
 from trainerd.memory.tape import Tape, Tensor
 from trainerd.memory.timeline import Setup, Timeline
 from trainerd.tasks.cadence.blocks import CadenceTable, Sizes
@@ -34,12 +34,16 @@ def _told(of: Timeline) -> dict[str, Any]:
 
 def played(table: CadenceTable, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> tuple[Timeline, Timeline]:
     """With places left out, without a way back to playing all; and every place played."""
+    shared.forget()
     with monkeypatch.context() as patch:
         patch.setattr(timeline, "NotAlike", ZeroDivisionError)
         short = table.timeline(setup)
+    shared.forget()
     with monkeypatch.context() as patch:
         patch.setattr(alike, "_LEAST", 1 << 30)
-        return short, table.timeline(setup)
+        whole = table.timeline(setup)
+    shared.forget()
+    return short, whole
 
 
 SHAPES = st.fixed_dictionaries(
@@ -136,7 +140,7 @@ def _is_played_whole(size: Any, number: Any, monkeypatch: pytest.MonkeyPatch) ->
 
     setup = Setup("cuda", "fp32", 1, 2)
     with pytest.raises(alike.NotAlike):
-        timeline._of_model(build, setup, skips=True)
+        timeline._of_model(build, setup, 1, skips=True)
     found = timeline.of_model(build, setup)
     monkeypatch.setattr(alike, "_LEAST", 1 << 30)
     assert same(found, timeline.of_model(build, setup))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from operator import invert
 from types import FrameType
 from typing import Any
 
@@ -16,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.person import ROOT
-from trainerd.memory import losses, native, playing, rounds
+from trainerd.memory import losses, native, playing, rounds, shared
 from trainerd.memory.allocator import Allocator, replay
 from trainerd.memory.estimate import estimate
+from trainerd.memory.layers import SampleDropout
 from trainerd.memory.profile import Profile
 from trainerd.memory.tape import Tape
 from trainerd.memory.timeline import Setup, Timeline
@@ -86,9 +88,55 @@ def test_whatever_is_born_and_ends_the_fast_replay_counts_it(sizes: list[int], c
     assert native.peaks(sizes, events) == replay(sizes, events, Allocator())
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from(BORDERS) | st.integers(1, MB), min_size=8, max_size=40),
+    before=st.lists(st.integers(0, 1 << 20), max_size=40),
+    step=st.lists(st.integers(0, 1 << 20), min_size=1, max_size=120),
+    after=st.lists(st.integers(0, 1 << 20), max_size=60),
+)
+def test_what_leaves_nothing_behind_is_not_gone_through_twice(
+    sizes: list[int], before: list[int], step: list[int], after: list[int]
+) -> None:
+    """Any step of which nothing stays, and which ends nothing that was there: both counters as if it had been replayed twice, whatever
+    was there before and whatever comes after."""
+    half = len(sizes) // 2
+    begun, alive = _turns(before, range(half), set())
+    once, left = _turns(step, range(half, len(sizes)), set())
+    once += [~number for number in sorted(left)]
+    rest, _ = _turns(after, range(len(sizes)), alive)
+    events = [*begun, *once, *once, *rest]
+    assert native.peaks(sizes, events, (len(begun), len(begun) + len(once))) == replay(sizes, events, Allocator())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "step"),
+    [
+        ([23, 5, 21, 11, 13], [1, 3, 4, ~1, ~3, ~4]),
+        ([9, 19, 0.5, 23], [2, 3, ~3, 1, 0, ~1, ~0, ~2]),
+        ([9, 19, 0.5, 23], [3, ~3, 1, 2, ~2, 0, ~1, ~0]),
+    ],
+)
+def test_what_a_first_step_leaves_in_the_large_pool_matters_to_the_second(sizes: list[float], step: list[int]) -> None:
+    """Sizes in MiB: once more it takes another segment, or whole blocks of more than it wants; so there it is gone through."""
+    whole = [int(size * MB) for size in sizes]
+    twice = native.peaks(whole, step * 2, (0, len(step)))
+    assert twice == replay(whole, step * 2, Allocator()) != replay(whole, step, Allocator())
+
+
+def _turns(choices: list[int], numbers: range, alive: set[int]) -> tuple[list[int], set[int]]:
+    """Of these storages one after the other is born, or ends if it is there; and what is there in the end."""
+    alive, events = set(alive), []
+    for choice in choices:
+        number = numbers[choice % len(numbers)]
+        events.append(~number if number in alive else number)
+        alive ^= {number}
+    return events, alive
+
+
 def test_random_traces_take_every_line_of_the_fast_replay() -> None:
     """Else the tests above would not hold its shortcuts: blocks that grow or shrink in their place, or elsewhere, on both sides."""
-    codes = [native.peaks.__code__, native._Large.born.__code__, native._Large.ended.__code__]
+    codes = [native._Pools.run.__code__, native._Large._born.__code__, native._Large._ended.__code__]
     lines = {(code, line) for code in codes for _, _, line in code.co_lines() if line is not None and line > code.co_firstlineno}
     taken = set()
 
@@ -113,7 +161,13 @@ def test_random_traces_take_every_line_of_the_fast_replay() -> None:
 def test_the_fast_replay_of_a_training_is_that_of_the_plain_one(settings: dict[str, object], accumulation: int) -> None:
     """CADENCE's two models: the events of real tables, two steps long."""
     timeline = table(CadenceSettings.model_validate(settings)).timeline(Setup("cuda", "bf16", 5, 5 * accumulation))
-    assert native.peaks(timeline.sizes, timeline.events) == replay(timeline.sizes, timeline.events, Allocator())
+    counted = replay(timeline.sizes, timeline.events, Allocator())
+    assert native.peaks(timeline.sizes, timeline.events) == native.peaks(timeline.sizes, timeline.events, timeline.again) == counted
+    # The second step is the first, and leaves nothing behind.
+    begin, end = timeline.again or (0, 0)
+    step, live = timeline.events[begin:end], set(timeline.events[:begin]).difference(map(invert, timeline.events[:begin]))
+    assert len(step) > 100 and step == timeline.events[end : end + len(step)] and live.isdisjoint(map(invert, step))
+    assert sorted(filter((0).__le__, step)) == sorted(~event for event in step if event < 0)
     # What a timeline says of itself, counted one event after another.
     live = highest = 0
     phases: dict[str, int] = {}
@@ -125,6 +179,17 @@ def test_the_fast_replay_of_a_training_is_that_of_the_plain_one(settings: dict[s
         highest = max(highest, phases[phase])
     assert timeline.peaks == phases and timeline.peak == highest == max(timeline.peaks.values()) == sum(timeline.breakdown.values())
     assert timeline.resting_bytes == live
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_second_step_that_is_another_one_is_gone_through(accumulation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first step that leaves something, as dropout did that numbered its units then: the second is not taken for the first."""
+    monkeypatch.setattr(SampleDropout, "lay_out", lambda drop, tape: None)
+    shared.forget()
+    timeline = table(CadenceSettings.model_validate(TINY_MN)).timeline(Setup("cuda", "bf16", 5, 5 * accumulation))
+    shared.forget()
+    assert timeline.again is None
+    assert native.peaks(timeline.sizes, timeline.events, timeline.again) == replay(timeline.sizes, timeline.events, Allocator())
 
 
 @pytest.mark.parametrize("settings", [{}, TINY_MN], ids=["gru", "gru-mn"])
@@ -238,4 +303,6 @@ def test_pieces_of_a_loss_that_are_alike_are_counted_not_played(device: str, mon
     counted = estimate(model, short)
     monkeypatch.setattr(losses, "_PLAYED", 1 << 30)
     playing.forget()
+    shared.forget()
     assert len(model.timeline(short).events) > 2 * len(timeline.events) and estimate(model, short) == counted
+    shared.forget()

@@ -158,6 +158,7 @@ def _prepared(task: Task, model: torch.nn.Module, mixed: precision.Precision, pl
     model = mixed.prepare(model)
     compiling.compile_in_place(model, plan.get("compile", False), mixed.device)
     dropout.attach(model, task.ctx)
+    dropout.lay_out(model, mixed.device)
     return model
 
 

@@ -25,11 +25,12 @@ class SampleDropout(nn.Module):
     Outside a training of the engine it behaves like nn.Dropout.
     """
 
-    def __init__(self, p: float = 0.5) -> None:
+    def __init__(self, p: float = 0.5, units: int | None = None) -> None:
+        """`units`: how many there are in a row, where that is known; then nothing is left to be kept in the midst of a first step."""
         super().__init__()
         if not 0.0 <= p < 1.0:
             raise ValueError(f"dropout p must be at least 0 and below 1, not {p}")
-        self.p = p
+        self.p, self.units = p, units
         self._ctx: TaskContext | None = None
         self._place = 0
         self._units: Tensor | None = None
@@ -68,7 +69,7 @@ class SampleDropout(nn.Module):
         """One key per unit, the same in every row; kept, because it never changes."""
         num_units = x[(0,) * dims].numel() if x.numel() else 1
         if self._units is None or self._units.numel() != num_units or self._units.device != x.device:
-            self._units = _mix(torch.arange(1, num_units + 1, device=x.device) * _A).to(torch.int32)
+            self._units = _unit_keys(num_units, x.device)
         return self._units
 
     def extra_repr(self) -> str:
@@ -79,6 +80,18 @@ def attach(model: nn.Module, ctx: TaskContext) -> None:
     """Tie every SampleDropout of the model to the context that names the samples. Done by the engine."""
     for place, module in enumerate(m for m in model.modules() if isinstance(m, SampleDropout)):
         module._ctx, module._place = ctx, place + 1
+
+
+def lay_out(model: nn.Module, device: torch.device) -> None:
+    """The keys of units, before the first step: what is made in the midst of one and stays, keeps a GPU's allocator from using the
+    rest of its segment as one piece, so that each later step would find other holes than the first."""
+    for module in model.modules():
+        if isinstance(module, SampleDropout) and module.p and module.units is not None:
+            module._units = _unit_keys(module.units, device)
+
+
+def _unit_keys(number: int, device: torch.device) -> Tensor:
+    return _mix(torch.arange(1, number + 1, device=device) * _A).to(torch.int32)
 
 
 def _mix(value: Tensor) -> Tensor:

@@ -76,11 +76,11 @@ def settings(text: str) -> Settings:
     return _settings(dict(_pairs(_tokens(text))))
 
 
-def peaks(sizes: Sequence[int], events: Sequence[int], text: str) -> Peaks:
-    """What torch's allocator makes of these births and deaths under these settings, without a limit."""
+def peaks(sizes: Sequence[int], events: Sequence[int], text: str, again: tuple[int, int] | None = None) -> Peaks:
+    """What torch's allocator makes of these births and deaths under these settings, without a limit. `again`: see native.py."""
     found = settings(text)
     if found.is_native:
-        return native.peaks(sizes, events)
+        return native.peaks(sizes, events, again)
     allocator = Allocator(
         expandable=found.expandable,
         max_split=found.max_split,

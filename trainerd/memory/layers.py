@@ -186,9 +186,15 @@ class SwiGlu:
 class SampleDropout:
     """The engine's dropout keyed by sample (trainerd/engine/dropout.py): numbers made from keys, a factor per unit saved."""
 
-    def __init__(self, p: float) -> None:
-        self.p = p
+    def __init__(self, p: float, units: int | None = None) -> None:
+        self.p, self.units = p, units
         self._units: Tensor | None = None
+
+    def lay_out(self, tape: Tape) -> None:
+        """The units' numbers, before the first step: where it is known how many there are."""
+        if self.p and self.units is not None:
+            with tape.counting_as(BUFFERS):
+                self._units = tape.new((self.units,), "int32")
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.p or not x.tape.grad_enabled:

@@ -83,6 +83,7 @@ class _Pieces:
                     self._by_words(some)
             if counted and place == _PLAYED - 2:  # those left out are as this one, and leave nothing behind either
                 self.tape.left_out += counted * (len(self.tape.sizes) - born)
+                self.tape.left_out_bytes += counted * sum(self.tape.sizes[born:])
                 self.tape.flops += counted * (self.tape.flops - flops)
         del low
 

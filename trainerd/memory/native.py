@@ -20,19 +20,66 @@ _ADDRESS = (1 << _FAR) - 1
 _NO_BLOCK, _END = -1, 1 << 60  # before and behind all free blocks
 
 
-def peaks(sizes: Sequence[int], events: Sequence[int]) -> Peaks:  # noqa: C901 - a call for each event would cost as much as the rest
-    """The peaks after these events: n is the birth of storage n, ~n its end. What has ended may be born again."""
-    units = [(size + 511) >> _UNIT for size in sizes]
-    # The small pool's free blocks: size and address as one number, sorted; the same number is in a block's first and last cell.
-    free, cells, segment = [_NO_BLOCK, _END], list[int](), [0] * (_SEGMENT + 1)  # one cell more: segments never touch
-    large, places = _Large(), [0] * len(sizes)
-    allocated = most = 0
-    for event in events:
-        if event >= 0:
+def peaks(sizes: Sequence[int], events: Sequence[int], again: tuple[int, int] | None = None) -> Peaks:
+    """The peaks after these events: n is the birth of storage n, ~n its end. What has ended may be born again.
+
+    `again`: the events from there to there happen a second time, right after; they leave nothing behind, and end nothing that was
+    there before. The small pool is then as it was before them, but for segments that are empty now. Those are taken when the first
+    time would have asked for new ones, in the same order, because they are the largest blocks there are and the highest ones; so the
+    second time is the first. In the large pool a block that is left may fit better than a new one: there it is gone through.
+    """
+    pools = _Pools(sizes)
+    if again is None:
+        pools.run(events)
+    else:
+        begin, end = again
+        pools.run(events[:begin])
+        pools.run_twice(events[begin:end])
+        pools.run(events[end + end - begin :])
+    return Peaks(pools.most << _UNIT, pools.reserved << _UNIT)
+
+
+class _Pools:
+    """Both pools. `most` is the highest they have held together."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.most = 0
+        units = [(size + 511) >> _UNIT for size in sizes]
+        self._units, self._places = [*units, *reversed(units)], [0] * len(sizes)  # an end is looked up from the back
+        # The small pool's free blocks: size and address as one number, sorted; the same number is in a block's first and last cell.
+        self._free, self._cells, self._held = [_NO_BLOCK, _END], list[int](), 0
+        self._large = _Large()
+        self._passed: list[tuple[int, int]] = []
+        """What has come by of the large pool, and the most that the small one held since what came before it."""
+
+    @property
+    def reserved(self) -> int:
+        return len(self._cells) // (_SEGMENT + 1) * _SEGMENT + self._large.reserved
+
+    def run_twice(self, events: Sequence[int]) -> None:
+        """The second time only in the large pool."""
+        del self._passed[:]
+        highest = self.run(events)
+        for event, held in self._passed:
+            self.most = max(self.most, held + self._large.held)
+            self._large.take(event, self._units)
+        self.most = max(self.most, highest + self._large.held)
+
+    def run(self, events: Sequence[int]) -> int:  # noqa: C901 - a call for each event would cost as much as the rest
+        """One event after the other; the most that the small pool has held since the last one of the large pool."""
+        units, places, free, cells, large = self._units, self._places, self._free, self._cells, self._large
+        segment = [0] * (_SEGMENT + 1)  # one cell more: segments never touch
+        allocated = most = self._held
+        for event in events:
             size = units[event]
             if size > _SMALL:
-                allocated += large.born(event, size)
-            elif size:
+                self.most = max(self.most, most + large.held)
+                self._passed.append((event, most))
+                large.take(event, units)
+                most = allocated
+            elif not size:
+                continue
+            elif event >= 0:
                 at = bisect_left(free, size << _FAR)
                 block = free[at]
                 if block == _END:
@@ -53,47 +100,53 @@ def peaks(sizes: Sequence[int], events: Sequence[int]) -> Peaks:  # noqa: C901 -
                 else:
                     del free[at]
                 allocated += size
-            if allocated > most:
-                most = allocated
-        elif (size := units[~event]) > _SMALL:
-            allocated -= large.ended(~event)
-        elif size:
-            allocated -= size
-            place = places[~event]
-            end = place + size
-            before, after = cells[place - 1], cells[end]  # before the first of all: the last, which is between segments
-            if before:
-                cells[place - 1] = 0
-                place -= before >> _FAR
-            if after:
-                cells[end] = 0
-                end += after >> _FAR
+                if allocated > most:
+                    most = allocated
+            else:
+                allocated -= size
+                place = places[~event]
+                end = place + size
+                before, after = cells[place - 1], cells[end]  # before the first of all: the last, which is between segments
                 if before:
-                    del free[bisect_left(free, after)]
-            cells[place] = cells[end - 1] = block = end - place << _FAR | place
-            if grown := before or after:
-                at = bisect_left(free, grown)
-                if block < free[at + 1]:
-                    free[at] = block
-                    continue
-                del free[at]
-            insort(free, block)
-    return Peaks(most << _UNIT, len(cells) // len(segment) * _SEGMENT + large.reserved << _UNIT)
+                    cells[place - 1] = 0
+                    place -= before >> _FAR
+                if after:
+                    cells[end] = 0
+                    end += after >> _FAR
+                    if before:
+                        del free[bisect_left(free, after)]
+                cells[place] = cells[end - 1] = block = end - place << _FAR | place
+                if grown := before or after:
+                    at = bisect_left(free, grown)
+                    if block < free[at + 1]:
+                        free[at] = block
+                        continue
+                    del free[at]
+                insort(free, block)
+        self._held = allocated
+        self.most = max(self.most, most + large.held)
+        return most
 
 
 class _Large:
     """The large pool: segments of any size, and what is too little to be split off stays with its block."""
 
     def __init__(self) -> None:
-        self.reserved = 0
+        self.reserved = self.held = 0
         self._address = 0
         self._free: list[int] = []
         self._begins: dict[int, int] = {}
         self._ends: dict[int, int] = {}
         self._held: dict[int, tuple[int, int]] = {}
 
-    def born(self, number: int, size: int) -> int:
-        """What this storage takes."""
+    def take(self, event: int, units: Sequence[int]) -> None:
+        """This birth or end."""
+        if event >= 0:
+            self._born(event, units[event])
+        else:
+            self._ended(~event)
+
+    def _born(self, number: int, size: int) -> None:
         at = bisect_left(self._free, size << _FAR)
         if at < len(self._free):
             block = self._free.pop(at)
@@ -111,12 +164,12 @@ class _Large:
             self._ends.pop(place + whole, None)
             size = whole
         self._held[number] = place, size
-        return size
+        self.held += size
 
-    def ended(self, number: int) -> int:
-        """What this storage gives back."""
+    def _ended(self, number: int) -> None:
         free, begins, ends = self._free, self._begins, self._ends
         place, size = self._held.pop(number)
+        self.held -= size
         end = place + size
         if end in begins:
             block = begins.pop(end)
@@ -128,4 +181,3 @@ class _Large:
             place -= block >> _FAR
         begins[place] = ends[end] = block = end - place << _FAR | place
         insort(free, block)
-        return size

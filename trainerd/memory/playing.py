@@ -57,9 +57,9 @@ def _play(table: Table, setup: Setup, workspace_bytes: int) -> Played:
         timeline = table.timeline(setup)
         peaks = Peaks(0, 0)
         if setup.device == "cuda":
-            peaks = allocator_settings.peaks(
-                [*timeline.sizes, workspace_bytes], _with_workspace(timeline, len(timeline.sizes)), setup.allocator
-            )
+            sizes, events, again = [*timeline.sizes, workspace_bytes], _with_workspace(timeline, len(timeline.sizes)), timeline.again
+            # A second step comes after the workspace.
+            peaks = allocator_settings.peaks(sizes, events, setup.allocator, again and (again[0] + 1, again[1] + 1))
     finally:
         if collecting:
             gc.enable()

@@ -148,7 +148,8 @@ class Tape:
         """The shapes of all products, forwards."""
         self.skips = False
         """Whether places() may leave out places that are like others: then write_out() must follow."""
-        self.left_out = 0  # tensors of pieces that were counted without being played (losses.py)
+        self.left_out = 0  # tensors of pieces that were counted without being played, and their bytes (losses.py)
+        self.left_out_bytes = 0
         self.turn: alike.Turn | None = None
         self.cuts: list[alike.Cut] = []
         self.loops: list[int] = []
@@ -158,9 +159,10 @@ class Tape:
 
     def new(self, shape: Shape, dtype: str) -> Tensor:
         """A tensor over a storage of its own."""
+        size = prod(shape) * BYTES[dtype]  # first: it may be none that can be computed (affine.py)
         storage = Storage()
         sizes = self.sizes
-        storage.size = size = prod(shape) * BYTES[dtype]
+        storage.size = size
         storage.number = number = len(sizes)
         storage.ended = ended = self._ended
         sizes.append(size)
@@ -342,13 +344,14 @@ class Tape:
             parameter.node = parameter.grad = None
         self.parameters, self.buffers = [], []
 
-    def breakdown(self, at: int | None = None) -> dict[str, int]:
-        """Bytes by kind at the peak, or after so many events."""
+    def breakdown(self, at: int | None = None, sizes: Sequence[int] | None = None) -> dict[str, int]:
+        """Bytes by kind at the peak, or after so many events; `sizes`: where those of the tape are no numbers (affine.py)."""
         if at is None:
             self._count()
-        found: dict[str, int] = {}
+        kinds, sizes, found = self.kinds, self.sizes if sizes is None else sizes, dict[str, int]()
         for number in sorted(self.there(self._peak_event if at is None else at)):
-            found[self.kinds[number]] = found.get(self.kinds[number], 0) + self.sizes[number]
+            kind = kinds[number]
+            found[kind] = found.get(kind, 0) + sizes[number]
         return found
 
     def there(self, at: int) -> set[int]:

@@ -119,10 +119,13 @@ class Timeline:
     num_trainable: int = 0
     peaks: dict[str, int] = field(default_factory=dict)
     """The peak of each phase."""
+    again: tuple[int, int] | None = None
+    """The events from there to there happen twice, the second time right after the first, and leave nothing behind: a step, and
+    the next one. None: there is no second step, or it is another one."""
 
 
 class Built(Protocol):
-    """A model on a tape."""
+    """A model on a tape. What it allocates once its optimizer is there, if anything, is made by its `ready()`."""
 
     def micro_batch(self, tape: Tape, samples: int) -> Any:
         """The largest micro-batch of so many samples."""
@@ -135,26 +138,62 @@ class Built(Protocol):
 
 def of_model(build: Callable[[Tape], Built], setup: Setup) -> Timeline:
     """The timeline of the model that `build` puts on a tape."""
+    return told(play(build, setup, setup.micro_batch), setup)
+
+
+@dataclass
+class Played:
+    """What happens from loading to evaluating, a step once, as it is for any accumulation: sizes and work are numbers, or lines in the
+    number of samples (affine.py)."""
+
+    tape: Tape
+    events: list[int]
+    """Without what ends as the tape is put away."""
+    began: int
+    """The first event of the step, and the last one."""
+    ended: int
+    second: list[int]
+    """The next step, if it is played; and the places of the first one's events that are not in it."""
+    left_out: list[int]
+    batch_bytes: Any
+    """Of one micro-batch as it is given; how many storages that is; and which one stands for all others that lie on the host beside it."""
+    num_given: int
+    rest: int | None
+    flops: Any
+    """Of one micro-batch."""
+    operations: float
+    steps: int
+    """Micro-batches that are played of a step, and what they make in all."""
+    made_bytes: Any
+    worst_evaluation_bytes: Any
+    optimizer: Optimizer
+    weight_bytes: int
+    num_parameters: int
+    num_trainable: int
+
+
+def play(build: Callable[[Tape], Built], setup: Setup, samples: Any) -> Played:
+    """The model with micro-batches of so many samples; `setup` says all else."""
     try:
-        return _of_model(build, setup, skips=True)
+        return _of_model(build, setup, samples, skips=True)
     except NotAlike:
-        return _of_model(build, setup, skips=False)
+        return _of_model(build, setup, samples, skips=False)
 
 
-def _of_model(build: Callable[[Tape], Built], setup: Setup, *, skips: bool) -> Timeline:
+def _of_model(build: Callable[[Tape], Built], setup: Setup, samples: Any, *, skips: bool) -> Played:
     collecting = gc.isenabled()
     gc.disable()  # nothing here is circular but the leaves, and thousands of small objects come and go
     tape = Tape(setup.device, None if setup.precision == "fp32" else setup.precision)
     tape.skips, tape.attention = skips, setup.attention
     try:
-        return _played(tape, build, setup)
+        return _played(tape, build, setup, samples)
     finally:
         tape.close()
         if collecting:
             gc.enable()
 
 
-def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup) -> Timeline:
+def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup, samples: Any) -> Played:
     """On a GPU two steps, for the second meets the holes the first has left; on a CPU one, beside a checkpoint's copy."""
     tape.mark(LOADING)
     model = build(tape)
@@ -164,55 +203,49 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup) -> Timelin
     tape.mark(OPTIMIZER)
     optimizer = _optimizer(tape, setup)
     optimizer.allocate()
-    state_bytes, host_bytes = optimizer.state_bytes, optimizer.host_bytes
-    staging = sum(saved) + state_bytes
+    ready: Callable[[], None] = getattr(model, "ready", _as_it_is)
+    ready()
     kept: list[Tensor] = []
     if setup.device == "cpu":
         tape.mark(SAVING)
         with tape.counting_as(STAGING):
-            kept.append(tape.new((staging,), "uint8"))
-    else:
-        host_bytes += staging
+            kept.append(tape.new((sum(saved) + optimizer.state_bytes,), "uint8"))
     tape.kind = ACTIVATIONS
     tape.mark(STEP)
     began = tape.here()
-    flops, waiting = _step(tape, model, optimizer, setup)
-    played = 1 if setup.device == "cpu" else min(2, setup.accumulation)
-    operations = (len(tape.sizes) - began[1] + tape.reborn) / played + tape.left_out
-    made_bytes = operations * sum(tape.sizes[began[1] :]) / max(1, len(tape.sizes) - began[1])
+    given = _step(tape, model, optimizer, setup, samples)
+    flops, steps = tape.flops, 1 if setup.device == "cpu" else min(2, setup.accumulation)
+    operations = (len(tape.sizes) - began[1] + tape.reborn) / steps + tape.left_out
     ended = len(tape.events)
+    made_bytes = sum(tape.sizes[event] for event in tape.events[began[0] : ended] if event >= 0) + tape.left_out_bytes * steps
     second, left_out = rounds.again(tape, began) if setup.device != "cpu" else ([], [])
-    worst = _evaluation(tape, model, setup)
-    held = levels(tape.sizes, tape.events)
-    phases, highest, at_peak = _by_phase(tape.marks, held)
-    breakdown, marks = tape.breakdown(at_peak), tape.marks
-    if second:  # no higher than the first, but for what that left
-        phases[STEP] = max(phases[STEP], rounds.highest_again(held, began[0], ended, left_out))
-        tape.events[ended:ended] = second
-        marks = [*marks[:-1], (ended, STEP), (ended + len(second), EVALUATING)]
-    found = Timeline(
-        sizes=tape.sizes,
-        kinds=tape.kinds,
+    worst = _evaluation(tape, model, setup, samples)
+    found = Played(
+        tape=tape,
         events=list(tape.events),
-        marks=marks,
-        peak=highest,
-        breakdown=breakdown,
+        began=began[0],
+        ended=ended,
+        second=second,
+        left_out=left_out,
+        batch_bytes=given.batch_bytes,
+        num_given=given.number,
+        rest=given.rest,
         flops=flops,
-        weight_bytes=sum(saved),
-        state_bytes=state_bytes,
-        host_bytes=host_bytes + waiting,
-        pinned_bytes=optimizer.pinned_bytes,
-        resting_bytes=held[-1],
-        worst_evaluation_bytes=worst,
         operations=operations,
+        steps=steps,
         made_bytes=made_bytes,
-        num_products=len(set(tape.multiplied)),
+        worst_evaluation_bytes=worst,
+        optimizer=optimizer,
+        weight_bytes=sum(saved),
         num_parameters=sum(p.numel for p in tape.parameters),
         num_trainable=sum(p.numel for p in trainable),
-        peaks=phases,
     )
     del copies, kept
     return found
+
+
+def _as_it_is() -> None:
+    """Of a model that allocates nothing between its optimizer and its first step."""
 
 
 def _optimizer(tape: Tape, setup: Setup) -> Optimizer:
@@ -221,21 +254,31 @@ def _optimizer(tape: Tape, setup: Setup) -> Optimizer:
     return Optimizer(tape, setup.optimizer, on_host=setup.offload == "optimizer")
 
 
-def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup) -> tuple[float, int]:
+@dataclass(frozen=True)
+class _Given:
+    """A micro-batch: its bytes, and how many storages it is; and which one stands for the others of the step."""
+
+    batch_bytes: Any
+    number: int
+    rest: int | None
+
+
+def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup, samples: Any) -> _Given:
     """One step of the engine; of several micro-batches two are played (on a CPU the second), for the others meet the same.
 
-    Its work, and the bytes of its batches that wait in RAM while a GPU computes: each is copied there in its turn.
+    On a CPU all of its batches are there from the beginning: those that are not played, as one storage.
     """
     tape.flops = 0.0
     on_cpu, several = setup.device == "cpu", setup.accumulation > 1
     began = tape.here()
-    window = [model.micro_batch(tape, setup.micro_batch) for _ in range(min(setup.accumulation, _WINDOW))] if on_cpu else []
-    rest = _rest_of_window(tape, began, setup) if on_cpu else None
+    batch = model.micro_batch(tape, samples)
+    waiting = batch if on_cpu else None
+    number, batch_bytes = len(tape.sizes) - began[1], _held_since(tape, began)
+    rest = tape.new((0,), "uint8") if on_cpu and several else None
+    given = _Given(batch_bytes, number, None if rest is None else rest.storage.number)
     if on_cpu and several:
         optimizer.give_gradients()
     began = began if not on_cpu else tape.here()
-    batch = window[0] if window else model.micro_batch(tape, setup.micro_batch)
-    waiting = 0 if on_cpu else _held_since(tape, began) * setup.effective_batch // setup.micro_batch
     with tape.autocast():
         loss = model.loss(batch)
     del batch
@@ -248,38 +291,77 @@ def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup) -> tuple
     optimizer.clip()
     optimizer.work()
     optimizer.zero_grad()
-    del rest
-    return tape.flops * setup.effective_batch / setup.micro_batch, waiting
+    del rest, waiting
+    return given
 
 
-def _rest_of_window(tape: Tape, began: tuple[int, int], setup: Setup) -> Tensor | None:
-    """The micro-batches that wait beside those that were made since `began`."""
-    left_out = setup.effective_batch - _WINDOW * setup.micro_batch
-    if left_out <= 0:
-        return None
-    return tape.new((_held_since(tape, began) * left_out // (_WINDOW * setup.micro_batch),), "uint8")
-
-
-def _held_since(tape: Tape, began: tuple[int, int]) -> int:
+def _held_since(tape: Tape, began: tuple[int, int]) -> Any:
     """The bytes of what was made since then, and is there."""
     events = tape.events[began[0] :]
     return sum(tape.sizes[number] for number in set(events).difference(map(invert, events)) if number >= began[1])
 
 
-def _evaluation(tape: Tape, model: Built, setup: Setup) -> int:
+def _evaluation(tape: Tape, model: Built, setup: Setup, samples: Any) -> Any:
     """Losses over held-out micro-batches, and what the task adds; the worst of the latter is returned, not played."""
     tape.mark(EVALUATING)
     began = tape.here()
     with tape.no_grad(), tape.autocast():
-        batch = model.micro_batch(tape, setup.micro_batch)
+        batch = model.micro_batch(tape, samples)
         loss = model.loss(batch)
         del batch, loss
-        model.evaluate(tape, setup.micro_batch, worst=False)
+        model.evaluate(tape, samples, worst=False)
     alike.write_out(tape, began[0])
     aside = Tape(setup.device, tape.precision)
     with aside.no_grad(), aside.autocast():
-        model.evaluate(aside, setup.micro_batch, worst=True)
+        model.evaluate(aside, samples, worst=True)
     return aside.peak
+
+
+def told(played: Played, setup: Setup, at: Callable[[Any], Any] = lambda number: number, sizes: list[int] | None = None) -> Timeline:
+    """The timeline with this accumulation. Where sizes are lines: `sizes` at this micro-batch, and what says any other number `at` it."""
+    tape, optimizer, batch_bytes = played.tape, played.optimizer, at(played.batch_bytes)
+    sizes = tape.sizes if sizes is None else sizes
+    window, beyond = min(setup.accumulation, _WINDOW), max(0, setup.effective_batch - _WINDOW * setup.micro_batch)
+    num_more = waiting = waiting_bytes = 0
+    if setup.device == "cpu":
+        num_more = played.num_given * (window - 1) + (beyond > 0) - (played.rest is not None)
+    else:
+        waiting = batch_bytes * setup.effective_batch // setup.micro_batch + played.weight_bytes + optimizer.state_bytes
+    if played.rest is not None:
+        sizes[played.rest] = waiting_bytes = batch_bytes * (window - 1) + batch_bytes * beyond // setup.micro_batch
+    held = levels(sizes, played.events)
+    phases, highest, at_peak = _by_phase(tape.marks, held)
+    breakdown, marks, events, again = tape.breakdown(at_peak, sizes), tape.marks, played.events, None
+    if played.second:  # no higher than the first, but for what that left
+        ended, second = played.ended, played.second
+        if played.left_out:
+            phases[STEP] = max(phases[STEP], rounds.highest_again(held, played.began, ended, played.left_out))
+        else:
+            again = played.began, ended
+        events = [*events[:ended], *second, *events[ended:]]
+        marks = [*marks[:-1], (ended, STEP), (ended + len(second), EVALUATING)]
+    return Timeline(
+        sizes=sizes,
+        kinds=tape.kinds,
+        events=events,
+        marks=marks,
+        peak=highest,
+        breakdown=breakdown,
+        flops=at(played.flops) * setup.effective_batch / setup.micro_batch,
+        weight_bytes=played.weight_bytes,
+        state_bytes=optimizer.state_bytes,
+        host_bytes=optimizer.host_bytes + waiting,
+        pinned_bytes=optimizer.pinned_bytes,
+        resting_bytes=held[-1],
+        worst_evaluation_bytes=at(played.worst_evaluation_bytes),
+        operations=played.operations + num_more,
+        made_bytes=(at(played.made_bytes) + waiting_bytes) / played.steps,
+        num_products=len({tuple(map(at, shape)) for shape in tape.multiplied}),
+        num_parameters=played.num_parameters,
+        num_trainable=played.num_trainable,
+        peaks=phases,
+        again=again,
+    )
 
 
 def _by_phase(marks: Sequence[tuple[int, str]], held: list[int]) -> tuple[dict[str, int], int, int]:

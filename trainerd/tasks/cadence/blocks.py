@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from trainerd.memory import kernels, losses, ops
+from trainerd.memory import kernels, losses, ops, shared
 from trainerd.memory.checkpointing import checkpointed
 from trainerd.memory.layers import Embedding, Linear, SampleDropout
 from trainerd.memory.recurrent import Gru
 from trainerd.memory.tape import LOGITS, Tape, Tensor
-from trainerd.memory.timeline import Setup, Timeline, of_model
+from trainerd.memory.timeline import Setup, Timeline
 
 if TYPE_CHECKING:  # values come from outside: the table itself needs no pydantic
     from trainerd.config.model import DataConfig
@@ -55,6 +55,7 @@ class _QueryModel:
     def __init__(self, tape: Tape, sizes: Sizes, embedding: int, features: int) -> None:
         self.words = Embedding(tape, sizes.num_tokens, embedding)
         self.weight, self.bias = tape.parameter(sizes.num_outputs, features), tape.parameter(sizes.num_outputs)
+        self.drops: list[SampleDropout] = []
 
     def run(self, given: Batch, checkpointing: str) -> Tensor:
         raise NotImplementedError
@@ -97,7 +98,8 @@ class GruModel(_QueryModel):
         super().__init__(tape, sizes, own.word_embedding, own.hidden)
         self.categories = Embedding(tape, sizes.num_categories, own.category_embedding)
         self.gru = Gru(tape, own.word_embedding + own.category_embedding, own.hidden)
-        self.drop_input, self.drop_output = SampleDropout(own.dropout), SampleDropout(own.dropout)
+        widths = own.word_embedding + own.category_embedding, own.hidden
+        self.drops = [SampleDropout(own.dropout, units) for units in widths]
 
     def run(self, given: Batch, checkpointing: str) -> Tensor:
         samples, places = given.inputs.shape
@@ -105,11 +107,12 @@ class GruModel(_QueryModel):
         rows = self.categories(given.categories)
         category = ops.expand(ops.reshape(rows, samples, 1, rows.shape[-1]), samples, places, rows.shape[-1])
         joined = ops.cat([words, category], samples, places, words.shape[-1] + category.shape[-1])
-        dropped = self.drop_input(joined)
+        drop_input, drop_output = self.drops
+        dropped = drop_input(joined)
         del joined
         hidden = self.gru(dropped)
         del dropped
-        return self.drop_output(hidden)
+        return drop_output(hidden)
 
 
 class MemoryLayer:
@@ -180,7 +183,7 @@ class GruMnModel(_QueryModel):
         attention = own.attention or [0] * len(own.hidden)
         self.layers = [MemoryLayer(tape, *shape) for shape in zip(widths, own.hidden, attention, strict=False)]
         self.categories = [Embedding(tape, sizes.num_categories, width) for width in widths[:-1]]
-        self.drops = [SampleDropout(own.dropout) for _ in own.hidden]
+        self.drops = [SampleDropout(own.dropout, units) for units in own.hidden]
         self.context = Linear(tape, widths[-1], own.context)
         self.context_category = Embedding(tape, sizes.num_categories, own.context)
 
@@ -224,7 +227,7 @@ class CadenceTable:
         return f"cadence {self.settings.model_dump_json()} {self.sizes} {self.places}"
 
     def timeline(self, setup: Setup) -> Timeline:
-        return of_model(lambda tape: _Training(self, tape, setup), setup)
+        return shared.timeline(lambda tape: _Training(self, tape, setup), setup, self.key)
 
     @property
     def offers(self) -> tuple[str, ...]:
@@ -235,8 +238,13 @@ class _Training:
     """The model on a tape, with the micro-batches it meets: every row as long as the longest."""
 
     def __init__(self, table: CadenceTable, tape: Tape, setup: Setup) -> None:
-        self.table, self.setup = table, setup
+        self.table, self.tape, self.setup = table, tape, setup
         self.model = build(tape, table.settings, table.sizes)
+
+    def ready(self) -> None:
+        """Dropout's numbers of units."""
+        for drop in self.model.drops:
+            drop.lay_out(self.tape)
 
     def micro_batch(self, tape: Tape, samples: int) -> Batch:
         return batch(tape, samples, self.table.places, samples * self.table.places)

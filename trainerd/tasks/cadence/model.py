@@ -76,8 +76,8 @@ class GruModel(QueryModel):
         # torch's own layer on padded rows: with buckets by length there is little padding, and neither a packed sequence
         # nor a loop of our own with a hand-written gradient was faster by more than a twentieth of the step.
         self.gru = nn.GRU(settings.word_embedding + settings.category_embedding, settings.hidden, batch_first=True)
-        self.drop_input = SampleDropout(settings.dropout)
-        self.drop_output = SampleDropout(settings.dropout)
+        self.drop_input = SampleDropout(settings.dropout, settings.word_embedding + settings.category_embedding)
+        self.drop_output = SampleDropout(settings.dropout, settings.hidden)
         nn.init.normal_(self.categories.weight, std=0.1)
 
     def run(self, inputs: Tensor, categories: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -161,7 +161,7 @@ class GruMnModel(QueryModel):
         self._state_sizes = [layer.state_size for layer in layers]
         self.categories = nn.ModuleList(nn.Embedding(num_categories, width) for width in widths[:-1])
         """Looking a row up is the paper's matrix times a one-hot category."""
-        self.drops = nn.ModuleList(SampleDropout(settings.dropout) for _ in settings.hidden)
+        self.drops = nn.ModuleList(SampleDropout(settings.dropout, width) for width in settings.hidden)
         self.context = nn.Linear(widths[-1], settings.context)
         self.context_category = nn.Embedding(num_categories, settings.context)
         for table in [*self.categories, self.context_category]:
