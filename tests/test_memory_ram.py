@@ -59,7 +59,15 @@ class Held(Task):
 
 
 @glibc
-@pytest.mark.parametrize(("name", "how"), [pytest.param("by hand full", "kept", marks=pytest.mark.slow), ("by hand", "given-back")])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("by hand", "given-back"),
+        pytest.param("by hand full", "kept", marks=pytest.mark.slow),
+        pytest.param("lora base", "kept", marks=pytest.mark.slow),
+        pytest.param("lora base", "given-back", marks=pytest.mark.slow),
+    ],
+)
 def test_a_real_training_stays_below_at_most(name: str, how: str, tmp_path: Path) -> None:
     """Traced in the same process: its own peak, by the system's count. What is likely is within three tenths."""
     likely, most, real = trained(name, how, tmp_path, "run", 4)

@@ -226,15 +226,20 @@ def test_what_onednn_keeps_compiled_is_counted_for_a_traced_model(tmp_path: Path
 
 
 def test_a_packed_weight_counts_as_what_it_stands_for(tmp_path: Path) -> None:
-    """Four bits per number: the parameters of the model as it is known, the bytes as they are held, scales included."""
+    """Four bits per number: the parameters of the model as it is known, the bytes as they are held, scales included and told apart."""
     import trainerd.engine.trace as tracing
+    from trainerd.engine.packed import scale_bytes
 
     class Scales:
         shape, absmax, code, state2 = torch.Size([64, 64]), torch.zeros(64), torch.zeros(16), None
 
-    packed = nn.Parameter(torch.zeros(2048, 1, dtype=torch.uint8), requires_grad=False)
-    packed.quant_state = Scales()  # type: ignore[attr-defined]
-    assert tracing._numbers_of(packed) == 4096 and tracing._held_bytes(packed) == 2048 + 80 * 4
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(2048, 1, dtype=torch.uint8), requires_grad=False)
+    model.weight.quant_state = Scales()  # type: ignore[attr-defined]
+    assert tracing._numbers_of(model.weight) == 4096 and scale_bytes(model) == {id(model.weight): 80 * 4}
+    task = WideToy()
+    _, mixed = bound(task, tmp_path)
+    assert list(tracing.of_weights(task, model, mixed).frozen) == [2048, 80 * 4]
     assert made([("bf16", [1000, 1000])]).timeline(Setup("cuda", "fp32", 1, 1)).num_parameters == MB
 
 

@@ -18,6 +18,7 @@ from trainerd.contract import clock, files
 from trainerd.contract.errors import ExportFailed, TrainerdError
 from trainerd.contract.paths import RunPaths
 from trainerd.engine import entry, space, taskfile
+from trainerd.engine.state import learned
 from trainerd.engine.task import Task
 
 WEIGHTS = "model.safetensors"
@@ -119,9 +120,8 @@ def _write_weights(model: nn.Module, path: Path) -> dict[str, str]:
 
 
 def weights_bytes(model: nn.Module) -> int:
-    """About what the result takes on the disk, its small files included."""
-    tensors = {value.data_ptr(): value for value in model.state_dict().values() if isinstance(value, Tensor)}
-    return _SMALL_FILES_BYTES + sum(value.numel() * value.element_size() for value in tensors.values())
+    """About what the result takes on the disk, its small files included: what was learned, for a frozen base is not ours to write."""
+    return _SMALL_FILES_BYTES + sum(value.numel() * value.element_size() for _, value in learned(model))
 
 
 def _durable_sha256(path: Path) -> str:

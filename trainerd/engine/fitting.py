@@ -20,7 +20,7 @@ from trainerd.config.model import RunConfig
 from trainerd.contract import wire
 from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home, RunPaths
-from trainerd.engine import arenas, attention, ds_config, peak, traced_for
+from trainerd.engine import arenas, attention, ds_config, packed, peak, traced_for
 from trainerd.engine import plan as plans
 from trainerd.engine.on_disk import on_disk
 from trainerd.engine.precision import Precision
@@ -227,6 +227,7 @@ def _with_process(
     if not place.process_bytes:
         return place, table
     of_model = sum(one.numel() * one.element_size() for one in (*model.parameters(), *model.buffers()) if one.device.type == "cpu")
+    of_model += sum(packed.scale_bytes(model).values())  # of a base in 4 or 8 bits: no parameters of torch's, and in the table
     held = machine_memory.own_bytes() - max(0, of_model - sum(on_disk(task, model))) + profile.LATER_BYTES
     held = max(held, place.profile.process_bytes)
     if path is not None and isinstance(table, traced.TracedTable) and arenas.now() != heap.UNKNOWN:

@@ -19,14 +19,20 @@ from torch.utils.flop_counter import flop_registry
 from trainerd.memory.traced import Trace
 
 _DEVICE = torch.ops.prim.device.default  # a question of torch's own, about a tensor without memory
+_PACKED = frozenset({"gemm_4bit", "int8_scaled_mm", "int8_mixed_scaled_mm"})
+"""bitsandbytes' products with a packed weight."""
 
 
-def _of_packed(x: Tensor, *_: Any, out_val: Any, **__: Any) -> int:
-    """The work of a product with a packed weight: torch knows its own alone."""
-    return int(2 * tree_leaves(out_val)[0].numel() * x.shape[-1])
+def _work(func: Any) -> Callable[..., float] | None:
+    """What counts the work of an operation, where it is a product: torch knows its own alone."""
+    if func.namespace == "bitsandbytes":
+        return _of_packed if func._opname in _PACKED else None
+    known: Callable[..., float] | None = flop_registry.get(func.overloadpacket)
+    return known
 
 
-_PACKED = {f"bitsandbytes.{name}": _of_packed for name in ("gemm_4bit", "int8_scaled_mm", "int8_mixed_scaled_mm")}
+def _of_packed(x: Tensor, *_: Any, out_val: Any, **__: Any) -> float:
+    return 2.0 * float(tree_leaves(out_val)[0].numel()) * x.shape[-1]
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -61,7 +67,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args)
         self._watch(self._held_bytes)
         result = func(*args, **(kwargs or {}))
-        work = flop_registry.get(func.overloadpacket, _PACKED.get(str(func.overloadpacket)))
+        work = _work(func)
         if work is not None:
             self.flops += work(*args, **(kwargs or {}), out_val=result)
             if self.forwards:
