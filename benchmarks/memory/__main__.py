@@ -109,7 +109,7 @@ def estimated(parts: Family, samples: int, precision: str, accumulation: int, *,
     optimizer.work()
     optimizer.zero_grad()
     coming = max(0, tape.peak - resting - tape.breakdown().get(GRADIENTS, 0))
-    return tape.peak, int(tape.peak + heap.MOST[heap.GIVEN_BACK].of(coming))
+    return tape.peak, int(tape.peak + tape.scratch + heap.MOST[heap.GIVEN_BACK].of(coming))
 
 
 def cells(names: list[str], batches: list[int]) -> Iterator[Cell]:

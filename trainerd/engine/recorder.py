@@ -1,6 +1,6 @@
 """Sees every operation of one micro-batch: what is born, what ends, which gradients are complete, how much work it is. Must not judge.
 
-Every result of every operation is seen, but not the scratch space inside kernels.
+Every result of every operation is seen; of the scratch space inside kernels only what a rule is known for: convolutions on a CPU.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from trainerd.memory import scratch
 from trainerd.memory.traced import Trace
 
+_CONVOLUTION = torch.ops.aten.convolution.default
 _DEVICE = torch.ops.prim.device.default  # a question of torch's own, about a tensor without memory
 _PACKED = frozenset({"gemm_4bit", "int8_scaled_mm", "int8_mixed_scaled_mm"})
 """bitsandbytes' products with a packed weight."""
@@ -49,6 +51,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops = 0.0
         self.batch = 0
         self.forwards = True
+        self._scratch: list[int] = []
         self._products: set[tuple[Any, ...]] = set()
         self._seen: dict[int, Any] = {}
         for storage in (t.untyped_storage() for t in known):
@@ -72,6 +75,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.flops += work(*args, **(kwargs or {}), out_val=result)
             if self.forwards:
                 self._products.add((str(func), *(tuple(given.shape) for given in args if isinstance(given, Tensor))))
+        if func is _CONVOLUTION:
+            self._scratch.append(scratch.of_convolution(args[0].shape, args[1].shape, result.shape, result.element_size()))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._meet(leaf)
@@ -115,4 +120,4 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for hook in self._hooks:
             hook.remove()
         products = len(self._products)
-        return Trace(samples, list(self.sizes), list(self.events), self.flops, self.batch, list(self.gradients), products)
+        return Trace(samples, list(self.sizes), list(self.events), self.flops, self.batch, list(self.gradients), products, list(self._scratch))

@@ -32,7 +32,7 @@ _MANIFEST_BYTES = 1 * _MIB
 
 _NOT_MODELLED = {
     "cpu": (
-        "scratch space inside kernels (convolutions), but for a share in the upper bound",
+        "scratch space inside kernels: in the upper bound, convolutions by a rule (alone they held up to 2.1 times their tensors), others as a share",
         "pages of the data file that the system keeps in its cache",
         "loader processes (train.num_workers)",
         "prepared data and logs, on the disk",
@@ -207,7 +207,7 @@ def _ram(timeline: Timeline, setup: Setup, process_bytes: int, trust: Trust) -> 
     coming = max(0, worst - known)
     how = setup.heap if setup.device == "cpu" else heap.GIVEN_BACK  # a GPU's trainer has a few large blocks in RAM, not a step's many
     holes = heap.MOST[how].of(coming, setup.checkpointing)
-    upper = process_bytes + _PROCESS_SLACK_BYTES + worst + holes + shapes * _SHAPE_MOST
+    upper = process_bytes + _PROCESS_SLACK_BYTES + worst + timeline.scratch_bytes + holes + shapes * _SHAPE_MOST
     return _ranged(trust, "ram_bytes", point, upper), {"ram_bytes": float(point)}
 
 

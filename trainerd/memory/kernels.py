@@ -1,6 +1,7 @@
 """Products, convolutions, norms, pools and attention: what they allocate, save, and allocate on the way back. Must not know any model.
 
-Like ops.py, held against torch to the byte; kernels' own scratch space is not here, but for what CUDA's attention adds up in.
+Like ops.py, held against torch to the byte; kernels' own scratch space is not here, but for what CUDA's attention adds up in; a CPU's
+convolutions say the most they hold (scratch.py).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+from trainerd.memory import scratch
 from trainerd.memory.ops import (
     LOW,
     add,
@@ -26,7 +28,7 @@ from trainerd.memory.ops import (
     unary,
     wider,
 )
-from trainerd.memory.tape import Node, Shape, Tape, Tensor
+from trainerd.memory.tape import BYTES, Node, Shape, Tape, Tensor
 
 Grads = list[Tensor | None]
 
@@ -104,6 +106,8 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, size: Shape) -> 
     weight, x = low(weight, weight=True), low(x)  # C++ evaluates arguments from the last: the way back begins with x
     work = 2.0 * x.shape[0] * prod(size) * weight.numel
     made = x.tape.product((x.shape[0], weight.shape[0], *size), x.dtype, work)
+    if x.tape.adds_in_place:  # what counts tensors sees nothing of it
+        x.tape.scratch = max(x.tape.scratch, scratch.of_convolution(x.shape, weight.shape, made.shape, BYTES[x.dtype]))
     x.tape.record([made], [x, weight, bias], _convolution_back, (x.detach(), weight.detach()), work)
     return made
 
@@ -222,9 +226,9 @@ def _attention_back(node: Node, grads: Grads) -> Sequence[Tensor | None]:
     tape = g.tape
     tape.flops += 2.5 * node.about[0]
     # The GPU's kernels add dq up in fp32, and keep a row sum of gradient times output.
-    scratch = [tape.new(g.shape, "fp32"), tape.new(g.shape[:-1], "fp32")] if tape.device == "cuda" else []
+    beside = [tape.new(g.shape, "fp32"), tape.new(g.shape[:-1], "fp32")] if tape.device == "cuda" else []
     found = [tape.new(*about) if about else None for about in node.shapes]
-    del scratch
+    del beside
     return [t if node.needs(place) else None for place, t in enumerate(found)]
 
 

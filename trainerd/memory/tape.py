@@ -142,6 +142,8 @@ class Tape:
         self.given: list[tuple[int, int, str]] = []
         """Gradients that leaves took as they were: when, which storage, and of which kind it had been."""
         self.flops = 0.0
+        self.scratch = 0
+        """The most that one kernel holds beside its tensors, of those that are known (scratch.py); it is in no event."""
         self.keeping: Any = None
         """While a selective checkpoint's block is run: what keeps its products (checkpointing.py)."""
         self.multiplied: list[tuple[int, ...]] = []

@@ -109,6 +109,8 @@ class Timeline:
     """Between steps: weights, optimizer, and what stays."""
     worst_evaluation_bytes: int = 0
     """What an evaluation may need in its worst case, beyond weights and optimizer."""
+    scratch_bytes: int = 0
+    """The most that one kernel of a CPU may hold beside its tensors, of those whose rule is known (scratch.py)."""
     operations: float = 0.0
     """Results made in one micro-batch, both ways."""
     made_bytes: float = 0.0
@@ -354,6 +356,7 @@ def told(played: Played, setup: Setup, at: Callable[[Any], Any] = lambda number:
         pinned_bytes=optimizer.pinned_bytes,
         resting_bytes=held[-1],
         worst_evaluation_bytes=at(played.worst_evaluation_bytes),
+        scratch_bytes=at(tape.scratch) if setup.device == "cpu" else 0,
         operations=played.operations + num_more,
         made_bytes=(at(played.made_bytes) + waiting_bytes) / played.steps,
         num_products=len({tuple(map(at, shape)) for shape in tape.multiplied}),

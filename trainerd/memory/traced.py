@@ -17,7 +17,7 @@ from trainerd.contract.errors import Unreadable
 from trainerd.memory.tape import ACTIVATIONS, GRADIENTS, Tape, Tensor
 from trainerd.memory.timeline import Setup, Timeline, of_model
 
-FORMAT = 5
+FORMAT = 6
 _WHIM, _ROUNDING_BYTES = 0.05, 512
 MATH = "math"
 """The only kernel of attention that allocates otherwise than the others, so that a trace is of it or of the others."""
@@ -39,6 +39,8 @@ class Trace:
     gradients: Sequence[Sequence[int]] = ()
     products: int = 0
     """Different shapes that were multiplied, forwards."""
+    scratch: Sequence[int] = ()
+    """What each convolution may hold beside its tensors on a CPU (scratch.py), in their order."""
 
     @property
     def peak(self) -> int:
@@ -151,6 +153,7 @@ class _Retold:
         trace = self.step if tape.grad_enabled else self.held_out
         tape.multiplied.extend((-1, number) for number in range(trace.products))
         tape.flops += trace.flops
+        tape.scratch = max(tape.scratch, *trace.scratch) if trace.scratch else tape.scratch
         self._play(trace, batch)
         made = tape.new((0,), "fp32")
         tape.record([made], self.weights[:1], lambda node, grads: [None])
@@ -200,9 +203,10 @@ def stretched(traces: Sequence[Trace], samples: int, gradients: Sequence[int]) -
         return max(0, round(_through(numbers, list(values), samples)))
 
     flops = float(between(trace.flops for trace in traces))
+    scratch = [between(some) for some in zip(*(trace.scratch for trace in traces), strict=False)]
     if all(list(trace.events) == list(high.events) and trace.batch == high.batch for trace in traces):
         sizes = [between(some) for some in zip(*(trace.sizes for trace in traces), strict=True)]
-        return replace(high, samples=samples, sizes=sizes, flops=flops)
+        return replace(high, samples=samples, sizes=sizes, flops=flops, scratch=scratch)
     # Of another form: the batch, the gradients that stay, and all else as one storage that comes and goes.
     stays = sorted({weight for _, _, weight in high.gradients})
     batch = between(sum(trace.sizes[: trace.batch]) for trace in traces)
@@ -210,7 +214,7 @@ def stretched(traces: Sequence[Trace], samples: int, gradients: Sequence[int]) -
     rest, born = max(0, between(trace.peak for trace in traces) - sum(sizes)), list(range(len(sizes)))
     events = [*born, len(sizes), ~len(sizes), ~0]
     marks = [[len(events), number, weight] for number, weight in enumerate(stays, 1)]
-    return Trace(samples, [*sizes, rest], events, flops, 1, marks, max(trace.products for trace in traces))
+    return Trace(samples, [*sizes, rest], events, flops, 1, marks, max(trace.products for trace in traces), scratch)
 
 
 def is_off(value: float, line: float) -> bool:
