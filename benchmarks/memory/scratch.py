@@ -94,7 +94,8 @@ def main() -> None:
     for precision in ("fp32", "bf16"):
         for shape in SHAPES:
             real, (tensors, rule) = held(shape, precision), foretold(shape, precision)
-            print(f"{precision} {shape}: {tensors:,} of tensors, {real:,} held ({real / tensors:.2f}); beyond them {(real - tensors) / rule:.2f} of the rule")
+            share = f"{real / tensors:.2f} of {tensors:,} of tensors"
+            print(f"{precision} {shape}: held {share}; beyond them {(real - tensors) / rule:.2f} of the rule")
 
 
 if __name__ == "__main__":

@@ -119,5 +119,5 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._on = False
         for hook in self._hooks:
             hook.remove()
-        products = len(self._products)
-        return Trace(samples, list(self.sizes), list(self.events), self.flops, self.batch, list(self.gradients), products, list(self._scratch))
+        beside = len(self._products), list(self._scratch)
+        return Trace(samples, list(self.sizes), list(self.events), self.flops, self.batch, list(self.gradients), *beside)
