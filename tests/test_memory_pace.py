@@ -122,3 +122,10 @@ def test_a_real_step_takes_what_is_foretold(name: str) -> None:
     found = estimate(FamilyTable(name, family(name)), Setup("cpu", "fp32", 8, 8), measured).seconds_per_step
     took = pace.real(name, 8, "fp32", 1, 12)
     assert found is not None and took <= found.upper and found.point / 3 < took < found.point * 3
+
+
+def test_the_batches_that_wait_are_not_made_for_each_piece() -> None:
+    """A hundred times the samples in pieces of the same size: a hundred times as long, but for the optimizer's step."""
+    known, table = Profile(measured=True, gigaflops={"fp32": 80.0}, ram_bytes_per_second=4e10), made([("fp32", [10, 10])], MB)
+    few, many = (estimate(table, Setup("cpu", "fp32", 1, number), known).seconds_per_step for number in (8, 800))
+    assert few is not None and many is not None and many.point == pytest.approx(100 * few.point, rel=0.01)

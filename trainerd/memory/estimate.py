@@ -206,7 +206,7 @@ def _ram(timeline: Timeline, setup: Setup, process_bytes: int, trust: Trust) -> 
     known = timeline.resting_bytes + (timeline.breakdown.get(GRADIENTS, 0) if worst == held else 0)
     coming = max(0, worst - known)
     how = setup.heap if setup.device == "cpu" else heap.GIVEN_BACK  # a GPU's trainer has a few large blocks in RAM, not a step's many
-    holes = heap.MOST[how].of(coming, setup.checkpointing)
+    holes = heap.MOST[how].of(coming, setup.checkpointing, timeline.largest_bytes)
     upper = process_bytes + _PROCESS_SLACK_BYTES + worst + timeline.scratch_bytes + holes + shapes * _SHAPE_MOST
     return _ranged(trust, "ram_bytes", point, upper), {"ram_bytes": float(point)}
 

@@ -21,17 +21,20 @@ class Holes:
     fixed_bytes: int = 0
     again: float | None = None
     """The share where blocks are computed again: the same little is taken and freed many times, in other sizes each time."""
+    largest: int = 0
+    """How many more of the largest block: torch asks for aligned ones, and a hole that such a block has left is a little too small for the
+    next of its size. Of a few large ones a step may so hold two more than live, in one run and not in the next."""
 
-    def of(self, coming: float, checkpointing: str = "none") -> float:
+    def of(self, coming: float, checkpointing: str = "none", largest_bytes: float = 0) -> float:
         share = self.share if checkpointing == "none" or self.again is None else self.again
-        return share * coming + min(self.fixed_bytes, _SMALL * coming)
+        return share * coming + min(self.fixed_bytes, _SMALL * coming) + min(self.largest * largest_bytes, coming)
 
 
 _MIB = 1 << 20
 _SMALL = 1.5
 # By real trainings (docs/log.md: python -m benchmarks.memory.ram), kernels' scratch included.
 LIKELY = {KEPT: Holes(0.3, 64 * _MIB, again=0.6), GIVEN_BACK: Holes(), UNKNOWN: Holes(0.1, 32 * _MIB)}
-MOST = {KEPT: Holes(0.6, 192 * _MIB, again=1.2), GIVEN_BACK: Holes(0.08), UNKNOWN: Holes(0.4, 128 * _MIB, again=1.0)}
+MOST = {KEPT: Holes(0.6, 192 * _MIB, again=1.2, largest=2), GIVEN_BACK: Holes(0.08), UNKNOWN: Holes(0.4, 128 * _MIB, again=1.0)}
 
 
 def can_be_chosen() -> bool:

@@ -115,6 +115,8 @@ class Timeline:
     """Results made in one micro-batch, both ways."""
     made_bytes: float = 0.0
     """Of the results made in one micro-batch, both ways: what is written, and read again."""
+    largest_bytes: int = 0
+    """The largest of them."""
     num_products: int = 0
     """Different shapes of products in a step, forwards."""
     num_parameters: int = 0
@@ -152,14 +154,14 @@ class Played:
     events: list[int]
     """Without what ends as the tape is put away."""
     began: int
-    """The first event of the step, and the last one."""
+    """The first event of the step, and the last one; and the first storage it makes."""
     ended: int
+    first: int
     second: list[int]
     """The next step, if it is played; and the places of the first one's events that are not in it."""
     left_out: list[int]
     batch_bytes: Any
-    """Of one micro-batch as it is given; how many storages that is; and which one stands for all others that lie on the host beside it."""
-    num_given: int
+    """Of one micro-batch as it is given; and which storage stands for all others that lie on the host beside it."""
     rest: int | None
     flops: Any
     """Of one micro-batch."""
@@ -227,10 +229,10 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup, samples: A
         events=list(tape.events),
         began=began[0],
         ended=ended,
+        first=began[1],
         second=second,
         left_out=left_out,
         batch_bytes=given.batch_bytes,
-        num_given=given.number,
         rest=given.rest,
         flops=flops,
         operations=operations,
@@ -258,10 +260,9 @@ def _optimizer(tape: Tape, setup: Setup) -> Optimizer:
 
 @dataclass(frozen=True)
 class _Given:
-    """A micro-batch: its bytes, and how many storages it is; and which one stands for the others of the step."""
+    """A micro-batch: its bytes, and which storage stands for the others of the step."""
 
     batch_bytes: Any
-    number: int
     rest: int | None
 
 
@@ -275,9 +276,9 @@ def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup, samples:
     began = tape.here()
     batch = model.micro_batch(tape, samples)
     waiting = batch if on_cpu else None
-    number, batch_bytes = len(tape.sizes) - began[1], _held_since(tape, began)
+    batch_bytes = _held_since(tape, began)
     rest = tape.new((0,), "uint8") if on_cpu and several else None
-    given = _Given(batch_bytes, number, None if rest is None else rest.storage.number)
+    given = _Given(batch_bytes, None if rest is None else rest.storage.number)
     if on_cpu and several:
         optimizer.give_gradients()
     began = began if not on_cpu else tape.here()
@@ -324,13 +325,11 @@ def told(played: Played, setup: Setup, at: Callable[[Any], Any] = lambda number:
     tape, optimizer, batch_bytes = played.tape, played.optimizer, at(played.batch_bytes)
     sizes = tape.sizes if sizes is None else sizes
     window, beyond = min(setup.accumulation, _WINDOW), max(0, setup.effective_batch - _WINDOW * setup.micro_batch)
-    num_more = waiting = waiting_bytes = 0
-    if setup.device == "cpu":
-        num_more = played.num_given * (window - 1) + (beyond > 0) - (played.rest is not None)
-    else:
+    waiting = 0
+    if setup.device != "cpu":
         waiting = batch_bytes * setup.effective_batch // setup.micro_batch + played.weight_bytes + optimizer.state_bytes
     if played.rest is not None:
-        sizes[played.rest] = waiting_bytes = batch_bytes * (window - 1) + batch_bytes * beyond // setup.micro_batch
+        sizes[played.rest] = batch_bytes * (window - 1) + batch_bytes * beyond // setup.micro_batch
     held = levels(sizes, played.events)
     phases, highest, at_peak = _by_phase(tape.marks, held)
     breakdown, marks, events, again = tape.breakdown(at_peak, sizes), tape.marks, played.events, None
@@ -357,14 +356,21 @@ def told(played: Played, setup: Setup, at: Callable[[Any], Any] = lambda number:
         resting_bytes=held[-1],
         worst_evaluation_bytes=at(played.worst_evaluation_bytes),
         scratch_bytes=at(tape.scratch) if setup.device == "cpu" else 0,
-        operations=played.operations + num_more,
-        made_bytes=(at(played.made_bytes) + waiting_bytes) / played.steps,
+        operations=played.operations,
+        made_bytes=at(played.made_bytes) / played.steps,
+        largest_bytes=_largest(sizes, played.first, played.rest) if setup.device == "cpu" else 0,
         num_products=len({tuple(map(at, shape)) for shape in tape.multiplied}),
         num_parameters=played.num_parameters,
         num_trainable=played.num_trainable,
         peaks=phases,
         again=again,
     )
+
+
+def _largest(sizes: Sequence[int], first: int, rest: int | None) -> int:
+    """Of what a step makes; the batches that wait, as one storage, are none of it."""
+    parts = (sizes[first:],) if rest is None else (sizes[first:rest], sizes[rest + 1 :])
+    return max((max(part) for part in parts if part), default=0)
 
 
 def _by_phase(marks: Sequence[tuple[int, str]], held: list[int]) -> tuple[dict[str, int], int, int]:
