@@ -9,12 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.memory import pace
-from benchmarks.memory.counted import FamilyTable
-from benchmarks.memory.families import family
 from tests.test_memory_traced import LARGE, MB, made
 from trainerd.config.model import RunConfig
-from trainerd.engine import measuring
 from trainerd.memory import forecast, profile
 from trainerd.memory.estimate import estimate
 from trainerd.memory.planner import FITS
@@ -112,16 +108,6 @@ def test_on_a_cpu_results_take_time_beside_products() -> None:
     )
     assert small is not None and large is not None and large.upper > 2 * large.point
     assert large.point - small.point == pytest.approx(15 * 30 * MB * 8 / 4e10, rel=0.02)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["gru", "gru-mn", "gpt", "cnn3d", "llama-lora"])
-def test_a_real_step_takes_what_is_foretold(name: str) -> None:
-    """In the real engine on this CPU, measured first: within the bound, and the likely value no more than three times off either way."""
-    measured, _, _ = measuring.measured(1)
-    found = estimate(FamilyTable(name, family(name)), Setup("cpu", "fp32", 8, 8), measured).seconds_per_step
-    took = pace.real(name, 8, "fp32", 1, 12)
-    assert found is not None and took <= found.upper and found.point / 3 < took < found.point * 3
 
 
 def test_the_batches_that_wait_are_not_made_for_each_piece() -> None:
