@@ -55,7 +55,7 @@ class Block(nn.Module):
         self.first, self.second = nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, WIDTH, bias=False)
 
     def forward(self, x):
-        return x + torch.tanh(self.base(x)) + self.second(self.first(x))
+        return x + torch.tanh(self.base(x)) + self.second(self.first(x)) / BLOCKS
 
 class Mapped(Task):
     reads_data = False

@@ -66,6 +66,8 @@ class Held(Task):
         pytest.param("by hand full", "kept", marks=pytest.mark.slow),
         pytest.param("lora base", "kept", marks=pytest.mark.slow),
         pytest.param("lora base", "given-back", marks=pytest.mark.slow),
+        pytest.param("qlora base", "kept", marks=pytest.mark.slow),
+        pytest.param("qlora base", "given-back", marks=pytest.mark.slow),
     ],
 )
 def test_a_real_training_stays_below_at_most(name: str, how: str, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora full bf16": {"settings": {"kind": "lora"}, "batch_size": 32, "activation_checkpointing": "full", "precision": "bf16"},
     "lora base": {"settings": {"kind": "lora"}, "batch_size": 8, "offload": "base", "activation_checkpointing": "full"},
     "lora base wide": {"settings": {"kind": "lora", "width": 768}, "batch_size": 4, "offload": "base", "activation_checkpointing": "full"},
+    "qlora base": {"settings": {"kind": "qlora"}, "batch_size": 8, "offload": "base", "activation_checkpointing": "full"},
     "by hand": {"settings": {"kind": "by-hand", "length": 384}, "batch_size": 8},
     "by hand full": {"settings": {"kind": "by-hand", "length": 384}, "batch_size": 8, "activation_checkpointing": "full"},
     "cnn": {"settings": {"kind": "cnn", "width": 32, "length": 48}, "batch_size": 32},

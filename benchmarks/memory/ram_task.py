@@ -15,7 +15,7 @@ _PADDING = -100
 
 
 class Settings(BaseModel):
-    """`kind`: gpt, lora, by-hand (attention written out), ragged or cnn. `data_mb`: what the data set itself holds in RAM."""
+    """`kind`: gpt, lora, qlora (in 4 bits), by-hand (attention written out), ragged or cnn. `data_mb`: what the data set holds in RAM."""
 
     kind: str = "gpt"
     width: int = 256
@@ -49,17 +49,30 @@ class _Adapted(nn.Module):
 
     def __init__(self, inside: int, outside: int) -> None:
         super().__init__()
-        self.base = nn.Linear(inside, outside).requires_grad_(False)
+        self.base = self._frozen(inside, outside).requires_grad_(False)
         self.down, self.up = nn.Linear(inside, 8, bias=False), nn.Linear(8, outside, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base(x) + self.up(self.down(x))  # type: ignore[no-any-return]
 
+    def _frozen(self, inside: int, outside: int) -> nn.Module:
+        return nn.Linear(inside, outside)
+
+
+class _Packed(_Adapted):
+    """The same over a product in 4 bits."""
+
+    def _frozen(self, inside: int, outside: int) -> nn.Module:
+        import bitsandbytes.nn as packed
+
+        layer: nn.Module = packed.Linear4bit(inside, outside, compute_dtype=torch.float32, quant_type="nf4")
+        return layer
+
 
 class _Block(nn.Module):
     def __init__(self, width: int, kind: str) -> None:
         super().__init__()
-        product = _Adapted if kind == "lora" else nn.Linear
+        product = {"lora": _Adapted, "qlora": _Packed}.get(kind, nn.Linear)
         self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = product(width, 3 * width), product(width, width)
         self.up, self.down = product(width, 4 * width), product(4 * width, width)

@@ -2,8 +2,8 @@
 way back.
 
 Their autograd functions keep a layer's packed weight, or its state, as an attribute of the graph from the way there on, where no
-checkpoint takes it away; so every block's would stay. Here it is a saved tensor like any other. The scales stay on the device: a
-thirtieth of the weights, or less. Must not copy weights: streaming.py does.
+checkpoint takes it away; so every block's would stay. Here it is a saved tensor like any other. The scales stay on the device: in 4
+bits an eighth of the weights, packed once more a thirtieth. Must not copy weights: streaming.py does.
 """
 
 from __future__ import annotations
