@@ -72,6 +72,19 @@ def test_full_logits_that_do_not_fit_are_proposed_in_pieces() -> None:
     assert plan(fixed, between).verdict == FITS and plan(fixed, between).setup.logits == "chunked"
 
 
+def test_an_optimizer_in_8_bits_that_does_not_fit_may_be_a_whole_one_elsewhere() -> None:
+    """Its state stays on the GPU; AdamW's can lie in RAM. Both settings are named, and it fits with them; where nothing fits, the least is
+    that one, too."""
+    setup = Setup("cuda", "bf16", 512, 512, "adamw8bit")
+    small, away = (estimate(GRU, one).needed.upper for one in (setup, replace(setup, optimizer="adamw", offload="optimizer")))
+    assert away < small - 10 * MB
+    fixed = {"optimizer": "adamw8bit", "precision": "bf16"}
+    found = plan(fixed, int(away) + 1, splittable=False)
+    assert ("train.optimizer=adamw", "memory.offload=optimizer") in [proposal.settings for proposal in found.proposals]
+    least = plan(fixed, 100 * MB).least
+    assert least is not None and "memory.offload=optimizer" in least.settings and "train.optimizer=adamw" in least.settings
+
+
 AGAIN = ("selective", "full")
 
 

@@ -73,6 +73,11 @@ def _optimizer(name: str) -> Callable[[Setup, Table], Setup | None]:
     return applied
 
 
+def _whole_state(setup: Setup, table: Table) -> Setup | None:
+    """In place of a state in 8 bits, which stays on the GPU: a whole one can leave it."""
+    return replace(setup, optimizer="adamw") if setup.device != "cpu" and setup.offload == "none" and "8bit" in setup.optimizer else None
+
+
 def _optimizer_on_host(setup: Setup, table: Table) -> Setup | None:
     """In place of DeepSpeed's as well, which is never proposed: it needs more of both memories."""
     if setup.device == "cpu" or setup.offload not in ("none", zero2.NAME) or "8bit" in setup.optimizer:
@@ -123,6 +128,15 @@ TECHNIQUES = (
         lambda setup: "train.activation_checkpointing=full",
         True,
         "blocks keep their inputs only: about a third slower",
+    ),
+    Technique(
+        "AdamW's whole state",
+        DIFFERENT,
+        "train.optimizer",
+        _whole_state,
+        lambda setup: f"train.optimizer={setup.optimizer}",
+        False,
+        "AdamW's state in fp32, four times that in 8 bits: but it need not stay on the GPU",
     ),
     Technique(
         "optimizer on the CPU",
