@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from benchmarks.memory import counted
 from benchmarks.memory.families import family
 from benchmarks.memory.fit import fit, peak
 from trainerd.config.model import RunConfig
+from trainerd.engine.loop import Link
+from trainerd.engine.trainer import Trainer
+from trainerd.memory.estimate import estimate
 from trainerd.memory.planner import FITS, Proposal
+from trainerd.memory.timeline import Setup
 
 FAMILIES = ("gru", "gpt", "llama-lora", "convnet", "gru-mn")
 
@@ -83,3 +89,32 @@ def test_every_proposal_of_every_family_fits(name: str, share: float, train: dic
         if "nothing is proposed" not in str(error):
             raise
         pytest.skip("nothing would make it fit")
+
+
+@pytest.mark.parametrize("again", ["selective", "full"])
+def test_blocks_computed_again_are_foretold_and_chosen_as_they_are_counted(again: str) -> None:
+    """The real engine's peak is the plan's within a hundredth; and where nothing else fits, the plan takes them up by itself, and trains
+    without a refusal."""
+    parts = family("gpt-few")
+    table = counted.FamilyTable("gpt-few", parts, (again,))
+    config = counted.configuration(8, micro_batch=8, activation_checkpointing=again)
+    foretold = counted.plan(table, config, 1 << 40).estimate
+    count, _ = counted.train(parts, config, 1 << 60)
+    assert foretold.tensors == pytest.approx(count.peak, rel=0.01)
+    budget = int(count.peak * 1.09)  # the bound of what comes and goes is 8 %
+    chosen = counted.plan(table, counted.configuration(8, micro_batch=8), budget)
+    assert chosen.setup.checkpointing == again and chosen.verdict == FITS
+    count, result = counted.train(parts, config, budget)
+    assert count.refused == 0 and result is not None and result.outcome == "finished"
+
+
+def test_the_disk_holds_what_is_foretold(tmp_path: Path) -> None:
+    """Checkpoints that are kept, the best one, and the result, on the real disk: at most the bound, and no tenth less than likely."""
+    parts = family("gpt")
+    config = counted.configuration(2, eval_every_steps=1)
+    config.checkpoint.keep = 2
+    found = estimate(counted.FamilyTable("gpt", parts), Setup("cpu", "fp32", 2, 2), keep=2, keep_best=config.checkpoint.keep_best)
+    assert Trainer(counted.FamilyTask(parts, 6), config, home=tmp_path, link=Link()).train().outcome == "finished"
+    files = [path for name in ("checkpoints", "models") for path in (tmp_path / name).rglob("*") if path.is_file()]
+    held = sum(path.stat().st_size for path in files)
+    assert 0.9 * found.disk.point < held < found.disk.upper

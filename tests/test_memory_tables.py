@@ -167,6 +167,39 @@ def _math_table(tape: Tape) -> Any:
     return layers.SelfAttention(tape, 32, 4)
 
 
+class _ConvNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv3d(3, 6, 3, stride=2, padding=1, bias=False), nn.BatchNorm3d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x.unsqueeze(2)))
+        return y
+
+
+class _ConvNormTable:
+    def __init__(self, tape: Tape) -> None:
+        self.conv, self.norm = layers.Convolution(tape, 3, 6, (3, 3, 3), stride=2, bias=False), layers.BatchNorm(tape, 6)
+
+    def __call__(self, x: Shadow) -> Shadow:
+        return self.norm(self.conv(ops.reshape(x, *x.shape[:2], 1, *x.shape[2:])))
+
+
+class _SwiGlu(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(32, 80, bias=False), nn.Linear(32, 80, bias=False)
+        self.down = nn.Linear(80, 32, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(functional.silu(self.gate(x)) * self.up(x))
+        return y
+
+
+def _swiglu_table(tape: Tape) -> Any:
+    return layers.SwiGlu(tape, 32, 80)
+
+
 def _by_hand_table(tape: Tape) -> Any:
     return layers.SelfAttention(tape, 32, 4, fused=False)
 
@@ -177,6 +210,18 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], Any, tuple[int, ...]]] = {
     "attention, math, of one sample": (lambda: _MathAttention(True), _math_table, (1, 6, 32)),
     "attention, by hand": (lambda: _Attention(False), _by_hand_table, (3, 6, 32)),
     "attention, by hand, of one sample": (lambda: _Attention(False), _by_hand_table, (1, 6, 32)),
+    "a strided convolution": (
+        lambda: nn.Conv2d(3, 6, 3, stride=2, padding=1),
+        lambda tape: layers.Convolution(tape, 3, 6, (3, 3), stride=2),
+        IMAGE,
+    ),
+    "a dilated convolution": (
+        lambda: nn.Conv2d(3, 6, 3, padding=2, dilation=2),
+        lambda tape: layers.Convolution(tape, 3, 6, (3, 3)),
+        IMAGE,
+    ),
+    "convolution, batch norm": (_ConvNorm, _ConvNormTable, IMAGE),
+    "swiglu": (_SwiGlu, _swiglu_table, (3, 6, 32)),
     "rms norm": (lambda: nn.RMSNorm(32), lambda tape: layers.Norm(tape, 32, root=True), (3, 6, 32)),
     "gru": (lambda: nn.GRU(24, 32, batch_first=True), lambda tape: Gru(tape, 24, 32), (4, 5, 24)),
 }
@@ -188,7 +233,7 @@ def test_a_block_allocates_what_its_table_says(name: str, precision: str) -> Non
     """Modules against their counterparts in layers.py and recurrent.py."""
     make, build, shape = BLOCKS[name]
     module = make()
-    given, learned = [torch.randn(*shape)], list(module.parameters())
+    given, learned = [torch.randn(*shape)], [*module.parameters(), *module.buffers()]
 
     def run(x: Tensor, *_: Tensor) -> Tensor:
         made = module(x)
@@ -337,6 +382,34 @@ def test_an_eight_bit_optimizer_keeps_and_unpacks_what_its_table_says() -> None:
     tape.peak = held = tape.live
     table.work()
     assert tape.peak - held == pytest.approx(peak(allocator_changes(optimizer.step)), rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_paged_states_lie_where_bitsandbytes_puts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, for a CPU has none: its own code asks for pages from 100,000 numbers on, and those are RAM; all else is the device's."""
+    eightbit = pytest.importorskip("trainerd.engine.eightbit")
+    paged: list[Tensor] = []
+
+    def pages(*shape: int, dtype: torch.dtype, device: Any) -> Tensor:
+        paged.append(torch.zeros(*shape, dtype=dtype))
+        return paged[-1]
+
+    functions = pytest.importorskip("bitsandbytes.functional")
+    monkeypatch.setattr(functions, "get_paged", pages)
+    monkeypatch.setattr(functions, "fill", lambda *given: None)
+    learned = [nn.Parameter(torch.empty(*shape, device="meta")) for shape in ((400, 250), (250, 399), (4096,), (64,), (500, 300))]
+    optimizer = eightbit.PagedEightBit([{"params": learned}], lr=1e-3)
+    optimizer.allocate()
+    states = {id(t): t for state in optimizer.state.values() for t in eightbit._flat(state).values() if isinstance(t, Tensor)}
+    tape = Tape("cuda")
+    for p in learned:
+        tape.parameter(*p.shape)
+    before = tape.live
+    table = Optimizer(tape, "paged_adamw8bit")
+    table.allocate()
+    assert len(paged) == 4 and table.host_bytes == sum(t.numel() for t in paged)
+    on_device = [t for t in states.values() if all(t is not other for other in paged)]
+    assert tape.live - before == sum(t.numel() * t.element_size() for t in on_device)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -7,7 +7,7 @@ the budget is an out-of-memory, as an allocator raises it.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.memory.families import Family
+from benchmarks.memory.families import Family, family, repeated
 from tests.memory_oracle import Budget
 from trainerd.config.model import RunConfig
 from trainerd.engine.loop import Link, Result
@@ -41,6 +41,9 @@ class FamilyTask(Task):
     def model(self) -> nn.Module:
         return self._parts.model()
 
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return repeated(model)
+
     def dataset(self, split: str) -> Any:
         return range(self._rows if split == "train" else 8)
 
@@ -55,16 +58,16 @@ class FamilyTask(Task):
 
 
 class FamilyTable:
-    """The same for the planner."""
+    """The same for the planner. `offers`: what its blocks may compute again."""
 
     assumed = ()
-    offers = ()
 
-    def __init__(self, name: str, parts: Family) -> None:
-        self.kind, self._parts = name, parts
+    def __init__(self, name: str, parts: Family, offers: Sequence[str] = ()) -> None:
+        self.kind, self.offers, self._parts = name, tuple(offers), parts
 
     def timeline(self, setup: Setup) -> Timeline:
-        return timeline.of_model(lambda tape: _Built(self._parts, self._parts.table(tape)), setup)
+        parts = self._parts if setup.checkpointing == "none" else family(self.kind, setup.checkpointing)
+        return timeline.of_model(lambda tape: _Built(parts, parts.table(tape)), setup)
 
 
 class _Built:

@@ -40,10 +40,14 @@ class Family:
 
 def _wrapped(made: nn.Module, again: str) -> nn.Module:
     """The model with its repeated layers as the engine would wrap them."""
-    inner = made.inner if isinstance(made, _Cadence) else made
-    layers = next((getattr(inner, name) for name in ("blocks", "stages", "layers") if hasattr(inner, name)), [])
-    checkpointing.wrap(made, list(layers), again)
+    checkpointing.wrap(made, repeated(made), again)
     return made
+
+
+def repeated(made: nn.Module) -> list[nn.Module]:
+    """The layers a task would name as its blocks."""
+    inner = made.inner if isinstance(made, _Cadence) else made
+    return list(next((getattr(inner, name) for name in ("blocks", "stages", "layers") if hasattr(inner, name)), []))
 
 
 def _computed(block: Callable[[tapes.Tensor], tapes.Tensor], x: tapes.Tensor, again: str) -> tapes.Tensor:

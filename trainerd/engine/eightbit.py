@@ -19,13 +19,14 @@ from trainerd.contract.errors import ConfigError, TrainerdError
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # what it uses of torch.jit
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+    from bitsandbytes.optim.optimizer import Optimizer2State
 
 _SMALLEST = 4096
 """Tensors below this many numbers keep their state in fp32."""
 
 
-class _Kept(AdamW8bit):  # type: ignore[misc]
-    """AdamW8bit whose state is made at once, and filled in place."""
+class _Kept(Optimizer2State):  # type: ignore[misc]
+    """AdamW8bit, paged or not, whose state is made at once, and filled in place."""
 
     def allocate(self) -> None:
         """All states now: in the first step it would be too late for an out-of-memory to cost nothing."""
@@ -52,7 +53,7 @@ class _Kept(AdamW8bit):  # type: ignore[misc]
             _fill(self.state[parameter], _flat(state_dict["state"][number]))
 
 
-class EightBit(_Kept):
+class EightBit(_Kept, AdamW8bit):  # type: ignore[misc]
     """All states on the device."""
 
     known_as = "adamw8bit"
