@@ -61,6 +61,8 @@ def test_a_traced_models_convolutions_are_in_the_upper_bound(tmp_path: Path) -> 
     expected = of_convolution((32, 24, 1, places), (40, 24, 1, 3), (32, 40, 1, places), 4)
     assert table.timeline(setup).scratch_bytes == expected
     assert table.timeline(replace(setup, device="cuda")).scratch_bytes == 0
+    alone = of_convolution((1, 24, 1, places), (40, 24, 1, 3), (1, 40, 1, places), 4)
+    assert alone == 24 * 3 * places * 4 and table.timeline(setup.with_micro_batch(1)).scratch_bytes >= alone
     modes: Any = {mode: replace(some, steps=[replace(t, scratch=()) for t in some.steps]) for mode, some in table.modes.items()}
     modes = {mode: replace(some, held_out=[replace(t, scratch=()) for t in some.held_out]) for mode, some in modes.items()}
     without, found = estimate(replace(table, modes=modes), setup).ram, estimate(table, setup).ram

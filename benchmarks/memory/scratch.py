@@ -46,6 +46,9 @@ SHAPES = (
     Shape(1, 256, 256, 8, 3),
     Shape(4, 16, 16, 16, 3, dims=3),
     Shape(2, 3, 16, 16, 3, stride=2, dims=3),
+    Shape(1, 16, 16, 16, 3),
+    Shape(1, 16, 16, 16, 3, dims=3),
+    Shape(1, 16, 16, 16, 5),
 )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops = 0.0
         self.batch = 0
         self.forwards = True
-        self._scratch: list[int] = []
+        self._scratch: tuple[list[int], list[int]] = [], []
         self._products: set[tuple[Any, ...]] = set()
         self._seen: dict[int, Any] = {}
         for storage in (t.untyped_storage() for t in known):
@@ -76,11 +77,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if self.forwards:
                 self._products.add((str(func), *(tuple(given.shape) for given in args if isinstance(given, Tensor))))
         if func is _CONVOLUTION:
-            self._scratch.append(scratch.of_convolution(args[0].shape, args[1].shape, result.shape, result.element_size()))
+            self._convolved(args[0].shape, args[1].shape, result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._meet(leaf)
         return result
+
+    def _convolved(self, x: torch.Size, weight: torch.Size, made: Tensor) -> None:
+        for found, some in zip(self._scratch, (x[0], 1), strict=True):
+            found.append(scratch.of_convolution((some, *x[1:]), weight, (some, *made.shape[1:]), made.element_size()))
 
     def _meet(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -119,5 +124,5 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._on = False
         for hook in self._hooks:
             hook.remove()
-        beside = len(self._products), list(self._scratch)
-        return Trace(samples, list(self.sizes), list(self.events), self.flops, self.batch, list(self.gradients), *beside)
+        found = Trace(samples, list(self.sizes), list(self.events), self.flops, self.batch, list(self.gradients), len(self._products))
+        return replace(found, scratch=list(self._scratch[0]), scratch_of_one=list(self._scratch[1]))

@@ -40,7 +40,9 @@ class Trace:
     products: int = 0
     """Different shapes that were multiplied, forwards."""
     scratch: Sequence[int] = ()
-    """What each convolution may hold beside its tensors on a CPU (scratch.py), in their order."""
+    """What each convolution may hold beside its tensors on a CPU (scratch.py), in their order; and what it may of a single sample, which
+    is computed in another way."""
+    scratch_of_one: Sequence[int] = ()
 
     @property
     def peak(self) -> int:
@@ -204,6 +206,7 @@ def stretched(traces: Sequence[Trace], samples: int, gradients: Sequence[int]) -
 
     flops = float(between(trace.flops for trace in traces))
     scratch = [between(some) for some in zip(*(trace.scratch for trace in traces), strict=False)]
+    scratch += high.scratch_of_one if samples == 1 else ()
     if all(list(trace.events) == list(high.events) and trace.batch == high.batch for trace in traces):
         sizes = [between(some) for some in zip(*(trace.sizes for trace in traces), strict=True)]
         return replace(high, samples=samples, sizes=sizes, flops=flops, scratch=scratch)
