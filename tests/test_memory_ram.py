@@ -15,8 +15,10 @@ from benchmarks.memory.ram import trained
 from tests.person import Person
 from trainerd.config.model import RunConfig
 from trainerd.memory import forecast, heap
-from trainerd.memory.estimate import Estimate
+from trainerd.memory.estimate import Estimate, estimate
 from trainerd.memory.planner import FITS
+from trainerd.memory.timeline import Setup
+from trainerd.memory.traced import Trace, TracedTable, Traces
 from trainerd.tasks.cadence.blocks import table
 from trainerd.tasks.cadence.settings import CadenceSettings
 
@@ -146,3 +148,15 @@ def test_data_that_a_task_holds_in_ram_are_in_the_estimate(mapped: bool, tmp_pat
         return
     assert held > 300e6 and receipt["predicted"]["ram_bytes"] > 700e6
     assert 0.85 * receipt["predicted"]["ram_bytes"] < receipt["real"]["ram_bytes"] <= receipt["at_most"]["ram_bytes"]
+
+
+def test_a_kept_heap_has_room_for_two_more_of_the_largest_block() -> None:
+    """Of a few large ones a step held two more than lived in one run, and none in the next: the bound has them, beside what is a share."""
+    uppers = []
+    for number in (4, 80):
+        sizes, events = [800_000_000 // number] * number, [*range(number), *(~born for born in range(number))]
+        step = Trace(1, sizes, events)
+        made = TracedTable("made", "fp32", [("fp32", [10, 10])], [], [], [], 100, {"none": Traces([step], [step])})
+        uppers.append([estimate(made, Setup("cpu", "fp32", 1, 1, heap=how)).ram.upper for how in (heap.KEPT, heap.GIVEN_BACK)])
+    (few, few_given), (many, many_given) = uppers
+    assert few - many == pytest.approx(2 * (200_000_000 - 10_000_000), rel=0.01) and few_given == pytest.approx(many_given)
