@@ -115,12 +115,14 @@ def estimate(
     keep: int = 3,
     keep_best: bool = True,
     process_bytes: int = 0,
+    replays: bool = True,
 ) -> Estimate:
     """What a training with this setup needs on a machine with this profile; so many checkpoints are kept. `process_bytes`: what its
-    process holds beside the model, where that is known."""
+    process holds beside the model, where that is known. Without the replay of a GPU's allocator it is what is needed at least, where no
+    earlier run corrects it."""
     profile = profile or Profile()
     process_bytes = max(profile.process_bytes, process_bytes, getattr(table, "process_bytes", 0))
-    found = played(table, setup, profile.workspace_bytes)
+    found = played(table, setup, profile.workspace_bytes, replays=replays)
     timeline = found.timeline
     device = _on_gpu(found, profile, trust) if setup.device == "cuda" else _Device(None, None, None, {})
     ram, ram_raw = _ram(timeline, setup, process_bytes, trust)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from trainerd.memory import heap, limits
@@ -96,10 +96,11 @@ def smaller(answer: Answer) -> str:
     return f"This batch cannot be split: a train.batch_size below {batch:,} would need less, in another mathematics; or a smaller model."
 
 
-def choose(question: Question, table: Table, estimating: Estimating) -> Answer:
+def choose(question: Question, table: Table, estimating: Estimating, at_least: Estimating | None = None) -> Answer:
     """The fastest setup that fits; a tight one only when nothing else does. On a CPU it is chosen as large blocks are given back, and
-    where there is room for the holes too they are kept: that is faster, and changes no bit."""
-    answer = _chosen(question, table, estimating)
+    where there is room for the holes too they are kept: that is faster, and changes no bit. `at_least`: never more than the estimate,
+    with the same pace, and cheaper: what is too large already by that is not estimated."""
+    answer = _chosen(question, table, _Asking(question, estimating, at_least))
     if answer.verdict != FITS or answer.setup.heap != heap.GIVEN_BACK:
         return answer
     kept = estimating(replace(answer.setup, heap=heap.KEPT))
@@ -107,17 +108,51 @@ def choose(question: Question, table: Table, estimating: Estimating) -> Answer:
     return replace(answer, estimate=kept) if fits else answer
 
 
-def _chosen(question: Question, table: Table, estimating: Estimating) -> Answer:
-    seen: dict[Setup, Estimate] = {}
+class _Asking:
+    """Estimates, each asked for once; and what is needed at least, where that is enough."""
 
-    def ask(setup: Setup) -> Estimate:
-        if setup not in seen:
-            seen[setup] = estimating(setup)
-        return seen[setup]
+    def __init__(self, question: Question, estimating: Estimating, at_least: Estimating | None) -> None:
+        self._question, self._estimating, self._at_least = question, estimating, at_least
+        self._seen: dict[Setup, Estimate] = {}
+        self._least: dict[Setup, Estimate] = {}
 
-    first = ask(question.setup)
-    if judge(first, question.budget_bytes, question.ram_bytes) == FITS:
-        return Answer(first, FITS, question.budget_bytes)
+    def __call__(self, setup: Setup) -> Estimate:
+        if setup not in self._seen:
+            self._seen[setup] = self._estimating(setup)
+        return self._seen[setup]
+
+    def roughly(self, setup: Setup) -> Estimate:
+        """What is needed at least; its pace is the same."""
+        if self._at_least is None:
+            return self(setup)
+        if setup not in self._least:
+            self._least[setup] = self._at_least(setup)
+        return self._least[setup]
+
+    def may_fit(self, setup: Setup, wanted: str) -> bool:
+        return self._is(wanted, self.roughly(setup))
+
+    def fits(self, setup: Setup, wanted: str) -> bool:
+        """As wanted, or better."""
+        return self.may_fit(setup, wanted) and self._is(wanted, self(setup))
+
+    def _is(self, wanted: str, needed: Estimate) -> bool:
+        verdict = judge(needed, self._question.budget_bytes, self._question.ram_bytes)
+        return verdict == FITS or (wanted == TIGHT and verdict == TIGHT)
+
+    def smallest(self) -> Estimate:
+        """Of all that was asked about, what needs least."""
+        best: Estimate | None = None
+        for rough in sorted([*self._seen.values(), *self._least.values()], key=_upper):
+            if best is None or _upper(rough) < _upper(best):
+                best = min(filter(None, (best, self(rough.setup))), key=_upper)
+        assert best is not None, "nothing was asked"
+        return best
+
+
+def _chosen(question: Question, table: Table, ask: _Asking) -> Answer:
+    if ask.fits(question.setup, FITS):
+        return Answer(ask(question.setup), FITS, question.budget_bytes)
     ways = _automatic(question, table)
     for wanted in (FITS, TIGHT):
         found = _fastest(ways, question, ask, wanted)
@@ -129,12 +164,12 @@ def _chosen(question: Question, table: Table, estimating: Estimating) -> Answer:
     last = ways[-1][0]
     smallest = min((ask(setup) for setup in ([last, last.with_micro_batch(1)] if _may_split(question) else [last])), key=_upper)
     proposals = _proposals(question, table, ask)
-    least = None if proposals else _least(question, seen.values())
+    least = None if proposals else _least(question, ask.smallest())
     return Answer(smallest, TOO_LARGE, question.budget_bytes, (), proposals, least, question.splittable)
 
 
 def _fastest(
-    ways: Sequence[tuple[Setup, tuple[str, ...]]], question: Question, ask: Estimating, wanted: str
+    ways: Sequence[tuple[Setup, tuple[str, ...]]], question: Question, ask: _Asking, wanted: str
 ) -> tuple[Estimate, tuple[str, ...]] | None:
     """The first way that fits, which changes least, unless another is clearly faster. One that cannot be, in the largest pieces there
     are, is not searched: smaller pieces are slower, and what lies on the host costs time, too."""
@@ -144,11 +179,11 @@ def _fastest(
         resident = replace(setup, offload=question.setup.offload)
         fastest = at_least.get(resident, 0.0) if setup != resident else 0.0
         if best is None or fastest < best[0].pace * _CLEARLY:
-            fastest = max(fastest, ask(_whole(setup, question)).pace)
+            fastest = max(fastest, ask.roughly(_whole(setup, question)).pace)
         at_least[setup] = fastest
         if best is not None and fastest >= best[0].pace * _CLEARLY:
             continue
-        found = _largest(setup, question, ask, wanted)
+        found = _largest(setup, question, ask, wanted, math.inf if best is None else best[0].pace * _CLEARLY)
         if found is not None and (best is None or found.pace < best[0].pace * _CLEARLY):
             best = found, used
     return best
@@ -179,40 +214,54 @@ def _automatic(question: Question, table: Table) -> list[tuple[Setup, tuple[str,
     return found
 
 
-def _largest(setup: Setup, question: Question, ask: Estimating, wanted: str) -> Estimate | None:
-    """The largest even micro-batch whose estimate is as wanted: the batch in as few pieces as possible. None: not one."""
-
-    def good(pieces: int, samples: int | None = None) -> bool:
-        needed = ask(setup.with_micro_batch(samples or _samples(setup, pieces)))
-        verdict = judge(needed, question.budget_bytes, question.ram_bytes)
-        return verdict == FITS or (wanted == TIGHT and verdict == TIGHT)
-
+def _largest(setup: Setup, question: Question, ask: _Asking, wanted: str, faster_than: float = math.inf) -> Estimate | None:
+    """The largest even micro-batch whose estimate is as wanted: the batch in as few pieces as possible. None: not one, or none that
+    could be so fast, for smaller pieces are slower."""
     batch = setup.effective_batch
     if not _may_split(question):
-        return ask(setup) if good(1, setup.micro_batch) else None
-    if good(1):
-        return ask(setup.with_micro_batch(batch))
+        return ask(setup) if ask.fits(setup, wanted) else None
+    whole = setup.with_micro_batch(batch)
+    if ask.fits(whole, wanted):
+        return ask(whole)
     # In one piece no gradients wait beside the activations, so two may need more than one; from there on it goes down.
-    if batch < 2 or not good(batch):
+    if batch < 2 or not ask.may_fit(setup.with_micro_batch(1), wanted):
         return None
-    low, high, turn = 2, batch, 0
+    pieces = _fewest(setup, question, ask, wanted, ask.may_fit, 2)
+    most = setup.with_micro_batch(_samples(setup, pieces))
+    if ask.roughly(most).pace >= faster_than:
+        return None
+    if ask.fits(most, wanted):
+        return ask(most)
+    if pieces == batch:
+        return None
+    # What the replay adds is nearly a share: by so much less may be needed at least.
+    share = ask.roughly(most).needed.upper / ask(most).needed.upper
+    less = replace(question, budget_bytes=int(question.budget_bytes * share))
+    found = setup.with_micro_batch(_samples(setup, _fewest(setup, less, ask, wanted, ask.fits, -(-batch // (most.micro_batch - 1)))))
+    return ask(found) if ask.fits(found, wanted) else None
+
+
+def _fewest(setup: Setup, question: Question, ask: _Asking, wanted: str, good: Callable[[Setup, str], bool], low: int) -> int:
+    """In how few pieces, from `low` on, the batch is good; each of its samples alone is taken for good."""
+    batch = high = setup.effective_batch
+    turn = 0
     while low < high:
         # What is needed is nearly a line in the samples: where it meets the budget, and now and then the middle.
         turn += 1
         middle = math.isqrt(low * high) if turn % 3 == 0 else _meeting(setup, question, ask, wanted, (low - 1, high))
         middle = min(max(middle, low), high - 1)
         samples = _samples(setup, middle)
-        if good(middle):
+        if good(setup.with_micro_batch(samples), wanted):
             high = -(-batch // samples)  # the fewest pieces of so many
         else:
             low = -(-batch // (samples - 1))
-    return ask(setup.with_micro_batch(_samples(setup, low)))
+    return low
 
 
-def _meeting(setup: Setup, question: Question, ask: Estimating, wanted: str, pieces: tuple[int, int]) -> int:
+def _meeting(setup: Setup, question: Question, ask: _Asking, wanted: str, pieces: tuple[int, int]) -> int:
     """In how many pieces the batch would just fit, by the line through two numbers of them: too few, and enough."""
     samples = [_samples(setup, number) for number in pieces]
-    ranges = [ask(setup.with_micro_batch(number)).needed for number in samples]
+    ranges = [ask.roughly(setup.with_micro_batch(number)).needed for number in samples]
     more, less = (needed.upper if wanted == FITS else needed.point for needed in ranges)
     if more <= less:
         return sum(pieces) // 2
@@ -224,14 +273,13 @@ def _samples(setup: Setup, pieces: int) -> int:
     return -(-setup.effective_batch // pieces)
 
 
-def _least(question: Question, tried: Iterable[Estimate]) -> Proposal | None:
+def _least(question: Question, least: Estimate) -> Proposal | None:
     """Of all that was tried, what needs least; with what a person would have to set for it."""
-    least = min(tried, key=_upper)
     changed = [(of, shown) for of, shown in _SHOWN if of(least.setup) != of(question.setup)]
     return Proposal(tuple(shown(least.setup) for _, shown in changed), (), least)
 
 
-def _proposals(question: Question, table: Table, ask: Estimating) -> tuple[Proposal, ...]:
+def _proposals(question: Question, table: Table, ask: _Asking) -> tuple[Proposal, ...]:
     """The smallest sets of changes that fit: one, else two, else three; what a person fixed may be proposed to be freed."""
     for number in (1, 2, 3):
         found: list[tuple[int, Proposal]] = []
@@ -246,7 +294,7 @@ def _proposals(question: Question, table: Table, ask: Estimating) -> tuple[Propo
     return ()
 
 
-def _tried(question: Question, table: Table, chosen: tuple[Technique, ...], ask: Estimating) -> Proposal | None:
+def _tried(question: Question, table: Table, chosen: tuple[Technique, ...], ask: _Asking) -> Proposal | None:
     """The proposal these techniques make, if it fits."""
     setup, settings = question.setup, []
     for technique in chosen:
@@ -272,7 +320,6 @@ def _tried(question: Question, table: Table, chosen: tuple[Technique, ...], ask:
         if found is None:
             return None
         setup = found.setup
-    found = ask(setup)
-    if judge(found, question.budget_bytes, question.ram_bytes) != FITS:
+    if not ask.fits(setup, FITS):
         return None
-    return Proposal(tuple(settings), tuple(technique.price for technique in chosen), found)
+    return Proposal(tuple(settings), tuple(technique.price for technique in chosen), ask(setup))

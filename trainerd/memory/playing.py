@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from trainerd.memory import allocator_settings
@@ -24,19 +26,28 @@ class Played:
 
 _Key = tuple[str | int, Setup, int]
 _known: OrderedDict[_Key, tuple[Table, Played]] = OrderedDict()
+_latest: list[tuple[_Key, Table, Timeline]] = []
+"""The last one that was not replayed: most likely that is asked for next."""
 _lock = threading.Lock()
 
 
-def played(table: Table, setup: Setup, workspace_bytes: int) -> Played:
-    """What this setup allocates, and on a GPU what the allocator makes of it with cuBLAS's workspace of that size."""
+def played(table: Table, setup: Setup, workspace_bytes: int, *, replays: bool = True) -> Played:
+    """What this setup allocates, and on a GPU what the allocator makes of it with cuBLAS's workspace of that size; without the replay,
+    what it holds at least: its tensors."""
     # A table that does not say what it depends on is known by itself; it is kept, so that its number is nobody else's.
     key = (getattr(table, "key", id(table)), setup, workspace_bytes if setup.device == "cuda" else 0)
     with _lock:
         kept = _known.get(key)
         if kept is not None:
             _known.move_to_end(key)
-            return kept[1]
-    made = _play(table, setup, workspace_bytes)
+            return kept[1] if replays else _unreplayed(kept[1].timeline)  # the same, whatever was asked before
+        latest = next((timeline for known, _, timeline in _latest if known == key), None)
+    timeline = _timeline(table, setup) if latest is None else latest
+    if not replays:
+        with _lock:
+            _latest[:] = [(key, table, timeline)]
+        return _unreplayed(timeline)
+    made = _replayed(timeline, setup, workspace_bytes)
     with _lock:
         _known[key] = (table, made)
         while len(_known) > _REMEMBERED:
@@ -48,22 +59,37 @@ def forget() -> None:
     """Begin anew: for measuring how long it takes."""
     with _lock:
         _known.clear()
+        _latest.clear()
 
 
-def _play(table: Table, setup: Setup, workspace_bytes: int) -> Played:
-    collecting = gc.isenabled()
-    gc.disable()  # hundred thousands of small objects come and go, and none is circular
-    try:
-        timeline = table.timeline(setup)
-        peaks = Peaks(0, 0)
-        if setup.device == "cuda":
-            sizes, events, again = [*timeline.sizes, workspace_bytes], _with_workspace(timeline, len(timeline.sizes)), timeline.again
-            # A second step comes after the workspace.
+def _unreplayed(timeline: Timeline) -> Played:
+    return Played(timeline, Peaks(timeline.peak, timeline.peak))
+
+
+def _timeline(table: Table, setup: Setup) -> Timeline:
+    with _without_collecting():
+        return table.timeline(setup)
+
+
+def _replayed(timeline: Timeline, setup: Setup, workspace_bytes: int) -> Played:
+    peaks = Peaks(0, 0)
+    if setup.device == "cuda":
+        sizes, events, again = [*timeline.sizes, workspace_bytes], _with_workspace(timeline, len(timeline.sizes)), timeline.again
+        with _without_collecting():  # a second step comes after the workspace
             peaks = allocator_settings.peaks(sizes, events, setup.allocator, again and (again[0] + 1, again[1] + 1))
+    return Played(replace(timeline, sizes=[], kinds=[], events=[], marks=[]), peaks)
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Hundred thousands of small objects come and go, and none is circular."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collecting:
             gc.enable()
-    return Played(replace(timeline, sizes=[], kinds=[], events=[], marks=[]), peaks)
 
 
 def _with_workspace(timeline: Timeline, number: int) -> list[int]:

@@ -7,7 +7,7 @@ of that would be decided in the same way, the timeline follows by a multiplicati
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,8 @@ from trainerd.memory.affine import Affine, NotAffine, Samples
 from trainerd.memory.tape import Tape
 from trainerd.memory.timeline import Built, Played, Setup, Timeline, of_model, play, told
 
-_PLAYS = 8  # of one training; with more it is decided by the number of samples at every turn, and each is played by itself
+_PLAYS = 8  # of one training
+_FEW, _NARROW = 4, 2  # a play that holds for fewer numbers of samples is no gain; after so many of a table it is not tried again
 _EVENTS = 2_000_000  # some 100 MB at most
 
 
@@ -39,6 +40,7 @@ class _Shared:
 _Key = tuple[str, Setup]
 _known: OrderedDict[_Key, list[_Shared]] = OrderedDict()
 _alone: set[_Key] = set()
+_narrow: Counter[str] = Counter()
 _lock = threading.Lock()
 
 
@@ -51,7 +53,7 @@ def timeline(build: Callable[[Tape], Built], setup: Setup, about: str) -> Timeli
         found = next((one for one in known if one.samples.holds(setup.micro_batch)), None)
         if found is not None:
             _known.move_to_end(key)
-        plays = found is None and len(known) < _PLAYS and key not in _alone
+        plays = found is None and len(known) < _PLAYS and key not in _alone and _narrow[about] < _NARROW
     if plays:
         found = _play(build, setup)
         with _lock:
@@ -59,6 +61,7 @@ def timeline(build: Callable[[Tape], Built], setup: Setup, about: str) -> Timeli
                 _alone.add(key)
             else:
                 _keep(key, found)
+                _narrow[about] += found.samples.most - found.samples.least < _FEW and setup.micro_batch > 1
     return of_model(build, setup) if found is None else found.timeline(setup)
 
 
@@ -67,6 +70,7 @@ def forget() -> None:
     with _lock:
         _known.clear()
         _alone.clear()
+        _narrow.clear()
 
 
 def _play(build: Callable[[Tape], Built], setup: Setup) -> _Shared | None:

@@ -118,7 +118,7 @@ class Timeline:
     largest_bytes: int = 0
     """The largest of them."""
     num_products: int = 0
-    """Different shapes of products in a step, forwards."""
+    """Different shapes of products in a step, forwards; on a GPU nobody asks."""
     num_parameters: int = 0
     num_trainable: int = 0
     peaks: dict[str, int] = field(default_factory=dict)
@@ -221,7 +221,8 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup, samples: A
     flops, steps = tape.flops, 1 if setup.device == "cpu" else min(2, setup.accumulation)
     operations = (len(tape.sizes) - began[1] + tape.reborn) / steps + tape.left_out
     ended = len(tape.events)
-    made_bytes = sum(tape.sizes[event] for event in tape.events[began[0] : ended] if event >= 0) + tape.left_out_bytes * steps
+    births = filter((0).__le__, tape.events[began[0] : ended])
+    made_bytes = sum(map(tape.sizes.__getitem__, births)) + tape.left_out_bytes * steps
     second, left_out = rounds.again(tape, began) if setup.device != "cpu" else ([], [])
     worst = _evaluation(tape, model, setup, samples)
     found = Played(
@@ -359,7 +360,7 @@ def told(played: Played, setup: Setup, at: Callable[[Any], Any] = lambda number:
         operations=played.operations,
         made_bytes=at(played.made_bytes) / played.steps,
         largest_bytes=_largest(sizes, played.first, played.rest) if setup.device == "cpu" else 0,
-        num_products=len({tuple(map(at, shape)) for shape in tape.multiplied}),
+        num_products=len({tuple(map(at, shape)) for shape in tape.multiplied}) if setup.device == "cpu" else 0,
         num_parameters=played.num_parameters,
         num_trainable=played.num_trainable,
         peaks=phases,
