@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 _BITS = {"Linear4bit.forward": 4, "Linear8bitLt.forward": 8}
 
@@ -72,11 +73,13 @@ def plain(weight: Tensor) -> Tensor:
 
 
 def held(numbers: Tensor, home: nn.Parameter) -> nn.Parameter:
-    """A weight to compute with, that is a copy of the one at home."""
-    weight = nn.Parameter(numbers, requires_grad=False)
-    state: Any = getattr(home, "quant_state", None)
-    if state is not None:
-        weight.quant_state = state  # type: ignore[attr-defined]
+    """A weight to compute with, that is a copy of the one at home: of bitsandbytes' kind where that is, with all that is noted on it, for
+    others ask for it (PEFT's DoRA unpacks the weight itself)."""
+    if type(home) in (nn.Parameter, FakeTensor):
+        weight = nn.Parameter(numbers, requires_grad=False)
+    else:
+        weight = torch.Tensor._make_subclass(type(home), numbers, False)
+    vars(weight).update(vars(home))
     return weight
 
 
@@ -144,7 +147,7 @@ class _Forward4(_Forward):
             if bias.dtype != x.dtype:
                 bias.data = bias.data.to(x.dtype)
             bias = bias.to(layer.compute_dtype)
-        product: Tensor = _Product4.apply(x, layer.weight, bias, layer.weight.quant_state)  # type: ignore[no-untyped-call]
+        product: Tensor = _Product4.apply(x, plain(layer.weight), bias, layer.weight.quant_state)  # type: ignore[no-untyped-call]
         return product.to(given)
 
 
@@ -154,7 +157,7 @@ class _Forward8(_Forward):
         layer.state.is_training = layer.training
         if layer.bias is not None and layer.bias.dtype != x.dtype:
             layer.bias.data = layer.bias.data.to(x.dtype)
-        product: Tensor = _Product8.apply(x, layer.weight, layer.bias, layer.state)  # type: ignore[no-untyped-call]
+        product: Tensor = _Product8.apply(x, plain(layer.weight), layer.bias, layer.state)  # type: ignore[no-untyped-call]
         return product
 
 
