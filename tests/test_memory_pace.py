@@ -16,6 +16,7 @@ from trainerd.memory.estimate import estimate
 from trainerd.memory.planner import FITS
 from trainerd.memory.profile import Profile
 from trainerd.memory.timeline import Setup
+from trainerd.memory.traced import Trace, Traces
 
 MEASURED = Profile(
     measured=True,
@@ -112,6 +113,8 @@ def test_on_a_cpu_results_take_time_beside_products() -> None:
 
 def test_the_batches_that_wait_are_not_made_for_each_piece() -> None:
     """A hundred times the samples in pieces of the same size: a hundred times as long, but for the optimizer's step."""
-    known, table = Profile(measured=True, gigaflops={"fp32": 80.0}, ram_bytes_per_second=4e10), made([("fp32", [10, 10])], MB)
+    known = Profile(measured=True, gigaflops={"fp32": 80.0}, ram_bytes_per_second=4e10)
+    step = [Trace(samples, [2 * MB * samples, MB * samples, 400], [0, 1, 2, ~1, ~0], 1e6, 1, [[3, 2, 0]]) for samples in (1, 2)]
+    table = replace(made([("fp32", [10, 10])]), modes={"none": Traces(step, step)})
     few, many = (estimate(table, Setup("cpu", "fp32", 1, number), known).seconds_per_step for number in (8, 800))
     assert few is not None and many is not None and many.point == pytest.approx(100 * few.point, rel=0.01)
