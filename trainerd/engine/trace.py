@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainerd.engine import attention, checkpointing, dropout, packed, rng, streaming
+from trainerd.engine import attention, checkpointing, curve, dropout, packed, rng, streaming
 from trainerd.engine.fakes import Fakes
 from trainerd.engine.largest import Largest, largest
 from trainerd.engine.loader import Fetch
@@ -27,7 +27,6 @@ from trainerd.engine.precision import Precision
 from trainerd.engine.recorder import Recorder
 from trainerd.engine.step import taken_apart
 from trainerd.engine.task import MapDataset, Task
-from trainerd.memory import traced
 from trainerd.memory.traced import Trace, TracedTable, Traces, mode
 
 _SMALL_BYTES = 64 << 20  # of weights: computing them is likely faster than loading what tensors without memory need
@@ -44,11 +43,6 @@ _NAMES = {
 }
 _STREAMED = tuple(itertools.product(_AGAIN, (False, True)))  # what is computed again, and whether copies are begun ahead
 _Way = tuple[str, str, bool | None]
-_CHECKED, _NEARLY = (8, 16, 32), 1.02
-_GROWS = "that what a micro-batch needs grows with the {power} of its samples, as it does from 2 to {checked}"
-_POWERS = {3: "square", 4: "cube", 5: "fourth power"}
-_FASTER = "; it grew faster than by their cube, and may beyond that by more than their fourth power, too"
-_UNCHECKED = "that what a micro-batch needs grows evenly with its samples, as from 2 to 4: that it does so was not checked ({why})"
 _GUESSED = "that the model does the same whatever the numbers are that its code has asked for"
 
 
@@ -190,26 +184,14 @@ class _Tracing:
         whole batch would be. The last that was looked at checks the others, as far as the batch goes."""
         if self._numbers != [2, 4]:
             return self._numbers
-        known, gradients = self._found[checkpointing.NONE].steps, [_size(p) for p in copied.parameters() if p.requires_grad]
-        checked = known[-1].samples
+        gradients = [_size(p) for p in copied.parameters() if p.requires_grad]
+        known = self._found[checkpointing.NONE].steps
         try:
-            for samples in (number for number in _CHECKED if number <= self._batch):
-                made, checked = self._step(copied, samples, watch), samples
-                if not _is_above(made, traced.stretched(known, samples, gradients)):
-                    break
-                higher = [*known, made]
-                peaks = [traced.stretched(some, self._batch, gradients).peak for some in (known, higher)]
-                if peaks[1] <= peaks[0] * _NEARLY:
-                    break
-                known = higher
+            known, self._grown = curve.followed(known, self._batch, gradients, lambda samples: self._step(copied, samples, watch))
         except _TooMuch as error:
             if not self._is_last:
                 raise
-            self._grown = _UNCHECKED.format(why=error)
-            return self._numbers
-        if len(known) > 2:
-            self._grown = _GROWS.format(power=_POWERS[len(known)], checked=checked)
-            self._grown += _FASTER if len(known) == max(_POWERS) else ""
+            self._grown = curve.UNCHECKED.format(why=error)
         return [trace.samples for trace in known]
 
     def _step(self, copied: nn.Module, samples: int, watch: _Watch) -> Trace:
@@ -233,13 +215,6 @@ class _Tracing:
                 some.append(pass_of(self._task, copied, batch, self._precision, samples, watch, self._fakes))
                 self._cleared(copied)
         return found
-
-
-def _is_above(made: Trace, told: Trace) -> bool:
-    """Whether a step holds more than others say of it: in one of its storages, or at its highest where it has another form."""
-    alike = made.events == told.events
-    pairs = zip(made.sizes, told.sizes, strict=True) if alike else [(made.peak, told.peak)]
-    return any(traced.is_off(real, foretold) for real, foretold in pairs)
 
 
 def of_weights(task: Task, model: nn.Module, precision: Precision, kernel: str = attention.AUTO) -> TracedTable:

@@ -7,6 +7,7 @@ and a checkpoint's copy, is played as for a table (timeline.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from trainerd.memory.tape import ACTIVATIONS, GRADIENTS, Tape, Tensor
 from trainerd.memory.timeline import Setup, Timeline, of_model
 
 FORMAT = 6
-_WHIM, _ROUNDING_BYTES = 0.05, 512
+_WHIM, _ROUNDING_BYTES = 0.05, 64  # oneDNN rounds up to a line of the cache
+CHECKED = (8, 16, 32, 64)
+"""Numbers of samples that may be traced beside two and four."""
 MATH = "math"
 """The only kernel of attention that allocates otherwise than the others, so that a trace is of it or of the others."""
 
@@ -235,7 +238,12 @@ def _through(numbers: Sequence[int], values: Sequence[float], at: int) -> float:
             continue
         spread = [round(place * most / degree) for place in range(degree + 1)]
         return _polynomial([numbers[place] for place in spread], [values[place] for place in spread], at)
-    return _polynomial(numbers, values, at)
+    highest = _polynomial(numbers, values, at)
+    if most < 2 or at <= numbers[-1] or numbers[-1] < CHECKED[-1] or min(values[-2:]) <= 0:
+        return highest
+    # Nothing confirms a curve through all that could be traced: what grows by steps may turn it down again.
+    power = math.log(values[-1] / values[-2]) / math.log(numbers[-1] / numbers[-2])
+    return max(highest, values[-1] * float((at / numbers[-1]) ** power))
 
 
 def _polynomial(numbers: Sequence[int], values: Sequence[float], at: int) -> float:
