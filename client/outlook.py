@@ -175,7 +175,7 @@ def _table_of(home: Home, asked: Resolved, place: forecast.Place) -> _Known | Un
             continue
         edited = receipts.edited(noted)
         if edited:
-            unlike = unlike or [f"{Path(edited).name}, which it imports, was edited or moved"]
+            unlike = unlike or [f"{Path(edited).name}, which it imports, was edited, moved or added"]
             continue
         table = _trace_of(home, noted)
         if table is None:

@@ -19,6 +19,7 @@ from trainerd.config.identity import differences, model_of
 from trainerd.config.model import RunConfig
 from trainerd.engine import sources, taskfile, traced_for
 from trainerd.engine.precision import Precision
+from trainerd.memory import receipts
 
 
 class Narrow(Toy):
@@ -91,8 +92,8 @@ def test_the_defaults_are_known_but_for_what_must_be_said() -> None:
 
 def test_the_files_a_tasks_code_comes_from_are_a_persons_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the task's: what it imports, however deep, relative or inside a function, and what those import; nothing of Python, of
-    installed packages or of ours, and nothing of it is run."""
-    names = {"own_a.py": "import json, torch, own_b\nfrom own_pack import deep\n", "own_b.py": "def f():\n    import own_late\n"}
+    installed packages or of ours, and nothing of it is run. What is not there is missed when it comes; which file has what, counts."""
+    names = {"own_a.py": "import json, torch, own_b\nfrom own_pack import deep\n", "own_b.py": "def f():\n    import own_late, own_none\n"}
     names |= {"own_late.py": "raise SystemExit('run')\n", "own_other.py": "", "own_pack/__init__.py": "", "own_pack/low.py": ""}
     names |= {"own_pack/deep.py": "from . import low\n"}
     names |= {"own_task.py": "import own_a\nfrom trainerd.engine.task import Task\nclass Own(Task): pass\n"}
@@ -103,11 +104,22 @@ def test_the_files_a_tasks_code_comes_from_are_a_persons_own(tmp_path: Path, mon
     before = set(sys.modules)
     kind = importlib.import_module("own_task").Own
     found = {Path(path).relative_to(tmp_path).as_posix() for path in sources.imported(kind) if Path(path).is_relative_to(tmp_path)}
-    assert found == set(names) - {"own_task.py", "own_other.py"} and "own_late" not in sys.modules
+    assert found == (set(names) - {"own_task.py", "own_other.py"}) | {"own_none.py", "own_none/__init__.py"}
+    assert "own_late" not in sys.modules
     assert not [path for path in sources.imported(kind) if "site-packages" in path or f"trainerd{os.sep}engine" in path]
     first = traced_for.code_of(kind()).digest
     (tmp_path / "own_late.py").write_text("x = 1\n", "utf-8")
-    assert traced_for.code_of(kind()).digest != first
+    second = traced_for.code_of(kind())
+    assert second.digest != first and not receipts.edited({"sources": dict(second.files)})
+    (tmp_path / "own_late.py").write_text("", "utf-8")
+    (tmp_path / "own_pack" / "low.py").write_text("x = 1\n", "utf-8")
+    assert traced_for.code_of(kind()).digest not in (first, second.digest)
+    (tmp_path / "own_late.py").write_text("x = 1\n", "utf-8")
+    (tmp_path / "own_pack" / "low.py").write_text("", "utf-8")
+    (tmp_path / "own_none.py").write_text("", "utf-8")
+    assert receipts.edited({"sources": dict(second.files)}) == str(tmp_path / "own_none.py")
+    importlib.invalidate_caches()
+    assert traced_for.code_of(kind()).digest != second.digest
     for name in set(sys.modules) - before:
         if name.startswith("own_"):
             monkeypatch.delitem(sys.modules, name)

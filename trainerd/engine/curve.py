@@ -15,6 +15,7 @@ _LOOKED_AT, _NEARLY = 32, 1.02
 _GROWS = "that what a micro-batch needs grows with the {power} of its samples, as it does from {first} to {checked}"
 _POWERS = ("number", "square", "cube", "fourth power", "fifth power")
 _FASTER = "; nothing was traced that checks it, and beyond that it may grow faster"
+_STEPS = "that what a micro-batch needs grows beyond {last} samples as it does from {before} to {last}: no power fits all that was traced"
 UNCHECKED = "that what a micro-batch needs grows evenly with its samples, as from 2 to 4: that it does so was not checked ({why})"
 
 
@@ -40,20 +41,35 @@ def followed(known: list[Trace], batch: int, gradients: list[int], made_of: Call
     alike = [number for number in numbers if number <= checked and of(number).events == far.events]
     if len(alike) > 1:  # fewer samples than those are another matter: they may have nothing to be compared with
         numbers = [number for number in numbers if number >= alike[0]]
-    higher = [of(numbers[0]), of(numbers[1])]
-    for number in numbers[2:]:
-        if number > checked:
-            far, checked = of(number), number
-        if not _is_above(far, traced.stretched(higher, checked, gradients)):
-            break
-        higher.append(of(number))
+    higher, far = _higher(numbers, far, gradients, of)
     peaks = [traced.stretched(some, batch, gradients).peak for some in (known, higher)]
-    is_checked = higher[-1].samples < checked
     if peaks[1] <= peaks[0] * _NEARLY:
         return known, ""
+    return _in_words(higher, far, gradients)
+
+
+def _higher(numbers: list[int], far: Trace, gradients: list[int], of: Callable[[int], Trace]) -> tuple[list[Trace], Trace]:
+    """One trace more at a time, until the farthest is not above what they say of it; and the farthest."""
+    higher = [of(numbers[0]), of(numbers[1])]
+    for number in numbers[2:]:
+        if number > far.samples:
+            far = of(number)
+        if not _is_above(far, traced.stretched(higher, far.samples, gradients)):
+            break
+        higher.append(of(number))
+    return higher, far
+
+
+def _in_words(higher: list[Trace], far: Trace, gradients: list[int]) -> tuple[list[Trace], str]:
+    last = higher[-1].samples
+    is_checked = last < far.samples
+    if last == traced.CHECKED[-1]:
+        return higher, _STEPS.format(before=higher[-2].samples, last=last)
+    grows = _GROWS.format(power=_POWERS[len(higher) - 2], first=higher[0].samples, checked=far.samples)
+    if is_checked and _is_above(traced.stretched(higher, far.samples, gradients), far):
+        higher = [*higher, far]  # it grows by steps: what is far says more than what is near
     if len(higher) == 2 and is_checked:
         return higher, ""
-    grows = _GROWS.format(power=_POWERS[len(higher) - 2], first=higher[0].samples, checked=checked)
     return higher, grows + ("" if is_checked else _FASTER)
 
 

@@ -26,7 +26,8 @@ _MOST = 1000  # files; more than that are no task's
 
 
 def imported(kind: type[Task]) -> dict[str, str]:
-    """sha256 by path of each file but the task's, for whoever asks later whether one was edited."""
+    """sha256 by path of each file but the task's, for whoever asks later whether one was edited; "" of one that is named and is nowhere,
+    and would be found beside the task."""
     try:
         own = Path(inspect.getfile(kind)).resolve()
     except (TypeError, OSError):  # typed into an interpreter
@@ -36,6 +37,7 @@ def imported(kind: type[Task]) -> dict[str, str]:
     }
     waiting = [*loaded, *([own] if own is not None else [])]
     found: dict[Path, str] = {}
+    missing: set[Path] = set()
     while waiting and len(found) < _MOST:
         path = waiting.pop()
         if path in found:
@@ -51,7 +53,10 @@ def imported(kind: type[Task]) -> dict[str, str]:
             if other is not None:
                 loaded.setdefault(other, name)
                 waiting.append(other)
-    return {str(path): digest for path, digest in sorted(found.items()) if path != own}
+            elif own is not None and "." not in name and _is_nowhere(name):
+                missing |= {own.parent / f"{name}.py", own.parent / name / "__init__.py"}
+    named = {path: "" for path in missing} | found
+    return {str(path): digest for path, digest in sorted(named.items()) if path != own}
 
 
 def _own(file: object) -> Path | None:
@@ -95,6 +100,15 @@ def _names(content: bytes, package: list[str]) -> Iterator[str]:
             if base and bool(within) == bool(node.level):
                 yield base
                 yield from (f"{base}.{name.name}" for name in node.names)
+
+
+def _is_nowhere(name: str) -> bool:
+    if name in sys.modules or name in sys.stdlib_module_names:
+        return False
+    try:
+        return importlib.util.find_spec(name) is None
+    except (ImportError, ValueError, AttributeError):
+        return False
 
 
 def _found(name: str) -> Path | None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Code:
 def code_of(task: Task) -> Code:
     """As it is now; the folders it lies in do not matter."""
     files = sources.imported(type(task))
-    whole = [taskfile.source_hash(type(task)), *sorted(files.values())]
+    whole = [taskfile.source_hash(type(task)), *sorted(f"{Path(path).name} {digest}" for path, digest in files.items())]
     return Code(hashlib.sha256("\n".join(whole).encode()).hexdigest(), files)
 
 

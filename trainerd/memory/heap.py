@@ -22,8 +22,8 @@ class Holes:
     again: float | None = None
     """The share where blocks are computed again: the same little is taken and freed many times, in other sizes each time."""
     largest: int = 0
-    """How many more of the largest block: torch asks for aligned ones, and a hole that such a block has left is a little too small for the
-    next of its size. Of a few large ones a step may so hold two more than live, in one run and not in the next."""
+    """How many more of the largest block: of a few large ones a step was seen to hold two more than live, in one run and not in the next.
+    (Most likely because torch asks for aligned ones, and the hole that such a block leaves is a little too small for its like.)"""
 
     def of(self, coming: float, checkpointing: str = "none", largest_bytes: float = 0) -> float:
         share = self.share if checkpointing == "none" or self.again is None else self.again

@@ -104,8 +104,7 @@ class _Pools:
                     most = allocated
             else:
                 allocated -= size
-                place = places[~event]
-                end = place + size
+                end = (place := places[~event]) + size
                 before, after = cells[place - 1], cells[end]  # before the first of all: the last, which is between segments
                 if before:
                     cells[place - 1] = 0

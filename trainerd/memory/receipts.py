@@ -145,11 +145,14 @@ def trace_of(paths: RunPaths) -> Mapping[str, Any]:
 
 
 def edited(noted: Mapping[str, Any]) -> str:
-    """The first file the traced task's code came from, beside its own, that is not as it was; "" when all are."""
+    """The first file the traced task's code came from, beside its own, that is not as it was, or is there now and was not; "" when all
+    are as they were."""
     sources = noted.get("sources")
     for path, digest in sources.items() if isinstance(sources, Mapping) else ():
         try:
             now = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        except FileNotFoundError:
+            now = ""
         except (OSError, ValueError):
             return str(path)
         if now != digest:

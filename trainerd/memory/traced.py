@@ -18,7 +18,7 @@ from trainerd.contract.errors import Unreadable
 from trainerd.memory.tape import ACTIVATIONS, GRADIENTS, Tape, Tensor
 from trainerd.memory.timeline import Setup, Timeline, of_model
 
-FORMAT = 6
+FORMAT = 7
 _WHIM, _ROUNDING_BYTES = 0.05, 64  # oneDNN rounds up to a line of the cache
 CHECKED = (8, 16, 32, 64)
 """Numbers of samples that may be traced beside two and four."""
@@ -238,12 +238,11 @@ def _through(numbers: Sequence[int], values: Sequence[float], at: int) -> float:
             continue
         spread = [round(place * most / degree) for place in range(degree + 1)]
         return _polynomial([numbers[place] for place in spread], [values[place] for place in spread], at)
-    highest = _polynomial(numbers, values, at)
-    if most < 2 or at <= numbers[-1] or numbers[-1] < CHECKED[-1] or min(values[-2:]) <= 0:
-        return highest
-    # Nothing confirms a curve through all that could be traced: what grows by steps may turn it down again.
+    if most < 2 or numbers[-1] < CHECKED[-1] or at <= numbers[-1] or min(values[-2:]) <= 0:
+        return _polynomial(numbers, values, at)
+    # No power fits what could be traced: it grows by steps, perhaps, and a curve through all of it may go anywhere.
     power = math.log(values[-1] / values[-2]) / math.log(numbers[-1] / numbers[-2])
-    return max(highest, values[-1] * float((at / numbers[-1]) ** power))
+    return max(_polynomial(numbers[-2:], values[-2:], at), values[-1] * float((at / numbers[-1]) ** power))
 
 
 def _polynomial(numbers: Sequence[int], values: Sequence[float], at: int) -> float:
