@@ -213,7 +213,7 @@ def test_four_bits_that_are_multiplied_in_fp32_under_autocast() -> None:
     step()
     first.weight.grad = first.bias.grad = None
     changes = allocator_changes(step)
-    scratch = [at for at in range(len(changes) - 1) if changes[at] + changes[at + 1] == 0 and changes[at] > 4 * OUT * WIDTH // 2]
+    scratch = [at for at in range(len(changes) - 1) if changes[at] + changes[at + 1] == 0 and changes[at] > OUT * WIDTH]
     for at in reversed(scratch):
         del changes[at : at + 2]
     foretold = _foretold(x, "bf16", bias=False, base="nf4", loaded="fp32", trainable=False, compute="fp32")

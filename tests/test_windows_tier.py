@@ -74,6 +74,8 @@ def windows_without_a_screen(prefix: Path) -> Iterator[None]:
 
 @pytest.fixture
 def computer(prefix: Path, tmp_path: Path) -> Iterator[WindowsComputer]:
+    for left in (prefix / "prefix" / "drive_c" / "users").glob("*/AppData/Roaming/Microsoft/Windows/Start Menu/Programs/StartUp/trainerd-*"):
+        left.unlink()  # by tests that were killed: their trainings would go on at the next start of this Windows
     found = WindowsComputer(prefix, tmp_path)
     yield found
     for window in found.windows:
@@ -141,6 +143,7 @@ def test_a_killed_trainer_is_restarted_and_the_training_ends(computer: WindowsCo
     computer.is_left_by_all()
 
 
+@pytest.mark.slow
 def test_after_a_power_cut_the_next_log_in_goes_on(computer: WindowsComputer) -> None:
     """Windows is gone in the middle of a training; its next start runs the Startup folder, and the training goes on, without a console."""
     started = computer.types("start", *SMALL, *LONG, TRAINERD_AUTOSTART="")
