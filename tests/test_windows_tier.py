@@ -30,6 +30,7 @@ from tests.wine import ROOT, WindowsComputer, windows_path
 # One prefix is one Windows: its tests run one after the other, in one worker.
 pytestmark = [pytest.mark.windows, pytest.mark.timeout(400)]
 LONG = ("--epochs", "200")
+STARTUP = "*/AppData/Roaming/Microsoft/Windows/Start Menu/Programs/StartUp"
 # Tests written for every system, of what differs most between systems.
 PORTABLE = [
     f"tests/{name}.py"
@@ -74,7 +75,7 @@ def windows_without_a_screen(prefix: Path) -> Iterator[None]:
 
 @pytest.fixture
 def computer(prefix: Path, tmp_path: Path) -> Iterator[WindowsComputer]:
-    for left in (prefix / "prefix" / "drive_c" / "users").glob("*/AppData/Roaming/Microsoft/Windows/Start Menu/Programs/StartUp/trainerd-*"):
+    for left in (prefix / "prefix" / "drive_c" / "users").glob(f"{STARTUP}/trainerd-*"):
         left.unlink()  # by tests that were killed: their trainings would go on at the next start of this Windows
     found = WindowsComputer(prefix, tmp_path)
     yield found
