@@ -1,4 +1,4 @@
-"""What a CPU's convolutions hold beside their tensors: torch's own allocator against the rule that is in the upper bound."""
+"""What a CPU's kernels hold beside their tensors, convolutions above all: torch's allocator against the rules in the upper bound."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.memory.scratch import SHAPES, Shape, foretold, held
+from tests.memory_oracle import allocator_changes, peak
 from tests.test_memory_fitting import bound
 from tests.toy import Toy
+from trainerd.engine.recorder import Recorder
 from trainerd.engine.trace import trace
 from trainerd.memory.estimate import estimate
-from trainerd.memory.scratch import of_convolution
+from trainerd.memory.scratch import of_convolution, of_masked_select
 from trainerd.memory.timeline import Setup
 
 
@@ -34,6 +36,17 @@ def test_most_of_what_the_rule_says_is_really_held() -> None:
     if real < tensors + rule / 4:
         pytest.skip("this processor convolves without blocks")
     assert real - tensors > 0.8 * rule
+
+
+def test_a_choice_by_a_mask_holds_its_places_and_the_mask_once_more() -> None:
+    """What torch's allocator shows, and what a trace notes of it; the numbers chosen from are spread out, as combinations() has them."""
+    chosen, mask = torch.arange(300).expand(300, 300), torch.rand(300, 300) > 0.99
+    made = torch.masked_select(chosen, mask)
+    real = peak(allocator_changes(lambda: torch.masked_select(chosen, mask)))
+    assert real == pytest.approx(of_masked_select(chosen.numel()) + made.nbytes, abs=1024)
+    with Recorder([]) as recorder:
+        torch.masked_select(chosen, mask)
+    assert list(recorder.trace(1).scratch) == [of_masked_select(chosen.numel())]
 
 
 class Pictures(nn.Module):

@@ -1,11 +1,12 @@
 """Sees every operation of one micro-batch: what is born, what ends, which gradients are complete, how much work it is. Must not judge.
 
-Every result of every operation is seen; of the scratch space inside kernels only what a rule is known for: convolutions on a CPU.
+Every result of every operation is seen; of the scratch space inside kernels only what a rule is known for (scratch.py).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from trainerd.memory import scratch
 from trainerd.memory.traced import Trace
 
-_CONVOLUTION = torch.ops.aten.convolution.default
+_CONVOLUTION, _CHOICE = torch.ops.aten.convolution.default, torch.ops.aten.masked_select.default
 _DEVICE = torch.ops.prim.device.default  # a question of torch's own, about a tensor without memory
 _PACKED = frozenset({"gemm_4bit", "int8_scaled_mm", "int8_mixed_scaled_mm"})
 """bitsandbytes' products with a packed weight."""
@@ -78,6 +79,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._products.add((str(func), *(tuple(given.shape) for given in args if isinstance(given, Tensor))))
         if func is _CONVOLUTION:
             self._convolved(args[0].shape, args[1].shape, result)
+        elif func is _CHOICE:
+            self._scratch[0].append(scratch.of_masked_select(math.prod(torch.broadcast_shapes(args[0].shape, args[1].shape))))  # type: ignore[no-untyped-call]
+            self._scratch[1].append(0)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._meet(leaf)

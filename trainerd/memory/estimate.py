@@ -32,7 +32,7 @@ _MANIFEST_BYTES = 1 * _MIB
 
 _NOT_MODELLED = {
     "cpu": (
-        "scratch space inside kernels: in the upper bound alone, of convolutions by a rule (about their tensors again), else a share",
+        "scratch space inside kernels: in the upper bound alone, of convolutions (their tensors again) and masks by a rule, else a share",
         "pages of the data file that the system keeps in its cache",
         "loader processes (train.num_workers)",
         "prepared data and logs, on the disk",

@@ -1,4 +1,4 @@
-"""What a CPU's convolutions hold beside their tensors while they compute: oneDNN's own forms of them. Must not import torch.
+"""What some of a CPU's kernels hold beside their tensors while they compute: convolutions, and a choice by a mask. Must not import torch.
 
 On a processor with AVX512 oneDNN lays input, weights and result out in blocks of 16 channels, computes there, and lays the result back;
 so a convolution has all three twice. A single small picture in fp32, and fp64, torch multiplies itself, from a table with a column for
@@ -28,6 +28,12 @@ def of_convolution(x: Sequence[int], weight: Sequence[int], made: Sequence[int],
     exact = weights * max(1, 4 // size)
     alone = int(_THREADS * _BORDERED * (_blocked((1, *x[1:]), size) + _blocked((1, *made[1:]), size))) if size < 4 else 0
     return pictures + weights + _THREADS * exact + alone
+
+
+def of_masked_select(numbers: int) -> int:
+    """What a choice among so many numbers holds: for each its place in the result, and the mask once more, in 8 bytes (two tables in
+    masked_select of torch's TensorAdvancedIndexing.cpp)."""
+    return 2 * 8 * numbers
 
 
 def _by_columns(x: Sequence[int], weight: Sequence[int], size: int) -> bool:
