@@ -383,7 +383,7 @@ def test_ones_own_task_that_is_too_large_is_refused_at_its_first_start(person: P
     words = ("--task", f"{tmp_path / 'huge.py'}:Huge", "--set", "train.precision=fp32", "--set", "train.threads=1")
     large = ("--set", "train.batch_size=1000000", "--set", "train.micro_batch=1000000")
     done = person.starts(*words, *large, "--wait", expect=5)
-    assert "It does not fit: it needs 7" in done.stdout
+    assert "It does not fit: it needs 7" in done.stdout + done.stderr  # the second, where it is over before anybody has waited
     reading = person.sees()
     assert reading.state == status.FAILED and "It would fit with --set train.micro_batch=" in reading.reason, reading.reason
     assert reading.status and reading.status.trainer.restarts == 0 and not person.home.run(person.run()).metrics.exists()
