@@ -19,6 +19,7 @@ from trainerd.memory.timeline import Setup, Table
 FITS, TIGHT, TOO_LARGE = "fits", "tight", "too large"
 """tight: the likely value fits and the upper bound does not; an out-of-memory would be recovered from."""
 _PROPOSALS = 4
+_NEAR, _FEW_PIECES = 3, 12
 _CLEARLY = 0.95
 
 Estimating = Callable[[Setup], Estimate]
@@ -237,8 +238,11 @@ def _largest(setup: Setup, question: Question, ask: _Asking, wanted: str, faster
     # What the replay adds is nearly a share: by so much less may be needed at least.
     share = ask.roughly(most).needed.upper / ask(most).needed.upper
     less = replace(question, budget_bytes=int(question.budget_bytes * share))
-    found = setup.with_micro_batch(_samples(setup, _fewest(setup, less, ask, wanted, ask.fits, -(-batch // (most.micro_batch - 1)))))
-    return ask(found) if ask.fits(found, wanted) else None
+    number = _fewest(setup, less, ask, wanted, ask.fits, -(-batch // (most.micro_batch - 1)))
+    # A piece fewer may fit where a few are between that do not, for segments are whole ones: of many pieces it would be no gain.
+    tried = range(max(pieces + 1, number - _NEAR), number) if number <= _FEW_PIECES else ()
+    sizes = [setup.with_micro_batch(_samples(setup, each)) for each in (*tried, number)]
+    return next((ask(one) for one in sizes if ask.fits(one, wanted)), None)
 
 
 def _fewest(setup: Setup, question: Question, ask: _Asking, wanted: str, good: Callable[[Setup, str], bool], low: int) -> int:
