@@ -638,3 +638,14 @@ def test_the_driver_tells_heat_and_other_programs() -> None:
     assert gpu.load(0, 7, Nvml(0x40, [(7, 90), (8, 30)])) == gpu.GpuLoad(True, 30.0)
     assert gpu.load(0, 7, Nvml(0x04, None)) == gpu.GpuLoad(False, None)
     assert gpu.load(3, 7, Nvml(0, [])) == gpu.GpuLoad()
+
+
+@pytest.mark.parametrize("had_frozen", [True, False])
+def test_what_a_training_freezes_is_let_go_unless_somebody_else_has_frozen(had_frozen: bool) -> None:
+    """In a library user's process: his own stays frozen; where there was nothing, the collector has everything back."""
+    gc.unfreeze()
+    if had_frozen:
+        gc.freeze()
+    with cleaning.settled():
+        assert gc.get_freeze_count() > 0
+    assert (gc.get_freeze_count() > 0) is had_frozen

@@ -77,6 +77,14 @@ def test_the_search_finds_what_trying_everything_finds(model: Any, batch: int, s
     assert spared > 0 or batch < 100  # of a small batch there is little to be spared
 
 
+def test_what_fits_only_beyond_what_does_not_is_found() -> None:
+    """In 9 pieces and in 6 it fits, in 8 not, for segments are whole ones: the 6 are taken."""
+    question = Question(Setup("cuda", "fp32", 512, 512), 762_078_986, ("memory.offload", "train.precision"), True, 8 << 30)
+    answer = choose(question, SMALL_MN, lambda setup: estimate(SMALL_MN, setup), lambda setup: estimate(SMALL_MN, setup, replays=False))
+    between = judge(estimate(SMALL_MN, question.setup.with_micro_batch(64)), question.budget_bytes, question.ram_bytes)
+    assert between != FITS and (answer.verdict, answer.setup.micro_batch) == (FITS, 86)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fixed", [(), ("memory.offload", "train.precision")], ids=["free", "fixed"])
 @pytest.mark.parametrize("batch", [7, 48, 100, 512])

@@ -13,7 +13,7 @@ from trainerd.memory.traced import Trace
 
 _LOOKED_AT, _NEARLY = 32, 1.02
 _GROWS = "that what a micro-batch needs grows with the {power} of its samples, as it does from {first} to {checked}"
-_POWERS = ("number", "square", "cube", "fourth power", "fifth power")
+_POWERS = ("number", "square", "cube", "fourth power")
 _FASTER = "; nothing was traced that checks it, and beyond that it may grow faster"
 _STEPS = "that what a micro-batch needs grows beyond {last} samples as it does from {before} to {last}: no power fits all that was traced"
 UNCHECKED = "that what a micro-batch needs grows evenly with its samples, as from 2 to 4: that it does so was not checked ({why})"

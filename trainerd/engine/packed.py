@@ -9,6 +9,7 @@ bits an eighth of the weights, packed once more a thirtieth. Must not copy weigh
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -175,13 +176,10 @@ class _Product4(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         from bitsandbytes.functional import dequantize_4bit
 
-        (grad,) = grads
-        (packed,) = ctx.saved_tensors
-        of_bias = grad.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-        of_input = None
-        if ctx.needs_input_grad[0]:
-            of_input = torch.matmul(grad, dequantize_4bit(packed.view(-1, 1), ctx.state).to(grad.dtype))
-        return of_input, None, of_bias, None
+        def of_input(grad: Tensor, packed: Tensor) -> Tensor:
+            return torch.matmul(grad, dequantize_4bit(packed.view(-1, 1), ctx.state).to(grad.dtype))
+
+        return _back(ctx, grads[0], of_input)
 
 
 class _Product8(torch.autograd.Function):
@@ -199,13 +197,17 @@ class _Product8(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        (packed,) = ctx.saved_tensors
-        of_bias = grad.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
-        of_input = None
-        if ctx.needs_input_grad[0]:
+        def of_input(grad: Tensor, packed: Tensor) -> Tensor:
             if grad.dim() == 3:
                 grad = grad.reshape(-1, grad.shape[-1]).contiguous()
             unpacked = packed.to(ctx.dtype, copy=True).mul_(ctx.scales.unsqueeze(1).mul(1.0 / 127.0))
-            of_input = torch.matmul(grad.to(ctx.dtype), unpacked).view(ctx.shape)
-        return of_input, None, of_bias, None
+            return torch.matmul(grad.to(ctx.dtype), unpacked).view(ctx.shape)
+
+        return _back(ctx, grads[0], of_input)
+
+
+def _back(ctx: Any, grad: Tensor, of_input: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of input and bias, as far as they are asked for."""
+    (packed,) = ctx.saved_tensors
+    of_bias = grad.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+    return of_input(grad, packed) if ctx.needs_input_grad[0] else None, None, of_bias, None

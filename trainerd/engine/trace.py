@@ -1,8 +1,9 @@
 """Traces what one micro-batch of an unknown model allocates, on the CPU, for the memory estimate. Must leave no trace of its own.
 
-It works on a copy of the model with copies of the largest sample, two and four at a time; random states, the task's context and
-the training's model stay untouched. A small model is really computed; a larger one has a copy without memory (fakes.py), which gives
-the same, and is computed only where its code goes on by what it has computed, there is room, and it does not take long.
+It works on a copy of the model with copies of the largest sample, two and four at a time, and more where those do not tell (curve.py);
+random states, the task's context and the training's model stay untouched. A small model is really computed; a larger one has a copy
+without memory (fakes.py), which gives the same, and is computed only where its code goes on by what it has computed, there is room, and
+it does not take long.
 """
 
 from __future__ import annotations
