@@ -16,9 +16,8 @@ from tests.test_engine_streaming import _Counting
 from tests.test_memory_faults import Runs, strike
 from tests.test_memory_fitting import CPU, bound, counted
 from tests.toy import LEAVE, Blocks, Script, Toy, config, run, same
-from tests.trainers import RunningTrainer, new_run, newest_step, outcome
+from tests.trainers import RunningTrainer, killed_and_ended, new_run, outcome
 from trainerd.config.model import RunConfig
-from trainerd.contract import wire
 from trainerd.contract.errors import ConfigError, UsageError
 from trainerd.contract.paths import Home
 from trainerd.engine import checkpointing, fitting, packed
@@ -284,13 +283,7 @@ def test_a_killed_trainer_resumes_to_the_last_bit(tmp_path: Path) -> None:
         assert trainer.exit_code(patient_seconds) == 0, trainer.text()[-3000:]
         finished.append(outcome(paths))
     paths = new_run(tmp_path / "killed", source=_TASK, class_name="Qlora", memory=base, train=again)
-    trainer = RunningTrainer(paths, TINY_PAUSE="0.01")
-    trainer.wait_for(wire.PROGRESS, lambda message: message["step"] >= 12, patient_seconds)
-    trainer.kill()
-    assert 0 < newest_step(paths) < 60
-    last = RunningTrainer(paths)
-    assert last.exit_code(patient_seconds) == 0, last.text()[-3000:]
-    assert outcome(paths) == finished[0] == finished[1]
+    assert killed_and_ended(paths, patient_seconds) == finished[0] == finished[1]
 
 
 class Small(Packed):

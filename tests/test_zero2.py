@@ -14,9 +14,8 @@ from torch import nn
 
 from tests.test_memory_faults import Runs, strike
 from tests.toy import LEAVE, Script, Toy, config, lines, run, same, weights
-from tests.trainers import RunningTrainer, new_run, newest_step, outcome
+from tests.trainers import RunningTrainer, killed_and_ended, new_run, outcome
 from trainerd.config.model import RunConfig
-from trainerd.contract import wire
 from trainerd.contract.errors import ConfigError, TrainerdError, UsageError
 from trainerd.contract.paths import Home
 from trainerd.engine import eager, zero2
@@ -303,10 +302,4 @@ def test_a_killed_trainer_resumes_to_the_last_bit(tmp_path: Path) -> None:
     whole = RunningTrainer(new_run(tmp_path / "whole", memory=memory))
     assert whole.exit_code(_PATIENT_SECONDS) == 0, whole.text()[-3000:]
     paths = new_run(tmp_path / "killed", memory=memory)
-    trainer = RunningTrainer(paths, TINY_PAUSE="0.01")
-    trainer.wait_for(wire.PROGRESS, lambda message: message["step"] >= 12, _PATIENT_SECONDS)
-    trainer.kill()
-    assert 0 < newest_step(paths) < 60
-    last = RunningTrainer(paths)
-    assert last.exit_code(_PATIENT_SECONDS) == 0, last.text()[-3000:]
-    assert outcome(paths) == outcome(whole.paths)
+    assert killed_and_ended(paths, _PATIENT_SECONDS) == outcome(whole.paths)

@@ -172,6 +172,17 @@ def outcome(paths: RunPaths) -> tuple[list[dict[str, Any]], bytes]:
     return steps_of(paths), (paths.model / "model.safetensors").read_bytes()
 
 
+def killed_and_ended(paths: RunPaths, seconds: float) -> tuple[list[dict[str, Any]], bytes]:
+    """kill -9 in the midst of a run, after a checkpoint, and another trainer that brings it to its end; what comes out."""
+    trainer = RunningTrainer(paths, TINY_PAUSE="0.01")
+    trainer.wait_for(wire.PROGRESS, lambda message: message["step"] >= 12, seconds)
+    trainer.kill()
+    assert 0 < newest_step(paths) < 60
+    last = RunningTrainer(paths)
+    assert last.exit_code(seconds) == 0, last.text()[-3000:]
+    return outcome(paths)
+
+
 def newest_step(paths: RunPaths) -> int:
     """The newest committed checkpoint."""
     return max((int(path.stem.rpartition("_")[2]) for path in paths.checkpoints.glob("checkpoint_*.json")), default=0)
