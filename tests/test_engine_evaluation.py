@@ -159,6 +159,7 @@ def test_what_was_trained_before_a_first_evaluation_survives_it(is_long, tmp_pat
         monkeypatch.setattr(saver, "_WORTH_SECONDS", 0.0)
         monkeypatch.setattr(saver, "_LONG_SECONDS", 0.0)
         monkeypatch.setattr(saver, "_COST_SHARE", float("inf"))  # a save takes longer than these steps do
+        monkeypatch.setattr(saver.Saver, "busy", property(lambda self: not self.wait()))  # nor is one still under way at the next
     asked = config(checkpoint={"every_steps": 1000})
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", asked, task=_DiesEvaluating())
