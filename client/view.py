@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from trainerd.contract.errors import plain
+from trainerd.contract.errors import MissingModule, plain
 from trainerd.contract.status import (
     COMPLETED,
     CRASHED,
@@ -28,7 +28,7 @@ _LEAST_BAR = 6
 INDENT = " " * 13
 """What stands before the values of a report."""
 _EXITS = {STOPPED: 3, NEVER_STARTED: 3, FAILED: 4, CRASHED: 4, UNREADABLE: 4, NOT_ANSWERING: 4}
-_REFUSALS = {"UsageError": 2, "ConfigError": 2, "Refused": 5}
+_REFUSALS = {"UsageError": 2, "ConfigError": 2, "MissingModule": 2, "Refused": 5}
 
 
 def exit_code(reading: Reading) -> int:
@@ -40,8 +40,8 @@ def result_code(reading: Reading) -> int:
     """What `--wait` returns: as exit_code(), but a run that could not be trained at all says why as a wrong word would have."""
     if reading.state == PAUSED and not reading.alive:
         return _EXITS[STOPPED]  # no result, and nobody works at one
-    words = reading.status.trainer.last_exit if reading.state == FAILED and reading.status else None
-    return _REFUSALS.get((words or "").partition(":")[0], exit_code(reading))
+    words = _last_exit(reading) if reading.state == FAILED else ""
+    return _REFUSALS.get(words.partition(":")[0], exit_code(reading))
 
 
 def summary(reading: Reading) -> str:
@@ -210,6 +210,10 @@ def exact(status: Status) -> str:
     return f"not to the last bit{since}: {clean(status.exact.because or NOT_KNOWN)}"
 
 
+def _last_exit(reading: Reading) -> str:
+    return (reading.status.trainer.last_exit if reading.status else None) or ""
+
+
 def what_next(reading: Reading, program: str) -> list[str]:
     """What to type next, where there is something, the likeliest first."""
     task = reading.status.task if reading.status else None
@@ -226,5 +230,7 @@ def what_next(reading: Reading, program: str) -> list[str]:
         return [f"Go on{' from the last checkpoint' if saved else ''} with: {program} resume"]
     if reading.state == FAILED:
         look = f"Look into the log with: {program} logs"
+        if _last_exit(reading).startswith(MissingModule.__name__):
+            return [f"When it is there again, go on with: {program} resume", look]
         return [look, *(refused.steps(reading, program) or [f"Try again with: {program} resume"])]
     return []

@@ -2,7 +2,8 @@
 
 TrainerdError                 4
 ├── UsageError                2   the words or the configuration are wrong
-│   └── ConfigError           2   all problems of one configuration together
+│   ├── ConfigError           2   all problems of one configuration together
+│   └── MissingModule         2   the task imports what is not there (any more)
 ├── NothingRunning            3   there is no supervisor to talk to
 ├── Unreadable                4   a file of ours cannot be read, or is of a newer schema
 ├── RunFailed                 4   the run ended in failure
@@ -76,6 +77,10 @@ class ConfigError(UsageError):
         else:
             message = f"{len(self.problems)} problems in the configuration:\n" + "\n".join(f"  - {p}" for p in self.problems)
         super().__init__(message, hint)
+
+
+class MissingModule(UsageError):
+    """The task imports a module that is not there: the same again, until it is."""
 
 
 class NothingRunning(TrainerdError):

@@ -38,6 +38,7 @@ from trainerd.engine import plan as plans
 from trainerd.engine.batches import Batches
 from trainerd.engine.checkpoints import CheckpointStore
 from trainerd.engine.determinism import Exactness
+from trainerd.engine.edited import Code
 from trainerd.engine.evaluation import Evaluation
 from trainerd.engine.finite import FiniteWatch
 from trainerd.engine.guard import MemoryWatch
@@ -113,6 +114,7 @@ def build(
         total_steps=_total_steps(config, batches),
         about=_about(config, mixed.device),
         foreseen=foreseen,
+        code=Code(type(task), paths.folder, whole_process=link.starts_again),
     )
     pulse.is_saving = lambda: training.saver.busy
     stack.callback(_close, training)
@@ -305,7 +307,8 @@ def _put_back(training: Training, state: State) -> None:
     training.saved = (training.step, training.evaluation.last_step)
     training.exact.restore(state["exact"])
     training.memory.oom_recoveries = state["oom_recoveries"]
-    training.recall_speed(state.get("speed"))
+    if training.spill is not None:
+        training.spill.recall(state.get("speed"), training.about["device"], training.plan)
     moved = plans.optimizer_place(state["plan"]), plans.optimizer_place(training.plan)
     if moved[0] != moved[1]:
         training.exact.lost(training.step + 1, f"resumed with the optimizer on {moved[1]}, no longer on {moved[0]}")

@@ -15,10 +15,11 @@ from torch import nn
 from trainerd.config.model import RunConfig
 from trainerd.contract import phases, wire
 from trainerd.contract.errors import TrainerdError
-from trainerd.engine import cleaning, guard, pressure, relief, schedules
+from trainerd.engine import cleaning, edited, guard, pressure, relief, schedules
 from trainerd.engine import plan as plans
 from trainerd.engine.checkpoints import CheckpointStore
 from trainerd.engine.determinism import Exactness
+from trainerd.engine.edited import Code
 from trainerd.engine.evaluation import Evaluation
 from trainerd.engine.finite import FiniteWatch
 from trainerd.engine.fitting import Forecast
@@ -120,6 +121,8 @@ class Training:
     about: dict[str, Any]
     foreseen: Forecast
     """What the memory estimate knows: for the receipt."""
+    code: Code
+    """What of a person's own the task imports."""
     step: int = 0
     """Steps done."""
     samples: int = 0
@@ -153,21 +156,8 @@ class Training:
             "plan": dict(self.plan),
             "about": dict(self.about),
             "oom_recoveries": self.memory.oom_recoveries,
-            "speed": self._speed(),
+            "speed": None if self.spill is None else self.spill.kept(self.about["device"], self.plan),
         }
-
-    def recall_speed(self, speed: dict[str, Any] | None) -> None:
-        """How long a step took before, if this training has the same plan on the same device: a spill shows by it from the beginning."""
-        if self.spill is not None and speed is not None and speed.get("of") == self._speed_of():
-            self.spill.know(float(speed["seconds"]))
-
-    def _speed(self) -> dict[str, Any] | None:
-        seconds = None if self.spill is None else self.spill.learned()
-        return None if seconds is None else {"seconds": seconds, "of": self._speed_of()}
-
-    def _speed_of(self) -> list[Any]:
-        names = ("micro_batch", "precision", "offload", "activation_checkpointing", "compile")
-        return [self.about["device"], *(self.plan.get(name) for name in names)]
 
     def leaving(self) -> bool:
         """Between micro-batches: whether to leave, because somebody asked, or because others need the memory."""
@@ -195,6 +185,15 @@ class Training:
     def with_room(self, what: str, work: Callable[[], T]) -> T:
         """Something beside the steps, tried once more when it runs out of memory: it changes no bit of the training."""
         return guard.with_room(work, lambda error: self._told(f"out of memory {what}; tried again", error))
+
+    def with_code(self, changed: list[str], since: str) -> None:
+        """Every checkpoint names the code that is loaded. What has `changed` is told; with it the run is not exact any more."""
+        self.about["code"] = dict(self.code.files)
+        if changed:
+            what = f"{edited.in_words(changed)}: code that the task imports, changed {since}"
+            self.exact.lost(self.step + 1, what)
+            self.link.send(wire.NOTE, kind="code_changed", step=self.step, files=changed)
+            self.link.send(wire.WARNING, text=f"{what}. {edited.WHAT_NOW}")
 
     def lost_by(self, operation: str) -> None:
         """torch has met an operation that it has no deterministic kernel for."""
@@ -350,6 +349,8 @@ def _until_saved(t: Training) -> None:
 def flush(t: Training) -> None:
     """Write the metrics that have gathered. Raises NotFinite when one of them is no number, before anything is made of it."""
     t.finite.look(t.with_room("while reading the metrics", t.metrics.flush))
+    if t.code.has_grown():
+        t.with_code(t.code.look(), "since this trainer began, before it was loaded")
 
 
 def report(t: Training) -> None:

@@ -30,7 +30,7 @@ from trainerd.config.model import RunConfig
 from trainerd.contract import clock, files, interpreter, phases, wire
 from trainerd.contract.errors import Unreadable, UsageError
 from trainerd.contract.paths import Home
-from trainerd.engine import aside, dumps, entry, provenance, space, taskfile
+from trainerd.engine import aside, dumps, entry, missing, provenance, space, taskfile
 from trainerd.engine.task import PrepareContext, Task
 
 Send = Callable[..., None]
@@ -326,7 +326,8 @@ def main(arguments: list[str] | None = None) -> int:
         traceback.print_exception(error)
         if space.is_full(error, Home(asked.home).cache):
             return entry.EXIT_DISK_FULL
-        code, fields = entry.verdict(error, retry_helps=False)  # the same data would fail the same way
+        told = missing.in_words(error, Home(asked.home).run(asked.run))
+        code, fields = entry.verdict(told, retry_helps=False)  # the same data would fail the same way
         send(wire.EXCEPTION, **fields)
         return code
     return 0

@@ -21,7 +21,7 @@ from trainerd.contract import phases, wire
 from trainerd.contract.errors import Unreadable
 from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home
-from trainerd.engine import arenas, dumps, entry
+from trainerd.engine import arenas, dumps, entry, missing
 from trainerd.engine.commands import Command, Commands
 from trainerd.engine.locks import REMOVED, DeviceLock, device_name, hold, keep, let_the_holder_go_first
 from trainerd.engine.reporter import Reporter, say
@@ -125,6 +125,7 @@ class TrainerProcess:
         traceback.print_exception(error)
         if isinstance(error, entry.PreparingFailed) and error.told:
             return error.code
+        error = missing.in_words(error, Home(self._home).run(self._name))
         # With a checkpoint there is one before it to try, should this one be poisoned. Without one, and without a single step
         # that went well, the same would happen again; so it would in an evaluation where none ever went well.
         begun = self.has_stepped() or any(Home(self._home).run(self._name).checkpoints.glob("checkpoint_*.json"))

@@ -8,6 +8,7 @@ inside a function may not have been reached yet.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -25,17 +26,13 @@ _INSTALLED = frozenset({"site-packages", "dist-packages"})
 _MOST = 1000  # files; more than that are no task's
 
 
-def imported(kind: type[Task]) -> dict[str, str]:
+def imported(kind: type[Task], *, whole_process: bool = True) -> dict[str, str]:
     """sha256 by path of each file but the task's, for whoever asks later whether one was edited; "" of one that is named and is nowhere,
-    and would be found beside the task."""
-    try:
-        own = Path(inspect.getfile(kind)).resolve()
-    except (TypeError, OSError):  # typed into an interpreter
-        own = None
-    loaded = {
-        path: name for name, module in list(sys.modules.items()) if (path := _own(getattr(module, "__file__", None))) is not None
-    }
-    waiting = [*loaded, *([own] if own is not None else [])]
+    and would be found beside the task. `whole_process`: also of modules that are loaded and that nobody names, for whatever is loaded is
+    the task's there."""
+    own = file_of(kind)
+    loaded = {path: name for name, module in list(sys.modules.items()) if (path := own_file(module)) is not None}
+    waiting = [*(loaded if whole_process else ()), *([own] if own is not None else [])]
     found: dict[Path, str] = {}
     missing: set[Path] = set()
     while waiting and len(found) < _MOST:
@@ -47,8 +44,7 @@ def imported(kind: type[Task]) -> dict[str, str]:
         except OSError:
             continue  # of a zip, or deleted since
         found[path] = hashlib.sha256(content).hexdigest()
-        package = _package(path, loaded.get(path, ""))
-        for name in _names(content, package):
+        for name in _names(content, _package(path, loaded.get(path, ""))):
             other = _found(name)
             if other is not None:
                 loaded.setdefault(other, name)
@@ -59,8 +55,20 @@ def imported(kind: type[Task]) -> dict[str, str]:
     return {str(path): digest for path, digest in sorted(named.items()) if path != own}
 
 
-def _own(file: object) -> Path | None:
+def file_of(kind: type[Task]) -> Path | None:
+    """The task's own file; None for one that was typed into an interpreter."""
+    try:
+        return Path(inspect.getfile(kind)).resolve()
+    except (TypeError, OSError):
+        return None
+
+
+def own_file(module: object) -> Path | None:
     """The file of a module, where it is a person's own."""
+    return _own(getattr(module, "__file__", None))
+
+
+def _own(file: object) -> Path | None:
     if not isinstance(file, str) or not file.endswith(".py") or file.startswith(_NOT_OWN):
         return None
     path = Path(file)
@@ -79,17 +87,22 @@ def _folders() -> tuple[str, ...]:
 _NOT_OWN = _folders()
 
 
-def _package(path: Path, name: str) -> list[str]:
+def _package(path: Path, name: str) -> tuple[str, ...]:
     """The package that a relative import of this file is from, of a module that is loaded by this name."""
-    parts = name.split(".") if name else []
+    parts = tuple(name.split(".")) if name else ()
     return parts if path.name == "__init__.py" else parts[:-1]
 
 
-def _names(content: bytes, package: list[str]) -> Iterator[str]:
+@functools.lru_cache(maxsize=256)  # a training asks twice, and a library user's process may train often
+def _names(content: bytes, package: tuple[str, ...]) -> tuple[str, ...]:
     """What a file imports, as absolute names; of `from a import b` both a and a.b, for b may be a module."""
+    return tuple(dict.fromkeys(_named(content, package)))
+
+
+def _named(content: bytes, package: tuple[str, ...]) -> Iterator[str]:
     try:
         tree = ast.parse(content)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -118,6 +131,8 @@ def _found(name: str) -> Path | None:
         return None
     try:
         spec: ModuleSpec | None = importlib.util.find_spec(top)
+        if spec is not None and spec.has_location and _own(spec.origin) is None:
+            return None  # nothing in an installed package is a person's own
         for depth in range(len(rest)):
             if spec is None or spec.submodule_search_locations is None:
                 return None

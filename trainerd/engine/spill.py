@@ -12,8 +12,9 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 
@@ -43,6 +44,10 @@ class Evidence:
 
     throttled: bool | None = None
     others_gpu_percent: float | None = None
+
+
+def _speed_of(device: str, plan: Mapping[str, Any]) -> list[Any]:
+    return [device, *(plan.get(name) for name in ("micro_batch", "precision", "offload", "activation_checkpointing", "compile"))]
 
 
 class SpillWatch:
@@ -76,6 +81,16 @@ class SpillWatch:
     def know(self, seconds: float) -> None:
         """What an earlier trainer of this run has learned, with the same plan on the same device."""
         self._known = seconds
+
+    def kept(self, device: str, plan: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What is learned, as a run keeps it in its checkpoints."""
+        seconds = self.learned()
+        return None if seconds is None else {"seconds": seconds, "of": _speed_of(device, plan)}
+
+    def recall(self, kept: Mapping[str, Any] | None, device: str, plan: Mapping[str, Any]) -> None:
+        """How long a step took before, if this training has the same plan on the same device: a spill shows by it from the beginning."""
+        if kept is not None and kept.get("of") == _speed_of(device, plan):
+            self.know(float(kept["seconds"]))
 
     def pause(self) -> None:
         """What follows was no step: an evaluation, a save, a cleaning."""

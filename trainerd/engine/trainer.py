@@ -145,6 +145,7 @@ class Trainer:
                 training = build(*parts, traces=self._traces and not self.paths.trained_task.is_dir(), begun=begun)
             self._refuse_other_code(training)
             self._vouch_for_data(training, cache_dir, state)
+            self._vouch_for_code(training, state)
             if found is not None:
                 training.saver.schedule.go_on(found[1].spent_bytes, clock.wall() - found[1].at)
             del found, state, parts  # as large as the model
@@ -258,6 +259,14 @@ class Trainer:
             before = state["about"].get("prepared_sha256", prepared) if state else prepared
             if before != prepared:
                 training.exact.lost(training.step + 1, "the data was prepared anew, and came out differently")
+
+
+    def _vouch_for_code(self, training: Training, state: dict[str, Any] | None) -> None:
+        """Every checkpoint names the code that trained it. A module that was edited since is no reason not to go on: nobody can tell a
+        comment from another model, and there is no copy of it to go on with."""
+        only_writes = self.paths.trained_task.is_dir()  # by code that was edited, and trains no step
+        recorded = None if state is None or only_writes else state["about"].get("code")
+        training.with_code(training.code.unlike(recorded), f"since step {training.step:,} was saved")
 
 
 def _size(path: Path) -> int:
