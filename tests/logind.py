@@ -39,7 +39,7 @@ class Bus:
 
     def close(self) -> None:
         self._daemon.kill()
-        self._daemon.wait(10)
+        self._daemon.wait(60)
         for service in self.services:
             service.join(5)
 

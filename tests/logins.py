@@ -82,5 +82,5 @@ class Account:
         """The manager is gone without a word; what it started is the test's to kill."""
         if self.manager is not None:
             self.manager.kill()
-            self.manager.wait(10)
+            self.manager.wait(60)
             self.manager = None

@@ -76,7 +76,7 @@ class Person:
             f"step {step}",
         )
 
-    def waits_until_gone(self, seconds: float = 10) -> None:
+    def waits_until_gone(self, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while lock.is_held(self.home.supervisor_lock) or lock.is_held(self.home.trainer_lock):
             assert time.monotonic() < deadline, f"somebody is left in {self.home.root}"

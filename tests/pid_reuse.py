@@ -58,7 +58,7 @@ def dead_trainers(home: Home) -> None:
         daemon.ask("resume")
         daemon.until_step(3)
         daemon.ask("stop", now=True)
-        assert daemon.process.wait(20) == 0
+        assert daemon.process.wait(60) == 0
         assert all(map(unharmed, strangers)), [who.poll() for who in strangers]
         for who in strangers:
             who.kill()
@@ -86,7 +86,7 @@ def dead_supervisors(home: Home) -> None:
         pid = daemon.process.pid
         assert reading.status is not None
         daemon.process.kill()
-        daemon.process.wait(5)
+        daemon.process.wait(60)
         wait_for(lambda: not lock.is_held(home.trainer_lock), 10, "the trainer to leave")
         who = stranger(pid)
         trainer = reading.status.trainer.pid or 0
@@ -96,7 +96,7 @@ def dead_supervisors(home: Home) -> None:
         person = Person(home.root)
         assert person.types("status").returncode == 4 and person.types("stop").returncode == 0
         with Daemon(home, {"steps": 20, "pause": 0.001}, resume=True, run="fake-1") as second:
-            assert second.process.wait(20) == 0
+            assert second.process.wait(60) == 0
         assert unharmed(who) and unharmed(with_old)
         for each in (who, with_old):
             each.kill()

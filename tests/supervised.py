@@ -34,6 +34,8 @@ QUICK = Timing(
     unkillable_seconds=3.0,
 )
 RUN = "fake-1"
+# A limit is for what never comes; a busy machine or a slow disk is no such thing.
+_PATIENCE = 4
 _OWN_HIDDEN_CONSOLE = getattr(subprocess, "CREATE_NO_WINDOW", 0) | getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
 
 
@@ -89,7 +91,7 @@ class Daemon:
             if sys.platform != "win32":
                 os.kill(self.process.pid, signal.SIGCONT)
             self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
         if self.home.trainer_lock.exists():
             wait_for(lambda: not lock.is_held(self.home.trainer_lock), 10, "a trainer outlives its supervisor")
 
@@ -130,7 +132,7 @@ class Daemon:
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + _PATIENCE * seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
         time.sleep(0.02)

@@ -294,7 +294,7 @@ def test_serve_answers_each_prefix_at_once(exported: Path) -> None:
             else:
                 assert answer["suggestions"]
         process.stdin.close()
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
 
 
 def test_serve_in_words(exported: Path) -> None:

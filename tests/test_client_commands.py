@@ -156,7 +156,7 @@ def test_following_a_log_goes_on_in_the_next_and_ends_with_the_training(person: 
                 assert follower.stdout.readline() == f"--- {second.name}\n"
             assert follower.stdout.readline() == text
         held.release()
-        assert follower.wait(20) == 0
+        assert follower.wait(60) == 0
 
 
 def test_runs_are_listed_shown_and_deleted(person: Person, home: Home) -> None:
@@ -272,7 +272,7 @@ def test_a_reader_that_has_enough_is_no_error(person: Person, home: Home) -> Non
         assert reader.stdout and reader.stderr
         reader.stdout.read(1)
         reader.stdout.close()
-        assert reader.wait(20) == 0 and reader.stderr.read() == b""
+        assert reader.wait(60) == 0 and reader.stderr.read() == b""
 
 
 def test_output_that_cannot_carry_a_character_shows_another(person: Person, home: Home) -> None:
@@ -294,7 +294,7 @@ def test_stop_is_recorded_when_no_supervisor_is_left_to_hear_it(person: Person, 
                 daemon.ask("pause")
                 daemon.until_state(status.PAUSED)
             daemon.process.kill()
-            daemon.process.wait(5)
+            daemon.process.wait(60)
         before = status.read(home)
         assert (before.state, before.alive) == (status.PAUSED if pause else status.CRASHED, False)
         assert person.types("status").returncode == (0 if pause else 4)
@@ -313,5 +313,5 @@ def test_stopped_before_the_first_checkpoint_promises_none(home: Home) -> None:
     with Daemon(home, {**LONG, "prepare": 5000}) as daemon:
         daemon.until(lambda reading: reading.status is not None and reading.status.phase is not None and reading.status.phase.done)
         daemon.ask("stop")
-        assert daemon.process.wait(10) == 0
+        assert daemon.process.wait(60) == 0
     assert status.read(home).reason == "Stopped; nothing was saved yet: `resume` begins at the beginning."

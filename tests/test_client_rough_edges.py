@@ -83,7 +83,7 @@ def test_output_whose_reader_is_gone_changes_nothing(person: Person, home: Home)
     with Daemon(home, LONG) as daemon:
         daemon.until_step(1)
         done = shell(person, "$T stop | true; exit ${PIPESTATUS[0]}")
-        assert (done.returncode, done.stderr) == (0, b"") and daemon.process.wait(10) == 0
+        assert (done.returncode, done.stderr) == (0, b"") and daemon.process.wait(60) == 0
 
 
 def test_a_closed_or_full_output_is_told_in_words(person: Person, home: Home) -> None:
@@ -100,7 +100,7 @@ def test_a_closed_or_full_output_is_told_in_words(person: Person, home: Home) ->
     with Daemon(home, LONG) as daemon:
         daemon.until_step(1)
         assert shell(person, "$T stop >&-").returncode == 0
-        assert daemon.process.wait(10) == 0
+        assert daemon.process.wait(60) == 0
     assert status.read(home).state == status.STOPPED
 
 
@@ -126,7 +126,7 @@ def test_a_supervisor_that_hangs_is_named_with_how_to_end_it(person: Person, hom
             said = done.stdout + done.stderr
             assert ends in said and "resume" in said and done.returncode in (4, 5), (words, said)
         os.kill(daemon.process.pid, signal.SIGKILL)
-        daemon.process.wait(5)
+        daemon.process.wait(60)
         assert person.sees().state == status.CRASHED
 
 
@@ -197,7 +197,7 @@ def test_nothing_but_the_task_file_is_ever_run(person: Person, home: Home, tmp_p
 def test_a_home_that_cannot_be_written_can_be_asked(person: Person, home: Home) -> None:
     """A disk that became read-only: status, monitor --once, runs, logs and doctor answer; what would write says that it cannot."""
     with Daemon(home, {"steps": 5}) as daemon:
-        assert daemon.process.wait(10) == 0
+        assert daemon.process.wait(60) == 0
     enter = ["unshare", *(["-r"] if os.getuid() else []), "-m", "sh", "-c"]
     script = 'mount --bind "$H" "$H" && mount -o remount,ro,bind "$H" && exec "$@"'
     environment = {**person.environment, "H": str(home.root)}

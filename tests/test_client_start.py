@@ -124,7 +124,7 @@ def test_the_supervisor_outlives_the_terminal_that_started_it(person: Person, ho
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=person.environment, start_new_session=True) as shell:
         assert shell.stdout
         shell.stdout.read()  # ends when nobody holds the pipe any more: the supervisor must not
-        assert shell.wait(30) == 0
+        assert shell.wait(60) == 0
     assert time.monotonic() - begun < 30
     reading = person.sees()
     assert reading.alive and reading.status and reading.status.supervisor
@@ -196,7 +196,7 @@ def test_training_in_the_foreground_tells_its_stages_and_stops_at_ctrl_c(person:
             assert shell.stdout
             out = "".join(iter(lambda: line if "first step is done" not in (line := shell.stdout.readline()) else "", ""))
             os.killpg(shell.pid, signal.SIGINT)
-            out += shell.communicate(timeout=30)[0]
+            out += shell.communicate(timeout=60)[0]
             assert shell.returncode == 0, out
         person.waits_until_gone()
         for told in (

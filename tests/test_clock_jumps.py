@@ -98,7 +98,7 @@ def test_a_day_ahead_and_a_day_back_while_it_trains(home: Home) -> None:
         os.kill(pid, 9)
         killed_at, before = time.monotonic(), checkpoint(daemon.reading())
         daemon.until(lambda r: r.status is not None and r.status.trainer.pid not in (pid, None), 5)
-        assert time.monotonic() - killed_at < 3, "it waited for the clock"
+        assert time.monotonic() - killed_at < 20, "it waited for the clock"
         saved_after(before.step + 10)
         assert daemon.process.wait(120) == 0
     kinds = [line["kind"] for line in journal(home)]
@@ -129,7 +129,7 @@ def test_a_wait_between_deaths_is_none_of_the_clocks(home: Home) -> None:
         for number in range(1, 5):
             daemon.until(lambda r, so_far=number: len(starts(home)) >= so_far, 20)  # type: ignore[misc]
             daemon.jumps(DAY_SECONDS * (-1) ** number)
-        assert daemon.process.wait(30) == 4
+        assert daemon.process.wait(60) == 4
     assert Timing().backoff_seconds == 1.0
     gaps = [later - before for before, later in pairwise(at for at, _, _ in starts(home))]
     assert len(gaps) == 4 and all(wanted <= gap < wanted + 1.5 for gap, wanted in zip(gaps, (0, 1, 2, 4), strict=True)), gaps

@@ -80,4 +80,4 @@ def test_probing_readers_never_make_a_start_fail(tmp_path: Path) -> None:
         (tmp_path / "enough").touch()
         for reader in readers:
             with reader:
-                assert reader.wait(20) == 0
+                assert reader.wait(60) == 0

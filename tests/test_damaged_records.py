@@ -118,7 +118,7 @@ def test_a_home_with_something_else_in_place_of_a_folder_is_refused(home: Home, 
     assert str(path) in caught.value.message and "Move it away" in caught.value.hint
     if name != "control":  # a request cannot be written there at all
         with Daemon(home, LONG) as daemon:
-            assert daemon.process.wait(10) == 5
+            assert daemon.process.wait(60) == 5
             said = daemon.errors.read_text(encoding="utf-8")
             assert str(path) in said and len(said.strip().splitlines()) == 1
     assert not (home.root.parent / "elsewhere").exists() or not list((home.root.parent / "elsewhere").iterdir())
@@ -135,7 +135,7 @@ def test_a_link_among_the_files_of_a_run_is_refused(home: Home, tmp_path: Path, 
     victim.write_bytes(content)
     path.symlink_to(victim)
     with Daemon(home, {"steps": 6}, resume=True) as daemon:
-        assert daemon.process.wait(10) == 5
+        assert daemon.process.wait(60) == 5
         assert f"{name} is a link" in daemon.errors.read_text(encoding="utf-8")
     with pytest.raises(OSError, match="symbolic links"):
         files.append_line(path, "{}")
@@ -180,7 +180,7 @@ def test_a_home_open_to_everybody_is_said(home: Home) -> None:
     """A warning at the start: on some file systems it cannot be otherwise."""
     home.root.chmod(0o777)
     with Daemon(home, {"steps": 5}) as daemon:
-        assert daemon.process.wait(10) == 0
+        assert daemon.process.wait(60) == 0
         shown = daemon.reading().status
         assert shown is not None and "chmod o-w" in shown.warnings[0]
 
@@ -198,7 +198,7 @@ def test_what_is_made_in_a_home_is_private(home: Home, tmp_path: Path) -> None:
     try:
         with Daemon(home, {"steps": 10}, task_file=str(task)) as daemon:
             daemon.errors.unlink()
-            assert daemon.process.wait(10) == 0
+            assert daemon.process.wait(60) == 0
         follow.prepare_home(new)
         requests.send(new, requests.Request("stop", "i"))
     finally:

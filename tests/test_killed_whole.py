@@ -47,7 +47,7 @@ def goes_on(home: Home, killed: list[int]) -> None:
     before = committed_steps(home.run(RUN).checkpoints)
     assert before[-1] >= after.status.checkpoint.step
     with Daemon(home, FAST, resume=True, config=None) as daemon:
-        assert daemon.process.wait(15) == 0
+        assert daemon.process.wait(60) == 0
         ended = daemon.reading()
         assert ended.state == status.COMPLETED and ended.status is not None and ended.status.progress.step == max(60, before[-1])
     assert committed_steps(home.run(RUN).checkpoints)[: len(before)] == before
@@ -66,7 +66,7 @@ def test_a_unit_that_is_killed_whole(tmp_path: Path, scope: Scope, times: int) -
             killed = everybody(daemon)
             assert len(killed) == 3 and set(scope.members()) >= set(killed)
             scope.kill()
-            assert daemon.process.wait(5) == -signal.SIGKILL
+            assert daemon.process.wait(60) == -signal.SIGKILL
         goes_on(home, killed)
 
 
@@ -78,7 +78,7 @@ def test_a_session_that_is_killed_whole(home: Home) -> None:
         killed = everybody(daemon)
         for group in sorted({os.getpgid(pid) for pid in killed}, reverse=True):
             os.killpg(group, signal.SIGKILL)
-        daemon.process.wait(5)
+        daemon.process.wait(60)
     goes_on(home, killed)
 
 

@@ -360,7 +360,7 @@ def test_what_a_dead_leader_left_is_killed_before_its_number_is_free(end: str, c
     group, children = group_of(f"time.sleep(0.3); {end}", tmp_path)
     began = time.monotonic()
     assert group.wait() == code
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20
     group.close()
     for child in children:
         wait_for(lambda child=child: not alive(child), 5, "the child to be gone")  # type: ignore[misc]

@@ -127,7 +127,7 @@ def test_asking_costs_next_to_nothing() -> None:
     began = time.perf_counter()
     for _ in range(50):
         memory.ram()
-    assert (time.perf_counter() - began) / 50 < 0.005
+    assert (time.perf_counter() - began) / 50 < 0.02
 
 
 _ASK = """

@@ -64,7 +64,7 @@ def test_before_sleep_and_shutdown_a_checkpoint_is_written(home: Home, bus: Bus,
             wait_for(lambda: system.held(DELAYS), 5, "the next lock")
         wait_for(lambda: len(events(home, "woke")) == 2, 5, "the waking to be noted")
         assert [line["saved"] for line in events(home, kind)] == [True, True]
-        assert all(line["seconds"] < 2 for line in events(home, kind)) and daemon.reading().state == status.RUNNING
+        assert all(line["seconds"] < 4 for line in events(home, kind)) and daemon.reading().state == status.RUNNING
         assert [lock.mode for lock in system.locks] == ["delay"] * 3
 
 
@@ -96,7 +96,7 @@ def test_with_nothing_to_save_the_machine_is_let_go_at_once(home: Home, bus: Bus
         system.announces("PrepareForSleep", False)
         wait_for(lambda: system.held(DELAYS), 5, "the next lock")
         daemon.ask("stop")
-        assert daemon.process.wait(10) == 0
+        assert daemon.process.wait(60) == 0
     assert not system.held(DELAYS)
 
 
@@ -109,7 +109,7 @@ def test_shutdown_from_announcement_to_sigterm_keeps_the_run_wanted(home: Home, 
         system.announces("PrepareForShutdown", True)
         wait_for(lambda: not system.held(DELAYS), 4, "the machine to be let go")
         os.kill(daemon.process.pid, signal.SIGTERM)
-        assert daemon.process.wait(10) == 0
+        assert daemon.process.wait(60) == 0
     record = runs.read(home, RUN)
     assert (record.wanted, record.outcome) == (runs.WANTED_RUNNING, None)
     assert len(committed_steps(home.run(RUN).checkpoints)) == 2
@@ -164,7 +164,7 @@ def test_without_a_bus_nothing_is_said(home: Home, tmp_path: Path, monkeypatch: 
     """A server, a container: no event about it, no warning, and the training runs."""
     monkeypatch.delenv("DBUS_SESSION_BUS_ADDRESS")
     with Daemon(home, {"steps": 30}, config=config("on")) as daemon:
-        assert daemon.process.wait(15) == 0
+        assert daemon.process.wait(60) == 0
         reading = daemon.reading()
     assert reading.state == status.COMPLETED and reading.status is not None and reading.status.warnings == []
     assert not [line for line in journal(home) if "awake" in line["kind"] or "before" in line["kind"]]

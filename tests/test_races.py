@@ -64,7 +64,7 @@ def test_stop_in_every_phase(home: Home, phase: str, now: bool) -> None:
         else:
             reading = daemon.until(lambda r: r.status and r.status.phase and r.status.phase.name == phase)
         daemon.ask("stop", now=now)
-        assert daemon.process.wait(10) == 0
+        assert daemon.process.wait(60) == 0
         assert reading.status is not None
         assert not alive(reading.status.trainer.pid or 0)
         ended, record = daemon.reading(), runs.read(home, RUN)

@@ -66,7 +66,7 @@ def test_a_lock_file_removed_by_hand_is_made_again(home: Home) -> None:
         assert len(after.status.warnings) == 1 and "supervisor.lock was removed" in after.status.warnings[0]
         wait_for(lambda: [line["kind"] for line in journal(home)].count("lock made again") == 2, 5, "an event for each time")
         daemon.ask("stop")
-        assert daemon.process.wait(10) == 0
+        assert daemon.process.wait(60) == 0
 
 
 def test_a_supervisor_whose_home_was_taken_leaves_it_alone(home: Home) -> None:
@@ -80,7 +80,7 @@ def test_a_supervisor_whose_home_was_taken_leaves_it_alone(home: Home) -> None:
             second.until(lambda r: r.status and r.status.supervisor and r.status.supervisor.instance == second.instance)
             assert alive(reading.status.trainer.pid or 0)
             os.kill(first.process.pid, signal.SIGCONT)
-            assert first.process.wait(10) == 5
+            assert first.process.wait(60) == 5
             assert "another supervisor has taken" in first.errors.read_text(encoding="utf-8")
             going = second.until_step(8)
             assert going.status is not None and going.status.supervisor is not None
@@ -103,7 +103,7 @@ def test_what_lies_in_place_of_a_lock_is_named(home: Home, tmp_path: Path, put: 
         assert words[0] == "logs" or ("supervisor.lock is" in said and "Move it away" in said), (words, said)
         assert "Traceback" not in said and "in trainerd itself" not in said
     with Daemon(home, LONG) as daemon:
-        assert daemon.process.wait(10) == 4
+        assert daemon.process.wait(60) == 4
         assert "Move it away" in daemon.errors.read_text(encoding="utf-8")
     assert runs.names(home) == []
     if put is _link:
@@ -239,7 +239,7 @@ def test_a_run_removed_while_it_trains_is_made_again(home: Home, tmp_path: Path)
         reading = daemon.reading()
         assert reading.status is not None and len(reading.status.warnings) == 1
         assert f"runs/{RUN} was removed" in reading.status.warnings[0]
-        assert daemon.process.wait(30) == 0
+        assert daemon.process.wait(60) == 0
     assert home.run(RUN).config.read_bytes() == config
     assert (home.run(RUN).task / "mine.py").read_bytes() == task.read_bytes()
     record = runs.read(home, RUN)

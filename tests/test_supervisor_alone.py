@@ -42,13 +42,13 @@ def test_a_killed_supervisor_takes_its_trainer_along_and_the_next_goes_on(home: 
             reading = daemon.until_step(6)
             assert reading.status is not None
             daemon.process.kill()
-            daemon.process.wait(5)
+            daemon.process.wait(60)
             after = daemon.reading()
             assert (after.state, after.alive) == (status.CRASHED, False)
             wait_for(lambda pid=reading.status.trainer.pid: not alive(pid or 0), 5, "the trainer to leave")  # type: ignore[misc,union-attr]
     assert runs.read(home, RUN).wanted == "running"
     with Daemon(home, {"steps": 20, "pause": 0.001}, resume=True) as daemon:
-        assert daemon.process.wait(10) == 0
+        assert daemon.process.wait(60) == 0
 
 
 def test_a_left_over_trainer_is_waited_for(home: Home) -> None:
@@ -56,7 +56,7 @@ def test_a_left_over_trainer_is_waited_for(home: Home) -> None:
     with Daemon(home, {**LONG, "every": 10**6, "save_seconds": 6}, LONG) as daemon:
         daemon.until_step(3)
         daemon.process.kill()
-        daemon.process.wait(5)
+        daemon.process.wait(60)
         with Daemon(home, LONG, resume=True) as second:
             waiting = second.until_state(status.WAITING)
             assert "leaving" in waiting.reason
@@ -84,7 +84,7 @@ def test_of_fifty_supervisors_exactly_one_wins(home: Home) -> None:
         wait_for(lambda: sum(process.poll() is None for process in processes) == 1, 60, "forty-nine to give up")
         losers = [process for process in processes if process.poll() is not None]
         assert {process.returncode for process in losers} == {5}
-        assert all(b"already running" in process.communicate(timeout=5)[1] for process in losers)
+        assert all(b"already running" in process.communicate(timeout=60)[1] for process in losers)
         wait_for(lambda: status.read(home).state == status.RUNNING and not requests.pending(home), 10, "the winner to run")
         assert len(runs.names(home)) == 1
     finally:
@@ -119,7 +119,7 @@ def test_a_request_that_is_gone_is_a_refusal(home: Home) -> None:
 def test_a_start_request_that_makes_no_sense_starts_nothing(home: Home, change: dict[str, object], code: int, words: str) -> None:
     """One line for a person, the right exit code, no run, no path outside the home."""
     with Daemon(home, LONG, **change) as daemon:
-        assert daemon.process.wait(10) == code
+        assert daemon.process.wait(60) == code
         said = daemon.errors.read_text(encoding="utf-8")
         assert words in said and len(said.strip().splitlines()) == 1
     assert runs.names(home) == [] and not home.status.exists()
@@ -130,7 +130,7 @@ def test_a_name_that_is_taken_is_refused(home: Home) -> None:
     supervise_here(home, {"steps": 3})
     before = home.run(RUN).record.read_bytes()
     with Daemon(home, LONG) as daemon:
-        assert daemon.process.wait(10) == 5
+        assert daemon.process.wait(60) == 5
         assert "There is a run fake-1 already." in daemon.errors.read_text(encoding="utf-8")
     assert home.run(RUN).record.read_bytes() == before
 
@@ -156,7 +156,7 @@ def test_a_damaged_status_is_kept_aside(home: Home) -> None:
         home.status.write_bytes(garbage)
         assert status.read(home).state == status.UNREADABLE
         with Daemon(home, {"steps": 3}, run=f"r{number}") as daemon:
-            assert daemon.process.wait(10) == 0
+            assert daemon.process.wait(60) == 0
             reading = daemon.reading()
             assert reading.status is not None
             assert f"training_status.json.corrupt-{number}" in reading.status.warnings[0]

@@ -194,7 +194,7 @@ def test_a_lost_gpu_is_waited_for_and_costs_no_restart(home: Home) -> None:
         assert "Waiting for the GPU: ValueError: CUDA error: unknown error" in waiting.reason
         assert "modprobe nvidia_uvm" in waiting.reason and "again in 10 s" in waiting.reason
         daemon.ask("stop")
-        assert daemon.process.wait(5) == 0
+        assert daemon.process.wait(60) == 0
     again = Home(home.root.with_name("again"))
     supervisor = supervise_here(again, *[lost] * 8, {**FAST, "at": 12, "do": lost["do"]}, FAST)
     assert supervisor.result == status.COMPLETED
@@ -230,13 +230,13 @@ def test_a_killed_supervisor_does_not_forget_what_was_no_number(home: Home) -> N
     with Daemon(home, bad, slow) as daemon:
         daemon.until(lambda r: r.status is not None and r.status.trainer.restarts == 1 and r.status.progress.step == 11)
         daemon.process.kill()
-        daemon.process.wait(5)
+        daemon.process.wait(60)
     with Daemon(home, bad, resume=True) as daemon:
         daemon.until_state(status.FAILED)
-        daemon.process.wait(10)
+        daemon.process.wait(60)
     assert "the second time at the same step" in status.read(home).reason
     assert len(starts(home)) == 3
     with Daemon(home, bad, resume=True) as daemon:
         daemon.until_state(status.FAILED)
-        daemon.process.wait(10)
+        daemon.process.wait(60)
     assert len(starts(home)) == 5, "it was not given another chance after the person had looked"

@@ -128,7 +128,7 @@ def test_stop_does_not_wait_for_it(tmp_path: Path, stuck: Stuck) -> None:
     began = time.monotonic()
     watched.ask("stop", timeout_seconds=0.5)
     ended = watched.ended()
-    assert time.monotonic() - began < 0.5 + BRIEF.unkillable_seconds + 2.0
+    assert time.monotonic() - began < 0.5 + BRIEF.unkillable_seconds + 10.0
     assert (ended.state, ended.trainer.pid, ended.phase) == (status.STOPPED, pid, None) and alive(pid)
     assert (
         ended.reason
