@@ -19,7 +19,7 @@ GRU = table(CadenceSettings())
 SMALL_MN = table(CadenceSettings.model_validate({"model": "gru-mn", "vocabulary": 3000, "max_words": 9, "gru_mn": OWN}))
 
 
-_NARROW, _NEARLY, _RANKS = 0.05, 1.15, (FITS, TIGHT, TOO_LARGE)
+_RANKS = (FITS, TIGHT, TOO_LARGE)
 
 
 def all_tried(question: Question, model: Any) -> tuple[str, Setup]:
@@ -42,9 +42,8 @@ def all_tried(question: Question, model: Any) -> tuple[str, Setup]:
     return TOO_LARGE, min((estimate(model, one) for one in (last, last.with_micro_batch(1))), key=lambda one: one.needed.upper).setup
 
 
-def _compared(model: Any, batch: int, precision: str, share: float, fixed: tuple[str, ...] = (), *, exactly: bool = True) -> int:
-    """How many replays were spared. Not `exactly`: what is chosen may be a seventh slower than the best, for what is needed does not always
-    go down with the samples."""
+def _compared(model: Any, batch: int, precision: str, share: float, fixed: tuple[str, ...] = ()) -> int:
+    """How many replays were spared."""
     setup = Setup("cuda", precision, batch, batch)
     most = estimate(model, setup).needed.upper
     least = estimate(model, setup.with_micro_batch(1)).needed.upper
@@ -57,11 +56,7 @@ def _compared(model: Any, batch: int, precision: str, share: float, fixed: tuple
 
     answer = choose(question, model, counted, lambda setup: estimate(model, setup, replays=False))
     some = len(asked)
-    # Within a twentieth of the least, one sample may need a segment more than several do: there a way that fits is not found.
-    if share >= _NARROW:
-        verdict, best = all_tried(question, model)
-        same = answer.setup == best or (not exactly and answer.estimate.pace <= estimate(model, best).pace * _NEARLY)
-        assert answer.verdict == verdict and same, question
+    assert (answer.verdict, answer.setup) == all_tried(question, model), question
     assert answer.estimate == estimate(model, answer.setup)
     plain = choose(question, model, counted)
     assert _RANKS.index(answer.verdict) <= _RANKS.index(plain.verdict)
@@ -85,14 +80,20 @@ def test_what_fits_only_beyond_what_does_not_is_found() -> None:
     assert between != FITS and (answer.verdict, answer.setup.micro_batch) == (FITS, 86)
 
 
+def test_a_way_is_found_where_one_sample_does_not_fit_and_several_do() -> None:
+    """One sample may need a segment more than several do: a budget of just what one needs, and a little below, in many pieces and few."""
+    for share in (-0.01, 0.0):
+        _compared(SMALL_MN, 512, "fp32", share, ("memory.offload", "train.precision"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fixed", [(), ("memory.offload", "train.precision")], ids=["free", "fixed"])
 @pytest.mark.parametrize("batch", [7, 48, 100, 512])
 @pytest.mark.parametrize("model", [GRU, SMALL_MN], ids=["gru", "gru-mn"])
 def test_any_search_finds_what_trying_everything_finds(model: Any, batch: int, fixed: tuple[str, ...]) -> None:
-    """Over budgets from too little to plenty."""
+    """Over budgets from too little to plenty, also where one sample needs a segment more than several do."""
     for precision, share in product(("fp32", "bf16"), (-0.1, -0.01, 0.0, 0.02, 0.1, 0.3, 0.5, 0.8, 0.99)):
-        _compared(model, batch, precision, share, fixed, exactly=False)
+        _compared(model, batch, precision, share, fixed)
 
 
 @pytest.mark.parametrize("model", [GRU, SMALL_MN], ids=["gru", "gru-mn"])

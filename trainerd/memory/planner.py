@@ -19,7 +19,7 @@ from trainerd.memory.timeline import Setup, Table
 FITS, TIGHT, TOO_LARGE = "fits", "tight", "too large"
 """tight: the likely value fits and the upper bound does not; an out-of-memory would be recovered from."""
 _PROPOSALS = 4
-_NEAR, _FEW_PIECES = 3, 12
+_FEW_PIECES = 12
 _CLEARLY = 0.95
 
 Estimating = Callable[[Setup], Estimate]
@@ -239,9 +239,9 @@ def _largest(setup: Setup, question: Question, ask: _Asking, wanted: str, faster
     share = ask.roughly(most).needed.upper / ask(most).needed.upper
     less = replace(question, budget_bytes=int(question.budget_bytes * share))
     number = _fewest(setup, less, ask, wanted, ask.fits, -(-batch // (most.micro_batch - 1)))
-    # A piece fewer may fit where a few are between that do not, for segments are whole ones: of many pieces it would be no gain.
-    tried = range(max(pieces + 1, number - _NEAR), number) if number <= _FEW_PIECES else ()
-    sizes = [setup.with_micro_batch(_samples(setup, each)) for each in (*tried, number)]
+    # Fewer may fit where some between do not, for segments are whole ones: of many pieces it would be no gain.
+    tried = range(pieces + 1, min(number, _FEW_PIECES + 1))
+    sizes = [setup.with_micro_batch(samples) for samples in dict.fromkeys(_samples(setup, each) for each in (*tried, number))]
     return next((ask(one) for one in sizes if ask.fits(one, wanted)), None)
 
 
