@@ -77,17 +77,27 @@ def training(
     optimizer.zero_grad()
 
 
-def counted(parts: Family, samples: int, precision: str, accumulation: int) -> tuple[int, int]:
-    """The peak of tensors, and of the allocator (which knows the weights as well)."""
+def counted(parts: Family, samples: int, precision: str, accumulation: int) -> int:
+    """The peak of tensors."""
+    made, weights = _model(parts)
+    with attention.for_trace(parts.attention), TensorCount([*made.parameters(), *made.buffers()]) as count:
+        training(made, parts, torch.optim.AdamW(weights, fused=True), samples, precision, accumulation)
+    return count.peak
+
+
+def allocated(parts: Family, samples: int, precision: str, accumulation: int) -> int:
+    """The peak of torch's CPU allocator, the weights included."""
+    made, weights = _model(parts)
+    known = TensorCount([*made.parameters(), *made.buffers()]).known
+    optimizer = torch.optim.AdamW(weights, fused=True)
+    with attention.for_trace(parts.attention):
+        return known + peak(allocator_changes(lambda: training(made, parts, optimizer, samples, precision, accumulation)))
+
+
+def _model(parts: Family) -> tuple[torch.nn.Module, list[torch.nn.Parameter]]:
     torch.manual_seed(0)
     made = parts.model()
-    weights = [p for p in made.parameters() if p.requires_grad]
-    with attention.for_trace(parts.attention):
-        with TensorCount([*made.parameters(), *made.buffers()]) as count:
-            training(made, parts, torch.optim.AdamW(weights, fused=True), samples, precision, accumulation)
-        optimizer = torch.optim.AdamW(weights, fused=True)
-        changes = allocator_changes(lambda: training(made, parts, optimizer, samples, precision, accumulation))
-    return count.peak, count.known + peak(changes)
+    return made, [p for p in made.parameters() if p.requires_grad]
 
 
 def estimated(parts: Family, samples: int, precision: str, accumulation: int, *, in_place: bool) -> tuple[int, int]:
@@ -124,7 +134,7 @@ def cells(names: list[str], batches: list[int]) -> Iterator[Cell]:
                         guess, most = estimated(parts, samples, precision, accumulation, in_place=False)
                         spent = (time.perf_counter() - began) * 1e3
                         in_place, bound = estimated(parts, samples, precision, accumulation, in_place=True)
-                        truth, allocator = counted(parts, samples, precision, accumulation)
+                        truth, allocator = (of(parts, samples, precision, accumulation) for of in (counted, allocated))
                         yield Cell(name, samples, precision, again, accumulation, truth, guess, allocator, in_place, most, bound, spent)
 
 

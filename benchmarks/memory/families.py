@@ -58,20 +58,42 @@ def _computed(block: Callable[[tapes.Tensor], tapes.Tensor], x: tapes.Tensor, ag
 # A transformer as GPT-2's, and one as Llama's with LoRA
 
 
-class _GptBlock(nn.Module):
+class _GptAttention(nn.Module):
+    """A module of its own, as everybody has it: heads are held until it returns, and what it was given until then."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.inner, self.outer = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         samples, places, width = x.shape
-        heads = [t.view(samples, places, self.heads, -1).transpose(1, 2) for t in self.inner(self.norm1(x)).chunk(3, -1)]
+        heads = [t.view(samples, places, self.heads, -1).transpose(1, 2) for t in self.inner(x).chunk(3, -1)]
         mixed = functional.scaled_dot_product_attention(*heads, is_causal=True)
-        x = x + self.outer(mixed.transpose(1, 2).reshape(samples, places, width))
-        return x + self.down(functional.gelu(self.up(self.norm2(x))))
+        joined: Tensor = self.outer(mixed.transpose(1, 2).reshape(samples, places, width))
+        return joined
+
+
+class _GptMlp(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.down(functional.gelu(self.up(x)))
+        return made
+
+
+class _GptBlock(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mix, self.mlp = _GptAttention(width, heads), _GptMlp(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.mix(self.norm1(x))
+        made: Tensor = x + self.mlp(self.norm2(x))
+        return made
 
 
 class _Gpt(nn.Module):

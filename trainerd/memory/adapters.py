@@ -51,7 +51,7 @@ class Beside:
         if self.length is not None:
             result = self._dora(x, result, self.length)
         else:
-            beside = ops.scale(self._low_rank(ops.dropout(x) if self.adapter.dropout else x))
+            beside = ops.scale(kernels.linear(kernels.linear(ops.dropout(x) if self.adapter.dropout else x, self.down), self.up))
             if packed and converts:
                 beside = ops.to(beside, given)
             result = ops.add(result, beside)

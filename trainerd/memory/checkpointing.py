@@ -6,12 +6,14 @@ would have saved, and stops as soon as the last such tensor is there.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from trainerd.memory import alike
+from trainerd.memory.ops import Unpacked
 from trainerd.memory.tape import Backward, Node, Shape, Tape, Tensor
 
 
@@ -61,7 +63,9 @@ class _Run:
         self._tape, self._block, self._keeping, self._casting = tape, block, keeping, tape.casting
         self._given = [(t.detach(), t.requires_grad) for t in given]
         self._stop: _Stop | None = None
-        self._nodes = 0
+        self._waiting: list[weakref.ref[Backward]] = []
+        """The way back of each node that has saved something: gone where nothing leads to the node any more (the end of a chain that was
+        computed and dropped), and what it saves the second time nobody keeps."""
 
     @contextmanager
     def forwards(self) -> Iterator[None]:
@@ -83,17 +87,17 @@ class _Run:
 
     def _record(self, made: Sequence[Tensor], given: Any, backward: Backward, saved: tuple[Any, ...] = (), *about: Any) -> None:
         if any(isinstance(t, Tensor) for t in saved):
-            place, self._nodes = self._nodes, self._nodes + 1
-            Tape.record(self._tape, made, given, self._unpacking(place, backward), (), *about)
-            if made[0].node is None:
-                self._nodes = place
+            unpacking = self._unpacking(len(self._waiting), backward)
+            Tape.record(self._tape, made, given, unpacking, (), *about)
+            if made[0].node is not None:
+                self._waiting.append(weakref.ref(unpacking))
         else:
             Tape.record(self._tape, made, given, backward, saved, *about)
 
     def _unpacking(self, place: int, backward: Backward) -> Backward:
         def unpacked(node: Node, grads: list[Tensor | None]) -> Sequence[Tensor | None]:
             stop = self._stop or self._again()
-            node.saved, stop.saved[place] = stop.saved[place], ()
+            node.saved, stop.saved[place] = Unpacked(stop.saved[place]), ()
             node.backward = backward  # nothing holds this run, and its inputs, when the last of its nodes is done
             return backward(node, grads)
 
@@ -101,7 +105,7 @@ class _Run:
 
     def _again(self) -> _Stop:
         """The second run, up to the last tensor that the way back needs."""
-        tape, stop = self._tape, _Stop(self._tape)
+        tape, stop = self._tape, _Stop(self._tape, [of() is not None for of in self._waiting])
         self._stop, turn = stop, tape.turn
         if turn is not None:
             tape.cut(None, alike.BACKWARD)
@@ -120,7 +124,7 @@ class _Run:
         stop.apply()
         if turn is not None:
             tape.cut(turn, alike.BACKWARD)
-        assert len(stop.saved) == self._nodes, "a block that is computed again must do the same again"
+        assert len(stop.saved) == len(self._waiting), "a block that is computed again must do the same again"
         return stop
 
 
@@ -130,8 +134,8 @@ class _Stop:
     An operation that saves its inputs is not computed any more. If a checkpoint has kept its result, that waits for the block's end.
     """
 
-    def __init__(self, tape: Tape) -> None:
-        self._tape, self._began = tape, len(tape.sizes)
+    def __init__(self, tape: Tape, wanted: Sequence[bool]) -> None:
+        self._tape, self._began, self._wanted = tape, len(tape.sizes), wanted
         self._at = self._first = -1
         self._flops = self._before = tape.flops
         self._waits: Tensor | None = None
@@ -143,7 +147,8 @@ class _Stop:
         kept = {t.storage.number for t in saved if isinstance(t, Tensor)}
         if not kept or made[0].node is None:
             return
-        self.saved.append(saved)
+        place = len(self.saved)
+        self.saved.append(saved if place < len(self._wanted) and self._wanted[place] else ())
         events, self._waits = self._tape.events, None
         self._at, self._first, self._flops = len(events), len(self._tape.sizes), self._before
         born, anew = made[0].storage.number, made[0].storage.number >= self._began

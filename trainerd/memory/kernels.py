@@ -12,6 +12,7 @@ from math import prod
 from trainerd.memory import scratch
 from trainerd.memory.ops import (
     LOW,
+    Unpacked,
     add,
     add_,
     clone,
@@ -35,6 +36,7 @@ Grads = list[Tensor | None]
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias over the last dimension. `weight` is (out, in)."""
+    given = x  # as it came: autocast's copy does not let go of it
     bias = low(bias, weight=True) if bias is not None else None
     weight, x = low(weight, weight=True), low(x)  # C++ evaluates arguments from the last: the way back begins with x
     tape, rows = x.tape, prod(x.shape[:-1])
@@ -48,6 +50,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     flat = reshape(x, rows, x.shape[-1])
     made = tape.product(shape, x.dtype, flops)
     _record_linear(made, flat, weight, None)
+    del given
     return made if bias is None else add(made, bias)
 
 
@@ -66,6 +69,8 @@ def _linear_back(node: Node, grads: Grads) -> Sequence[Tensor | None]:
         about = node.shapes[place]
         if about is None or not node.needs(place):
             continue
+        if not place and isinstance(node.saved, Unpacked):
+            node.saved = ()
         found[place] = g.tape.new(about[0], g.dtype)
         if place:
             g.tape.flops += 2.0 * rows * g.shape[-1] * about[0][-1]

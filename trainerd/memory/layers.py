@@ -135,10 +135,9 @@ class SelfAttention:
         if self.key_heads != self.heads:
             split[1:] = [ops.repeat(t, samples, self.heads, places, self.size) for t in split[1:]]
         mixed = kernels.attention(*split) if self.fused else table_attention(*split)
-        del split
         back = ops.transpose(mixed, samples, places, self.heads, self.size)
         back.contiguous = not mixed.contiguous  # what is fused is laid out for this
-        return self.outer(ops.reshape(back, samples, places, width))
+        return self.outer(ops.reshape(back, samples, places, width))  # meanwhile its heads are there: a forward holds its local names
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         samples, places = x.shape[:2]

@@ -16,6 +16,10 @@ Grads = list[Tensor | None]
 LOW = ("bf16", "fp16")
 
 
+class Unpacked(tuple[Any, ...]):
+    """What a node has saved, when it is there for this way back alone (checkpointing.py): it ends with its last use, not with the node."""
+
+
 def low(x: Tensor, *, weight: bool = False) -> Tensor:
     """The autocast copy of x for a matrix product; that of a leaf is kept until autocast ends."""
     tape = x.tape
