@@ -16,7 +16,7 @@ from trainerd.tasks.cadence.settings import CadenceSettings
 
 OWN = {"embedding": 64, "hidden": [200, 150], "attention": [100, 75], "context": 50}
 GRU = table(CadenceSettings())
-SMALL_MN = table(CadenceSettings.model_validate({"model": "gru-mn", "vocabulary": 3000, "max_words": 9, "gru_mn": OWN}))
+SMALL_MN = table(CadenceSettings.model_validate({"model": "gru-mn", "vocabulary": 3000, "max_words": 9, "eval_prefixes": 0, "gru_mn": OWN}))
 
 
 _RANKS = (FITS, TIGHT, TOO_LARGE)

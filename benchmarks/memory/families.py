@@ -277,8 +277,7 @@ class _StageTable:
 
     def __call__(self, x: tapes.Tensor) -> tapes.Tensor:
         y = ops.relu(self.norm1(self.conv1(x)))
-        y = ops.relu(ops.add(self.norm2(self.conv2(y)), x))
-        return kernels.pool(y, tuple(n // 2 for n in x.shape[2:]), indices=True)
+        return kernels.pool(ops.relu(ops.add(self.norm2(self.conv2(y)), x)), tuple(n // 2 for n in x.shape[2:]), indices=True)
 
 
 class _ConvNetTable:

@@ -61,16 +61,17 @@ class Beside:
         return kernels.linear(kernels.linear(x, self.down), self.up)
 
     def _dora(self, x: Tensor, result: Tensor, length: Tensor) -> Tensor:
-        """result + (length / |W + BA| - 1) * base + length / |W + BA| * BAx. With dropout the base is multiplied once more, by what is
-        left of the input."""
-        if self.adapter.dropout:
+        """result + (length / |W + BA| - 1) * base + length / |W + BA| * BAx. With dropout, where there is any, the base is multiplied
+        once more, by what is left of the input."""
+        drops = self.adapter.dropout > 0 and x.tape.grad_enabled
+        if drops:
             x = ops.dropout(x)
         product = self._product(x)
         whole = self._whole(x)
         norm = self._norm(whole, product)
         factor = ops.reshape(ops.mul(length, norm), 1, -1)
         beside = self._low_rank(x)
-        if self.adapter.dropout:
+        if drops:
             base = kernels.linear(x, whole)
         else:
             base = result if self.base.bias is None else ops.sub(result, self.base.bias)

@@ -140,9 +140,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Mean and deviation of each channel are kept, in fp32."""
+    """Mean and deviation of each channel are kept, in fp32; an evaluation, which has no gradients, takes the running ones."""
     made = x.tape.new(x.shape, x.dtype)
-    stats = [x.tape.new((x.shape[1],), "fp32") for _ in (0, 1)]
+    stats = [x.tape.new((x.shape[1],), "fp32") for _ in (0, 1)] if x.tape.grad_enabled else []
     x.tape.record([made], [x, weight, bias], _norm_back, (x.detach(), *stats))
     return made
 
@@ -166,9 +166,10 @@ def pool(x: Tensor, size: Shape, *, indices: bool) -> Tensor:
 
     In three dimensions a CPU's autocast computes it in fp32.
     """
-    x = high(x) if len(size) == 3 and x.tape.device == "cpu" else x
+    given, x = x, high(x) if len(size) == 3 and x.tape.device == "cpu" else x
     made = x.tape.new((*x.shape[:2], *size), x.dtype)
     where = (x.tape.new(made.shape, "int64"),) if indices else ()
+    del given
     x.tape.record([made], [x], part_back, (x.detach(), *where), x.shape)
     return made
 

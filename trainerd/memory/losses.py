@@ -91,7 +91,7 @@ class _Pieces:
         tape, shape = self.tape, (some.shape[0], self.weight.shape[0])
         logits: Tensor | None = self._product(shape, self.dtype)
         chance = tape.new(shape, self.exact)
-        if self.mixed and tape.device == "cpu":
+        if self.mixed and tape.device == "cpu" and tape.adds_in_place:  # inside the kernel: what counts tensors sees nothing of it
             rows = tape.new((min(_ROWS, shape[0]), shape[1]), self.exact)
             del rows
         hit = tape.new((shape[0], 1), self.exact)

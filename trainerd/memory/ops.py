@@ -313,7 +313,9 @@ def softmax(x: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor) -> Tensor:
-    """nn.functional.dropout: a mask of bytes on a GPU; on a CPU a tensor of noise like x."""
+    """nn.Dropout: a mask of bytes on a GPU; on a CPU a tensor of noise like x. An evaluation, which has no gradients, is without it."""
+    if not x.tape.grad_enabled:
+        return x
     made_first = x.tape.new(x.shape, "bool" if x.tape.device == "cuda" else x.dtype)
     made = x.tape.new(x.shape, x.dtype)
     x.tape.record([made], [x], _unary_back, (made_first,))

@@ -21,18 +21,18 @@ class Gru:
         self.from_past = tape.parameter(3 * hidden, hidden)
         self.biases = [tape.parameter(3 * hidden), tape.parameter(3 * hidden)]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Hidden states (samples, places, hidden)."""
-        return self._fused(x) if x.tape.device == "cuda" else self._unrolled(x)
+    def __call__(self, x: Tensor, start: Tensor | None = None) -> Tensor:
+        """Hidden states (samples, places, hidden), from `start` on (samples, hidden), else from zeros."""
+        return self._fused(x) if x.tape.device == "cuda" else self._unrolled(x, start)
 
-    def _unrolled(self, x: Tensor) -> Tensor:
+    def _unrolled(self, x: Tensor, start: Tensor | None) -> Tensor:
         """ATen's own cell (RNN.cpp, GRUCell): the input's part for all places at once, the rest in place."""
         samples, places, width = x.shape
-        start = x.tape.new((1, samples, self.hidden), x.dtype)
+        start = x.tape.new((samples, self.hidden), x.dtype) if start is None else start
         turned = ops.transpose(x, places, samples, width)
         turned.contiguous = places == 1 or samples == 1
         given = kernels.linear(turned, self.from_input, self.biases[0])
-        past = start.view(samples, self.hidden)
+        past = start
         del turned, start
         states: list[Tensor] = []
         for here in ops.pieces(given, (samples, 3 * self.hidden), places):

@@ -15,6 +15,8 @@ from trainerd.memory.layers import Embedding, Linear, SampleDropout
 from trainerd.memory.recurrent import Gru
 from trainerd.memory.tape import LOGITS, Tape, Tensor
 from trainerd.memory.timeline import Setup, Timeline
+from trainerd.tasks.cadence import completing
+from trainerd.tasks.cadence.completing import State
 
 if TYPE_CHECKING:  # values come from outside: the table itself needs no pydantic
     from trainerd.config.model import DataConfig
@@ -22,7 +24,6 @@ if TYPE_CHECKING:  # values come from outside: the table itself needs no pydanti
 
 _SPECIAL_WORDS = 2  # unknown and rare
 _EXPECTED_CATEGORIES, _EXPECTED_PIECES = 64, 3
-_PREFIXES_AT_ONCE = 16  # measures.py
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,18 @@ class _QueryModel:
         self.drops: list[SampleDropout] = []
 
     def run(self, given: Batch, checkpointing: str) -> Tensor:
+        raise NotImplementedError
+
+    def remembers(self, places: int) -> int:
+        """How many numbers a sample's state has after so many places."""
+        raise NotImplementedError
+
+    def remembered(self, tape: Tape, samples: int, places: int) -> State:
+        """The state after so many places, as it is between two steps of a search."""
+        raise NotImplementedError
+
+    def further(self, inputs: Tensor, categories: Tensor, state: State) -> tuple[Tensor, State]:
+        """run() over one place more."""
         raise NotImplementedError
 
     def features(self, hidden: Tensor, categories: Tensor) -> Tensor:
@@ -102,15 +115,28 @@ class GruModel(_QueryModel):
         self.drops = [SampleDropout(own.dropout, units) for units in widths]
 
     def run(self, given: Batch, checkpointing: str) -> Tensor:
-        samples, places = given.inputs.shape
-        words = self.words(given.inputs)
-        rows = self.categories(given.categories)
+        return self._run(given.inputs, given.categories, None)
+
+    def remembers(self, places: int) -> int:
+        return completing.numbers([(self.gru.hidden, 0)], places)
+
+    def remembered(self, tape: Tape, samples: int, places: int) -> State:
+        return [tape.new((samples, self.gru.hidden), "fp32")]
+
+    def further(self, inputs: Tensor, categories: Tensor, state: State) -> tuple[Tensor, State]:
+        hidden = self._run(inputs, categories, state[0])
+        return hidden, [hidden.tape.new(state[0].shape, hidden.dtype)]
+
+    def _run(self, inputs: Tensor, categories: Tensor, start: Tensor | None) -> Tensor:
+        samples, places = inputs.shape
+        words = self.words(inputs)
+        rows = self.categories(categories)
         category = ops.expand(ops.reshape(rows, samples, 1, rows.shape[-1]), samples, places, rows.shape[-1])
         joined = ops.cat([words, category], samples, places, words.shape[-1] + category.shape[-1])
         drop_input, drop_output = self.drops
         dropped = drop_input(joined)
         del joined
-        hidden = self.gru(dropped)
+        hidden = self.gru(dropped, start)
         del dropped
         return drop_output(hidden)
 
@@ -145,6 +171,34 @@ class MemoryLayer:
             states = ops.cat([states, ops.reshape(state, samples, 1, width)], samples, place + 1, width)
             keys = ops.cat([keys, ops.reshape(self.key(state), samples, 1, self.attention)], samples, place + 1, self.attention)
         return ops.part(states, *states.shape, contiguous=True)
+
+    def remembered(self, tape: Tape, samples: int, places: int) -> State:
+        """What it has after so many places; what attention takes from the past is a part of all that is read from it."""
+        kind = tape.precision or "fp32"
+        if not self.attention:
+            return [tape.new((samples, self.hidden), kind)]
+        read = tape.new((samples, 3 * self.hidden + self.attention), kind)
+        tapes = [tape.new((samples, places, width), kind) for width in (self.hidden, self.attention)]
+        return [*tapes, ops.part(read, samples, self.attention)]
+
+    def further(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
+        """One place more."""
+        samples = inputs.shape[0]
+        given = self.from_input(inputs)
+        (here,) = ops.pieces(given, (samples, given.shape[-1]), 1)
+        if not self.attention:
+            past = self._gates(here, self.from_past(state[0]), state[0])
+            return ops.cat([past], samples, 1, self.hidden), [past]
+        states, keys, recall = state
+        places = states.shape[1]
+        query = ops.add(ops.part(here, samples, self.attention), recall)
+        weights = ops.softmax(self.score(ops.tanh(ops.add(keys, ops.reshape(query, samples, 1, self.attention)))))
+        past = ops.reshape(kernels.matmul(ops.transpose(weights, samples, 1, places), states), samples, self.hidden)
+        read = self.from_past(past)
+        made = self._gates(here, read, past)
+        states = ops.cat([states, ops.reshape(made, samples, 1, self.hidden)], samples, places + 1, self.hidden)
+        keys = ops.cat([keys, ops.reshape(self.key(made), samples, 1, self.attention)], samples, places + 1, self.attention)
+        return ops.part(states, samples, 1, self.hidden), [states, keys, ops.part(read, samples, self.attention)]
 
     def _recalled(self, here: Tensor, states: Tensor, keys: Tensor, recall: Tensor) -> Tensor:
         """The past, weighed by attention."""
@@ -198,6 +252,22 @@ class GruMnModel(_QueryModel):
             del entering
             hidden = drop(hidden)
         return hidden
+
+    def remembers(self, places: int) -> int:
+        return completing.numbers(((layer.hidden, layer.attention) for layer in self.layers), places)
+
+    def remembered(self, tape: Tape, samples: int, places: int) -> State:
+        return [part for layer in self.layers for part in layer.remembered(tape, samples, places)]
+
+    def further(self, inputs: Tensor, categories: Tensor, state: State) -> tuple[Tensor, State]:
+        hidden, after = self.words(inputs), State()
+        size = len(state) // len(self.layers)
+        for number, (layer, category) in enumerate(zip(self.layers, self.categories, strict=True)):
+            parts = state[number * size : (number + 1) * size]
+            rows = ops.reshape(category(categories), inputs.shape[0], 1, hidden.shape[-1])
+            hidden, left = layer.further(ops.relu(ops.add(hidden, rows)), parts)
+            after += left
+        return hidden, after
 
     def features(self, hidden: Tensor, categories: Tensor) -> Tensor:
         return ops.tanh(ops.add(self.context(hidden), self.context_category(categories)))
@@ -253,18 +323,19 @@ class _Training:
         return self.model.loss(given, self.setup)
 
     def evaluate(self, tape: Tape, samples: int, *, worst: bool) -> None:
-        """Completions of prefixes: scores of the next word for all beams at once, and their log-probabilities."""
-        if not self.table.settings.eval_prefixes:
+        """Completions of prefixes: the last step of their search. The worst is played on a tape of its own, and told as one piece."""
+        settings, search = self.table.settings, self.table.settings.search
+        if not settings.eval_prefixes:
             return
-        search = self.table.settings.search
-        beams = search.groups * (search.gamma if worst else 1) if search.method == "dynamic" else search.width
-        rows = min(self.table.settings.eval_prefixes, _PREFIXES_AT_ONCE) * beams
-        shape = (rows, self.table.sizes.num_outputs)
-        with tape.counting_as(LOGITS):
-            scores = tape.new(shape, tape.precision or "fp32")
-            exact = ops.to(scores, "fp32")
-            chances = tape.new(shape, "fp32")
-        del scores, exact, chances
+        most = completing.tokens(search, self.table.places, worst=True)
+        prefixes = completing.at_once(settings.eval_prefixes, search, self.model.remembers(most))
+        rows = completing.paths(search, prefixes, worst=worst)
+        before = most if worst else completing.tokens(search, self.table.places, worst=False)
+        if worst:
+            aside = Tape(tape.device, tape.precision)
+            tape.new((completing.most(build(aside, settings, self.table.sizes), aside, prefixes, rows, before),), "uint8")
+        else:
+            completing.further(self.model, tape, prefixes, rows, before)
 
 
 def table(settings: CadenceSettings, data: DataConfig | None = None) -> CadenceTable:

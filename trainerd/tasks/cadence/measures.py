@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from trainerd.tasks.cadence import completing
+from trainerd.tasks.cadence.completing import NUM_COMPLETIONS
 from trainerd.tasks.cadence.dataset import TokenRows
 from trainerd.tasks.cadence.model import QueryModel
 from trainerd.tasks.cadence.search import Completion, Prompt, complete, typed
 from trainerd.tasks.cadence.settings import SearchSettings
 from trainerd.tasks.cadence.vocabulary import NUM_SPECIAL, Vocabulary
 
-NUM_COMPLETIONS = 10
-_AT_ONCE = 16
 _SMOOTHING = 0.1
 
 
@@ -46,9 +46,11 @@ def generation(
     guess = CategoryGuess(np.load(rows.folder / "word_categories.npy", mmap_mode="r"))
     asked = _sample(vocabulary, rows, num_prefixes, seed)
     found: list[tuple[str, int, list[Completion]]] = []
-    for start in range(0, len(asked), _AT_ONCE):
+    places = completing.tokens(settings, int(rows.lengths.max()), worst=True)
+    at_once = completing.at_once(len(asked), settings, model.remembers(places))
+    for start in range(0, len(asked), at_once):
         pulse()
-        some = asked[start : start + _AT_ONCE]
+        some = asked[start : start + at_once]
         understood = [typed(vocabulary, prefix) for _, prefix, _ in some]
         prompts = [Prompt(category, context, rest) for (_, _, category), (_, context, rest) in zip(some, understood, strict=True)]
         results = complete(model, vocabulary, prompts, NUM_COMPLETIONS, settings)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trainerd.engine.dropout import SampleDropout
+from trainerd.tasks.cadence import completing
 from trainerd.tasks.cadence.settings import CadenceSettings, GruMnSettings, GruSettings
 from trainerd.tasks.cadence.softmax import WordSoftmax
 
@@ -42,6 +43,10 @@ class QueryModel(nn.Module):
     def run(self, inputs: Tensor, categories: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Hidden states (samples, places, width) and the state after the last place. No state: from the beginning."""
         raise NotImplementedError
+
+    def remembers(self, places: int) -> int:
+        """How many numbers the state of one sample has after so many places; 0: nobody knows."""
+        return 0
 
     def features(self, hidden: Tensor, categories: Tensor) -> Tensor:
         """What the softmax sees, from hidden states (tokens, width) and the category of each."""
@@ -85,6 +90,9 @@ class GruModel(QueryModel):
         category = self.categories(categories).unsqueeze(1).expand(-1, inputs.shape[1], -1)
         hidden, last = self.gru(self.drop_input(torch.cat([words, category], -1)), None if state is None else state[0].unsqueeze(0))
         return self.drop_output(hidden), [last.squeeze(0)]
+
+    def remembers(self, places: int) -> int:
+        return completing.numbers([(self.gru.hidden_size, 0)], places)
 
 
 class MemoryLayer(nn.Module):
@@ -159,6 +167,7 @@ class GruMnModel(QueryModel):
         layers = [MemoryLayer(*sizes) for sizes in zip(widths, settings.hidden, attention, strict=False)]
         self.layers = nn.ModuleList(layers)
         self._state_sizes = [layer.state_size for layer in layers]
+        self._memories = list(zip(settings.hidden, attention, strict=False))
         self.categories = nn.ModuleList(nn.Embedding(num_categories, width) for width in widths[:-1])
         """Looking a row up is the paper's matrix times a one-hot category."""
         self.drops = nn.ModuleList(SampleDropout(settings.dropout, width) for width in settings.hidden)
@@ -178,6 +187,9 @@ class GruMnModel(QueryModel):
             hidden = drop(hidden)
             after += left
         return hidden, after
+
+    def remembers(self, places: int) -> int:
+        return completing.numbers(self._memories, places)
 
     def features(self, hidden: Tensor, categories: Tensor) -> Tensor:
         return torch.tanh(self.context(hidden) + self.context_category(categories))
