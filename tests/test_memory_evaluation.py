@@ -49,7 +49,7 @@ CELLS = [
     pytest.param(name, samples, precision, marks=[] if samples == 1 and (place + kind) % 2 else pytest.mark.slow)
     for place, name in enumerate(FAMILIES)
     for kind, precision in enumerate(("fp32", "bf16"))
-    for samples in (1, 4, 16)
+    for samples in (1, 4, 8)
 ]
 
 

@@ -39,6 +39,7 @@ _NOT_MODELLED = {
     ),
     "cuda": (
         "cuDNN's choice of algorithm and its workspace",
+        "loader processes (train.num_workers), and that the batches they leave are pinned",
         "torch.compile, which allocates differently",
         "what other programs will take of the GPU later",
         "prepared data and logs, on the disk",

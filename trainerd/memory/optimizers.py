@@ -15,6 +15,7 @@ from trainerd.memory.tape import BYTES, GRADIENTS, OPTIMIZER, Tape, Tensor
 _EIGHT_BIT_LEAST, _EIGHT_BIT_BLOCK, _EIGHT_BIT_TABLES = 4096, 256, 2 * 256 * 4
 _PAGED_LEAST = 100_000
 _MASTERS, _LANDINGS = 2, 2  # an optimizer on the host: its weights and its gradients; and where those of a GPU land
+_ALIGNED = 64  # bytes: where each part of it begins (trainerd/engine/lanes.py)
 _EIGHT_BIT_COPIES, _SMALL_COPIES = 5, 3  # in fp32, of one parameter, while a CPU computes its step
 NAMES = ("adamw", "adam", "sgd", "adafactor", "adamw8bit", "paged_adamw8bit")
 
@@ -60,7 +61,7 @@ class Optimizer:
     def _allocate_masters(self) -> None:
         if not self.on_host:
             return
-        sizes = [p.storage.size for p in self.trainable]
+        sizes = [-(-p.storage.size // _ALIGNED) * _ALIGNED for p in self.trainable]
         self.moving_bytes = _MASTERS * sum(sizes)
         if self._elsewhere:
             self.moving_bytes += _LANDINGS * max(sizes, default=0)

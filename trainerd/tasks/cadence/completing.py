@@ -38,13 +38,19 @@ def at_once(prefixes: int, search: SearchSettings, remembered: int) -> int:
 
 
 def paths(search: SearchSettings, prefixes: int, *, worst: bool) -> int:
-    """How many are followed at once: at worst all groups of a prefix, each as wide as it may be; likely one path in each."""
+    """How many are followed at once: at worst all groups of all prefixes, each as wide as it may be; likely those of the prefixes that are
+    equally long, for only those go together, and one path in each."""
     if search.method == "plain":
-        return prefixes * max(search.width, NUM_COMPLETIONS)
+        return (prefixes if worst else _alike(prefixes)) * max(search.width, NUM_COMPLETIONS)
     if not worst:
-        return prefixes * search.groups
+        return _alike(prefixes) * search.groups
     widths = (groups * max(search.gamma, -(-NUM_COMPLETIONS // groups) + 1) for groups in range(1, search.groups + 1))
     return prefixes * max(widths)
+
+
+def _alike(prefixes: int) -> int:
+    """Half of them."""
+    return -(-prefixes // 2)
 
 
 def tokens(search: SearchSettings, places: int, *, worst: bool) -> int:
