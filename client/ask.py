@@ -17,6 +17,9 @@ from . import console, stuck
 
 _LOOK_SECONDS = 0.05
 _APPEAR_SECONDS = 5.0
+GOES_ON = (status.STARTING, status.RUNNING, status.WAITING, status.RECOVERING, *status.END_STATES)
+RESTS = (status.PAUSED, *status.END_STATES)
+_EFFECTS = {"resume": GOES_ON, "pause": RESTS}
 
 
 @dataclass
@@ -37,6 +40,13 @@ class Asked:
             message = f"{self.verb} was refused: {reason or 'no reason was given'}"
             raise Refused(message, f"`{console.program()} status` tells how it stands.")
         return found
+
+    def is_done(self, reading: Reading) -> bool | None:
+        """Whether the answer is there and has taken effect; None while there is no answer. Raises Refused."""
+        answer = self.answer(reading)
+        if self.verb == "stop" and not reading.alive:
+            return True
+        return None if answer is None else answer.outcome == "done" or reading.state in _EFFECTS.get(self.verb, ())
 
     def withdraw(self) -> None:
         """Take it back, so that it does not take effect after everybody stopped waiting."""

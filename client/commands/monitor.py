@@ -169,15 +169,18 @@ class Monitor:
         if self.asked is None:
             return
         try:
-            answered = self.asked.answer(reading) is not None
+            is_done = self.asked.is_done(reading)
         except TrainerdError as error:
             self.note, self.asked = error.message, None
             return
-        if answered or (self.asked.verb == "stop" and not reading.alive):
-            self.note, self.asked = f"{self.asked.verb}: done. {view.summary(reading)}", None
+        verb = self.asked.verb
+        if is_done:
+            self.note, self.asked = f"{verb}: done. {view.summary(reading)}", None
         elif not reading.alive:
             self.asked.withdraw()
-            self.note, self.asked = f"{self.asked.verb}: too late. {view.summary(reading)}", None
+            self.note, self.asked = f"{verb}: too late. {view.summary(reading)}", None
+        elif is_done is not None:
+            self.note = f"{verb}: under way ..."
         elif time.monotonic() - self.asked.at > _GIVE_UP_SECONDS:
             self.asked.withdraw()
-            self.note, self.asked = f"{self.asked.verb}: the supervisor did not answer.", None
+            self.note, self.asked = f"{verb}: the supervisor did not answer.", None

@@ -18,8 +18,7 @@ def command(home: Home, timeout: float) -> None:
     """Save a checkpoint and free RAM and GPU; `resume` goes on, to the last bit."""
     asked = ask.send(home, ask.live(home), "pause", {"timeout_seconds": timeout})
     hint = f"Look again with: {console.program()} status"
-    ended = (status.PAUSED, *status.END_STATES)
-    reading = ask.until(home, asked, lambda r: r.state in ended, timeout, hint)
+    reading = ask.until(home, asked, lambda r: r.state in ask.RESTS, timeout, hint)
     console.say(view.summary(reading))
     if reading.state == status.PAUSED:
         console.say(f"Go on with: {console.program()} resume")

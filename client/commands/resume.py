@@ -12,8 +12,6 @@ from .. import ask, choose, console, follow, offers, view
 from ..cli import pass_home, timeout
 from .start import begin
 
-_GOES_ON = (status.STARTING, status.RUNNING, status.WAITING, status.RECOVERING, *status.END_STATES)
-
 
 @click.command("resume")
 @click.argument("run", required=False, shell_complete=offers.run_names)
@@ -37,6 +35,6 @@ def _wake(home: Home, run: str | None, timeout: float) -> int:
     if run is not None and run != paused:
         raise Refused(f"{paused} is paused here, not {run}.", f"End it first: {console.program()} stop")
     asked = ask.send(home, before, "resume")
-    reading = ask.until(home, asked, lambda r: r.state in _GOES_ON, timeout, f"Look again with: {console.program()} status")
+    reading = ask.until(home, asked, lambda r: r.state in ask.GOES_ON, timeout, f"Look again with: {console.program()} status")
     console.say(view.summary(reading))
     return 0
