@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,15 +22,25 @@ def same(one: Timeline, other: Timeline) -> bool:
 
 
 def _told(of: Timeline) -> dict[str, Any]:
+    events = _numbered(of.events, list(zip(of.sizes, of.kinds, strict=True)))
+    found = {**vars(of), "events": events, "sizes": None, "kinds": None, "order": None, "ordered_sizes": None}
+    if of.order is not None:
+        sizes, replayed = of.order.written_out([*of.ordered_sizes, 1 << 23])
+        found["order"] = _numbered(replayed, sizes)
+    return found
+
+
+def _numbered(events: list[int], about: Sequence[Any]) -> list[tuple[int, Any]]:
+    """Each birth by its place in time, with what is known of it, and each end by that of its birth."""
     numbers: dict[int, int] = {}
-    events = []
-    for event in of.events:
+    found: list[tuple[int, Any]] = []
+    for event in events:
         if event >= 0:
-            numbers[event] = len(events)
-            events.append((len(events), of.sizes[event], of.kinds[event]))
+            numbers[event] = len(found)
+            found.append((len(found), about[event]))
         else:
-            events.append((~numbers[~event], 0, ""))
-    return {**vars(of), "events": events, "sizes": None, "kinds": None}
+            found.append((~numbers[~event], None))
+    return found
 
 
 def played(table: CadenceTable, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> tuple[Timeline, Timeline]:

@@ -109,6 +109,68 @@ def test_what_leaves_nothing_behind_is_not_gone_through_twice(
     assert native.peaks(sizes, events, (len(begun), len(begun) + len(once))) == replay(sizes, events, Allocator())
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    step=st.lists(st.integers(MB // 2, MB), min_size=1, max_size=12),
+    sizes=st.lists(st.sampled_from(BORDERS) | st.integers(1, MB), min_size=2, max_size=24),
+    after=st.lists(st.integers(0, 1 << 20), max_size=60),
+)
+def test_what_comes_after_a_step_needs_no_replay_where_it_has_room_for_certain(step: list[int], sizes: list[int], after: list[int]) -> None:
+    """Steps that leave few and many empty segments, and whatever comes afterwards: both counters as if it had been replayed."""
+    once = [*range(len(step)), *map(invert, range(len(step)))]
+    rest, _ = _turns(after, range(len(step), len(step) + len(sizes)), set())
+    assert native.peaks(step + sizes, [*once, *once, *rest], (0, len(once))) == replay(step + sizes, [*once, *once, *rest], Allocator())
+
+
+def test_room_for_all_of_it_is_no_room_when_it_lies_in_between() -> None:
+    """Two empty segments of 4096 units hold less than 2600 each, and yet no 1500 in one piece: a third is asked for."""
+    units = [2048] * 4 + [599, 83] * 6 + [1400, 650, 1400, 640, 1500]
+    sizes = [512 * number for number in units]
+    fillers, begun = range(4, 16, 2), [*range(4), *map(invert, range(4))] * 2
+    rest = [*range(4, 16), *map(invert, fillers), 16, 17, 18, 19, ~16, ~18, 20]
+    found = native.peaks(sizes, [*begun, *rest], (0, 8))
+    assert found == replay(sizes, [*begun, *rest], Allocator()) and found.reserved == 3 * 2 * MB
+
+
+def test_a_beginning_of_the_same_sizes_is_not_the_same_beginning() -> None:
+    """Of two storages of one size the first has ended, or the second: then what comes lies elsewhere, and may need a segment more."""
+    sizes, found = [512 * number for number in (1000, 1000, 2048, 2048, 1048, 0)], []
+    native.forget()
+    for ended in (0, 1):
+        step = [0, 1, 2, ~ended, ~2, 3, 4, ~(1 - ended), ~3, ~4]
+        order = native.Order([5, *step], None, (1, 11), (step[:5], 6))
+        found.append(native.replayed(sizes, order).reserved)
+        assert found[-1] == replay(*order.written_out(sizes), Allocator()).reserved
+    assert found == [4 * MB, 2 * MB]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=st.lists(st.sampled_from(BORDERS) | st.integers(1, MB), min_size=8, max_size=30),
+    parts=st.tuples(*[st.lists(st.integers(0, 1 << 20), min_size=1, max_size=60) for _ in range(4)]),
+    changed=st.integers(0, 40),
+)
+def test_a_replay_goes_on_from_where_another_has_been(sizes: list[int], parts: tuple[list[int], ...], changed: int) -> None:
+    """Steps that begin alike and go on in two ways, in any order, with these sizes and with another: each as if it were the only one."""
+    begun, _ = _turns(parts[0], range(4), set())
+    first, alive = _turns(parts[1], range(4, len(sizes)), set())
+    orders = []
+    for number, more in enumerate(parts[2:]):  # each with a storage of its own in between
+        rest, left = _turns(more, range(4, len(sizes)), alive)
+        own = len(sizes) + number
+        step = [*first, *rest, *(~number for number in sorted(left))]
+        at = len(begun) + 1
+        orders.append(native.Order([*begun, own, *step], None, (at, at + len(step)), ([*begun, *first], at + len(first))))
+    other = list(sizes)
+    if changed < len(sizes):
+        other[changed] = MB + 512
+    native.forget()
+    for used in (sizes, other, other, sizes):
+        for order in orders:
+            whole = [*used, *[5 * MB] * 2]
+            assert native.replayed(whole, order) == replay(*order.written_out(whole), Allocator())
+
+
 @pytest.mark.parametrize(
     ("sizes", "step"),
     [
@@ -136,7 +198,7 @@ def _turns(choices: list[int], numbers: range, alive: set[int]) -> tuple[list[in
 
 def test_random_traces_take_every_line_of_the_fast_replay() -> None:
     """Else the tests above would not hold its shortcuts: blocks that grow or shrink in their place, or elsewhere, on both sides."""
-    codes = [native._Pools.run.__code__, native._Large._born.__code__, native._Large._ended.__code__]
+    codes = [native._Small.run.__code__, native._Large.run.__code__]
     lines = {(code, line) for code in codes for _, _, line in code.co_lines() if line is not None and line > code.co_firstlineno}
     taken = set()
 
@@ -179,6 +241,23 @@ def test_the_fast_replay_of_a_training_is_that_of_the_plain_one(settings: dict[s
         highest = max(highest, phases[phase])
     assert timeline.peaks == phases and timeline.peak == highest == max(timeline.peaks.values()) == sum(timeline.breakdown.values())
     assert timeline.resting_bytes == live
+
+
+@pytest.mark.parametrize("settings", [{}, TINY_MN], ids=["gru", "gru-mn"])
+def test_a_step_of_several_micro_batches_goes_on_from_that_of_one(settings: dict[str, object]) -> None:
+    """What is asked after a micro-batch alone begins as that did, is not gone through again, and is what it would have been."""
+    model, several = table(CadenceSettings.model_validate(settings)), Setup("cuda", "fp32", 5, 20)
+    native.forget()
+    timelines = [model.timeline(setup) for setup in (Setup("cuda", "fp32", 5, 5), several)]
+    found = []
+    for timeline in timelines:
+        assert timeline.order is not None
+        begun = list(native._latest)
+        found.append(native.replayed([*timeline.ordered_sizes, 1 << 23], timeline.order))
+    assert begun and native._latest == begun
+    at = next(at for at, phase in timelines[1].marks if phase == "training")
+    events = [*timelines[1].events[:at], len(timelines[1].sizes), *timelines[1].events[at:]]
+    assert found[1] == replay([*timelines[1].sizes, 1 << 23], events, Allocator())
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

@@ -76,11 +76,11 @@ def settings(text: str) -> Settings:
     return _settings(dict(_pairs(_tokens(text))))
 
 
-def peaks(sizes: Sequence[int], events: Sequence[int], text: str, again: tuple[int, int] | None = None) -> Peaks:
-    """What torch's allocator makes of these births and deaths under these settings, without a limit. `again`: see native.py."""
+def peaks(sizes: Sequence[int], order: native.Order, text: str) -> Peaks:
+    """What torch's allocator makes of these births and deaths under these settings, without a limit."""
     found = settings(text)
     if found.is_native:
-        return native.peaks(sizes, events, again)
+        return native.replayed(sizes, order)
     allocator = Allocator(
         expandable=found.expandable,
         max_split=found.max_split,
@@ -88,7 +88,7 @@ def peaks(sizes: Sequence[int], events: Sequence[int], text: str, again: tuple[i
         large_segment=found.large_segment,
         divisions=found.divisions,
     )
-    return replay(sizes, events, allocator)
+    return replay(*order.written_out(sizes), allocator)
 
 
 def _tokens(text: str) -> list[str]:

@@ -1,14 +1,19 @@
 """The replay that every estimate needs, fast: torch's native allocator, without a limit, from empty. Must say what allocator.py says.
 
-The rules are told there, in a form one can read beside torch's source; here they are one loop over integers. A test holds both
-against each other, for random traces and for every table. All but few events are of the small pool: its blocks are always split, and
-a cell for each 512 bytes says what lies beside one.
+The rules are told there, in a form one can read beside torch's source; here they are a loop over integers for each pool. A test holds
+both against each other, for random traces and for every table. All but few events are of the small pool: its blocks are always split,
+so that it holds what was asked for and all there is to know is how many segments it has, and a cell for each 512 bytes says what lies
+beside a block.
 """
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from operator import neg
 
 from trainerd.memory.allocator import Peaks, segment_bytes
 
@@ -20,66 +25,215 @@ _ADDRESS = (1 << _FAR) - 1
 _NO_BLOCK, _END = -1, 1 << 60  # before and behind all free blocks
 
 
-def peaks(sizes: Sequence[int], events: Sequence[int], again: tuple[int, int] | None = None) -> Peaks:
-    """The peaks after these events: n is the birth of storage n, ~n its end. What has ended may be born again.
+class Order:
+    """Births and ends one after the other, without what is as large as that: the same for many replays.
 
-    `again`: the events from there to there happen a second time, right after; they leave nothing behind, and end nothing that was
-    there before. The small pool is then as it was before them, but for segments that are empty now. Those are taken when the first
-    time would have asked for new ones, in the same order, because they are the largest blocks there are and the highest ones; so the
-    second time is the first. In the large pool a block that is left may fit better than a new one: there it is gone through.
+    `events`: n is the birth of storage n, ~n its end. What has ended may be born again. `codes`: where the size of each one's storage
+    stands in the list of sizes, of an end ~ that; None: every storage has its own place there. `again`: the events from there to there
+    happen twice, the second time right after the first, where they are not written down again; they leave nothing behind, and end
+    nothing that was there before.
+    `beginning`: the first events of a step, as far as another order may have the same (but for one storage of each, which is left out);
+    and behind how many of all events that is.
     """
-    pools = _Pools(sizes)
-    if again is None:
-        pools.run(events)
-    else:
+
+    def __init__(
+        self,
+        events: Sequence[int],
+        codes: Sequence[int] | None = None,
+        again: tuple[int, int] | None = None,
+        beginning: tuple[Sequence[int], int] | None = None,
+    ) -> None:
+        self.events, self.codes, self.again, self.beginning = events, events if codes is None else codes, again, beginning
+        self.begin, self.end = again or (0, len(events))
+        self.num_storages = max(events, default=-1) + 1
+        self.most_after = _most_alive(events[self.end :])
+        """How many storages there are at most afterwards, beside those from before; None: those end there, too."""
+        self.by_size: dict[int, list[int]] = {}
+        """The events with a size of this place, the ends as well."""
+        for at, code in enumerate(self.codes):
+            self.by_size.setdefault(code if code >= 0 else ~code, []).append(at)
+
+    def written_out(self, sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The size of each storage, and all events: what happens twice, twice."""
+        own = {event: sizes[code] for event, code in zip(self.events, self.codes, strict=True) if event >= 0}
+        again = self.events[self.begin : self.end] if self.again is not None else ()
+        return [own.get(number, 0) for number in range(self.num_storages)], [*self.events[: self.end], *again, *self.events[self.end :]]
+
+
+def _most_alive(events: Sequence[int]) -> int | None:
+    alive, most = set[int](), 0
+    for event in events:
+        if event >= 0:
+            alive.add(event)
+            most = max(most, len(alive))
+        elif ~event in alive:
+            alive.discard(~event)
+        else:
+            return None
+    return most
+
+
+def peaks(sizes: Sequence[int], events: Sequence[int], again: tuple[int, int] | None = None) -> Peaks:
+    """The peaks after these events, of which those that happen again are written down twice."""
+    if again is not None:
         begin, end = again
-        pools.run(events[:begin])
-        pools.run_twice(events[begin:end])
-        pools.run(events[end + end - begin :])
+        events = [*events[:end], *events[end + end - begin :]]
+    return replayed(sizes, Order(events, again=again))
+
+
+def replayed(sizes: Sequence[int], order: Order) -> Peaks:
+    """The peaks with these sizes.
+
+    After a step that leaves nothing behind the small pool is as it was before, but for segments that are empty now. Those are taken when
+    new ones would be asked for, in the same order, because they are the largest blocks there are and the highest ones; so the second
+    time is the first, and what comes afterwards goes on from before. In the large pool a block that is left may fit better than a new
+    one: there all of it is gone through.
+    """
+    changes = _Changes(sizes, order)
+    beginning, at = order.beginning or ((), order.begin)
+    wanted = changes.all[:at]
+    pools = _begun(beginning, wanted)
+    if pools is None:
+        pools = _Pools()
+        pools.run(order, changes, 0, order.begin)
+        pools.before = pools.small.copy()
+        pools.run(order, changes, order.begin, at)
+        if order.beginning is not None:
+            _keep(_Begun(beginning, wanted, pools.copy()))
+    pools.run(order, changes, at, order.end)
+    if order.again is not None:
+        pools.end_step(order, changes)
     return Peaks(pools.most << _UNIT, pools.reserved << _UNIT)
+
+
+class _Changes:
+    """What each event changes of what is held, in units: in all, and of the small pool; and which events are of the large one, with what
+    they ask for."""
+
+    def __init__(self, sizes: Sequence[int], order: Order) -> None:
+        units = [(size + 511) >> _UNIT for size in sizes]
+        large = {place for place, unit in enumerate(units) if unit > _SMALL}
+        small = [0 if place in large else unit for place, unit in enumerate(units)]
+        # An end's is looked up from the back.
+        self.small = list(map([*small, *map(neg, reversed(small))].__getitem__, order.codes))
+        self.all = self.small[:]
+        self.of_large = sorted(chain.from_iterable(order.by_size.get(place, ()) for place in large))
+        self.large = list(map([*units, *map(neg, reversed(units))].__getitem__, map(order.codes.__getitem__, self.of_large)))
+        for at, change in zip(self.of_large, self.large, strict=True):
+            self.all[at] = change
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """What has been replayed of an order's beginning, and what the pools are then. Nobody changes them."""
+
+    events: Sequence[int]
+    changes: list[int]
+    pools: _Pools
+
+
+_latest: list[_Begun] = []
+_lock = threading.Lock()
+
+
+def _begun(beginning: Sequence[int], changes: list[int]) -> _Pools | None:
+    """The pools after the same beginning, if that was replayed last: a step of more micro-batches begins like one of one."""
+    with _lock:
+        latest = _latest[:]
+    return next((one.pools.copy() for one in latest if one.changes == changes and one.events == beginning), None)
+
+
+def _keep(begun: _Begun) -> None:
+    """One, of some hundred kilobytes."""
+    with _lock:
+        _latest[:] = [begun]
+
+
+def forget() -> None:
+    """Begin anew."""
+    with _lock:
+        _latest.clear()
 
 
 class _Pools:
     """Both pools. `most` is the highest they have held together."""
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self.most = 0
-        units = [(size + 511) >> _UNIT for size in sizes]
-        self._units, self._places = [*units, *reversed(units)], [0] * len(sizes)  # an end is looked up from the back
-        # The small pool's free blocks: size and address as one number, sorted; the same number is in a block's first and last cell.
-        self._free, self._cells, self._held = [_NO_BLOCK, _END], list[int](), 0
-        self._large = _Large()
-        self._passed: list[tuple[int, int]] = []
-        """What has come by of the large pool, and the most that the small one held since what came before it."""
+    def __init__(self) -> None:
+        self.most = self._held = self._segments = 0
+        self.small, self._large = _Small(), _Large()
+        self.before = self.small
+        """The small pool as the step began."""
 
     @property
     def reserved(self) -> int:
-        return len(self._cells) // (_SEGMENT + 1) * _SEGMENT + self._large.reserved
+        return max(self._segments, self.small.segments) * _SEGMENT + self._large.reserved
 
-    def run_twice(self, events: Sequence[int]) -> None:
-        """The second time only in the large pool."""
-        del self._passed[:]
-        highest = self.run(events)
-        for event, held in self._passed:
-            self.most = max(self.most, held + self._large.held)
-            self._large.take(event, self._units)
-        self.most = max(self.most, highest + self._large.held)
+    def copy(self) -> _Pools:
+        """The same, to be gone on from."""
+        made = _Pools()
+        made.most, made._held, made._segments = self.most, self._held, self._segments
+        made.small, made.before, made._large = self.small.copy(), self.before.copy(), self._large.copy()
+        return made
 
-    def run(self, events: Sequence[int]) -> int:  # noqa: C901 - a call for each event would cost as much as the rest
-        """One event after the other; the most that the small pool has held since the last one of the large pool."""
-        units, places, free, cells, large = self._units, self._places, self._free, self._cells, self._large
+    def run(self, order: Order, changes: _Changes, begin: int, end: int) -> None:
+        """The events from there to there, in either pool."""
+        self._run_large(order, changes, begin, end)
+        self.small.run(order.num_storages, order.events[begin:end], changes.small[begin:end])
+
+    def end_step(self, order: Order, changes: _Changes) -> None:
+        """The step has been gone through, and happens again; afterwards the small pool is as it was, and goes on with what is left."""
+        self._run_large(order, changes, order.begin, order.end)
+        self._segments, self.small = self.small.segments, self.before
+        self._run_large(order, changes, order.end, len(order.events))
+        rest = changes.small[order.end :]
+        if not self._has_room(rest, order.most_after):
+            self.small.run(order.num_storages, order.events[order.end :], rest)
+
+    def _run_large(self, order: Order, changes: _Changes, begin: int, end: int) -> None:
+        which = changes.of_large
+        first, last = bisect_left(which, begin), bisect_left(which, end)
+        self._large.run(order.events, which[first:last], changes.large[first:last], changes.all)
+        some = changes.all[begin:end]
+        self.most = max(self.most, max(accumulate(some, initial=self._held)))
+        self._held += sum(some)
+
+    def _has_room(self, changes: Sequence[int], most: int | None) -> bool:
+        """Whether what is empty holds all of it, however it lies: n storages leave n + 1 holes in a segment at most, so that with all
+        of them smaller than the largest of what is asked for no more than this could be free."""
+        if most is None or not changes:
+            return False
+        largest, empty = max(changes), self._segments - self.small.segments
+        return empty * (_SEGMENT + 1 - largest) > max(accumulate(changes)) + most * (largest - 1)
+
+
+class _Small:
+    """The small pool: segments of one size, in which every rest is split off."""
+
+    def __init__(self) -> None:
+        # The free blocks: size and address as one number, sorted; the same number is in a block's first and last cell.
+        self._free, self._cells, self._places = [_NO_BLOCK, _END], list[int](), list[int]()
+
+    @property
+    def segments(self) -> int:
+        return len(self._cells) // (_SEGMENT + 1)
+
+    def copy(self) -> _Small:
+        """The same, to be gone on from. Cells are many, and all but those of free blocks are nothing."""
+        made = _Small()
+        made._free, made._places = self._free[:], self._places[:]
+        made._cells = cells = [0] * len(self._cells)
+        for block in self._free[1:-1]:
+            place = block & _ADDRESS
+            cells[place] = cells[place + (block >> _FAR) - 1] = block
+        return made
+
+    def run(self, num_storages: int, events: Sequence[int], changes: Sequence[int]) -> None:
+        """One event after the other, and by how much each changes what is held: by nothing, if it is not of this pool."""
+        places, free, cells = self._places, self._free, self._cells
+        places += [0] * (num_storages - len(places))
         segment = [0] * (_SEGMENT + 1)  # one cell more: segments never touch
-        allocated = most = self._held
-        for event in events:
-            size = units[event]
-            if size > _SMALL:
-                self.most = max(self.most, most + large.held)
-                self._passed.append((event, most))
-                large.take(event, units)
-                most = allocated
-            elif not size:
-                continue
-            elif event >= 0:
+        for event, size in zip(events, changes, strict=True):
+            if size > 0:
                 at = bisect_left(free, size << _FAR)
                 block = free[at]
                 if block == _END:
@@ -99,12 +253,8 @@ class _Pools:
                         insort(free, block)
                 else:
                     del free[at]
-                allocated += size
-                if allocated > most:
-                    most = allocated
-            else:
-                allocated -= size
-                end = (place := places[~event]) + size
+            elif size:
+                end = (place := places[~event]) - size
                 before, after = cells[place - 1], cells[end]  # before the first of all: the last, which is between segments
                 if before:
                     cells[place - 1] = 0
@@ -122,61 +272,62 @@ class _Pools:
                         continue
                     del free[at]
                 insort(free, block)
-        self._held = allocated
-        self.most = max(self.most, most + large.held)
-        return most
 
 
 class _Large:
     """The large pool: segments of any size, and what is too little to be split off stays with its block."""
 
     def __init__(self) -> None:
-        self.reserved = self.held = 0
-        self._address = 0
-        self._free: list[int] = []
+        self.reserved = self._address = 0
+        self._free = [_NO_BLOCK, _END]
         self._begins: dict[int, int] = {}
         self._ends: dict[int, int] = {}
-        self._held: dict[int, tuple[int, int]] = {}
+        self._places: dict[int, int] = {}
+        self._wholes: dict[int, int] = {}
 
-    def take(self, event: int, units: Sequence[int]) -> None:
-        """This birth or end."""
-        if event >= 0:
-            self._born(event, units[event])
-        else:
-            self._ended(~event)
+    def copy(self) -> _Large:
+        """The same, to be gone on from."""
+        made = _Large()
+        made.reserved, made._address, made._free = self.reserved, self._address, self._free[:]
+        made._begins, made._ends = self._begins.copy(), self._ends.copy()
+        made._places, made._wholes = self._places.copy(), self._wholes.copy()
+        return made
 
-    def _born(self, number: int, size: int) -> None:
-        at = bisect_left(self._free, size << _FAR)
-        if at < len(self._free):
-            block = self._free.pop(at)
-            place, whole = block & _ADDRESS, block >> _FAR
-            del self._begins[place]
-        else:
-            whole = segment_bytes(size << _UNIT) >> _UNIT
-            self.reserved += whole
-            place, self._address = self._address, self._address + whole + 1  # segments never touch
-        rest = whole - size
-        if rest > _SMALL:
-            self._begins[place + size] = self._ends[place + whole] = block = rest << _FAR | place + size
-            insort(self._free, block)
-        else:
-            self._ends.pop(place + whole, None)
-            size = whole
-        self._held[number] = place, size
-        self.held += size
-
-    def _ended(self, number: int) -> None:
-        free, begins, ends = self._free, self._begins, self._ends
-        place, size = self._held.pop(number)
-        self.held -= size
-        end = place + size
-        if end in begins:
-            block = begins.pop(end)
-            del free[bisect_left(free, block)]
-            end += block >> _FAR
-        if place in ends:
-            block = ends.pop(place)
-            del free[bisect_left(free, block)]
-            place -= block >> _FAR
-        begins[place] = ends[end] = block = end - place << _FAR | place
-        insort(free, block)
+    def run(self, events: Sequence[int], which: Sequence[int], wanted: Sequence[int], changes: list[int]) -> None:
+        """Those of the events that are of this pool, and what is asked for with each. What it really changes, with what stays with its
+        block, is written down."""
+        free, begins, ends, places, wholes = self._free, self._begins, self._ends, self._places, self._wholes
+        for index, size in zip(which, wanted, strict=True):
+            event = events[index]
+            if event >= 0:
+                at = bisect_left(free, size << _FAR)
+                block = free[at]
+                if block != _END:
+                    del free[at]
+                    place, whole = block & _ADDRESS, block >> _FAR
+                    del begins[place]
+                else:
+                    whole = segment_bytes(size << _UNIT) >> _UNIT
+                    self.reserved += whole
+                    place, self._address = self._address, self._address + whole + 1  # segments never touch
+                rest = whole - size
+                if rest > _SMALL:
+                    begins[place + size] = ends[place + whole] = block = rest << _FAR | place + size
+                    insort(free, block)
+                    whole = size
+                else:
+                    ends.pop(place + whole, None)
+                places[event], wholes[event] = place, whole
+                changes[index] = whole
+            else:
+                place, whole = places[~event], wholes[~event]
+                changes[index] = -whole
+                end = place + whole
+                if after := begins.pop(end, 0):
+                    del free[bisect_left(free, after)]
+                    end += after >> _FAR
+                if before := ends.pop(place, 0):
+                    del free[bisect_left(free, before)]
+                    place -= before >> _FAR
+                begins[place] = ends[end] = block = end - place << _FAR | place
+                insort(free, block)

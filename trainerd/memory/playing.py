@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from trainerd.memory import allocator_settings
+from trainerd.memory import allocator_settings, native
 from trainerd.memory.allocator import Peaks
-from trainerd.memory.timeline import STEP, Setup, Table, Timeline
+from trainerd.memory.timeline import Setup, Table, Timeline
 
 _REMEMBERED = 512  # some kilobytes each: without its events a timeline is a few numbers
 
@@ -60,6 +60,7 @@ def forget() -> None:
     with _lock:
         _known.clear()
         _latest.clear()
+    native.forget()
 
 
 def _unreplayed(timeline: Timeline) -> Played:
@@ -73,11 +74,10 @@ def _timeline(table: Table, setup: Setup) -> Timeline:
 
 def _replayed(timeline: Timeline, setup: Setup, workspace_bytes: int) -> Played:
     peaks = Peaks(0, 0)
-    if setup.device == "cuda":
-        sizes, events, again = [*timeline.sizes, workspace_bytes], _with_workspace(timeline, len(timeline.sizes)), timeline.again
-        with _without_collecting():  # a second step comes after the workspace
-            peaks = allocator_settings.peaks(sizes, events, setup.allocator, again and (again[0] + 1, again[1] + 1))
-    return Played(replace(timeline, sizes=[], kinds=[], events=[], marks=[]), peaks)
+    if timeline.order is not None:
+        with _without_collecting():
+            peaks = allocator_settings.peaks([*timeline.ordered_sizes, workspace_bytes], timeline.order, setup.allocator)
+    return Played(replace(timeline, sizes=[], kinds=[], events=[], marks=[], order=None, ordered_sizes=[]), peaks)
 
 
 @contextmanager
@@ -90,9 +90,3 @@ def _without_collecting() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
-
-
-def _with_workspace(timeline: Timeline, number: int) -> list[int]:
-    """cuBLAS takes its workspace with the first product, from the same allocator, and keeps it."""
-    at = next((at for at, phase in timeline.marks if phase == STEP), len(timeline.events))
-    return [*timeline.events[:at], number, *timeline.events[at:]]

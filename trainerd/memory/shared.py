@@ -18,23 +18,21 @@ from trainerd.memory.timeline import Built, Played, Setup, Timeline, of_model, p
 
 _PLAYS = 8  # of one training
 _FEW, _NARROW = 4, 2  # a play that holds for fewer numbers of samples is no gain; after so many of a table it is not tried again
-_EVENTS = 2_000_000  # some 100 MB at most
+_EVENTS = 1_000_000  # some 100 MB at most
 
 
 @dataclass
 class _Shared:
-    """What was played, for some numbers of samples; each size as the place of its line."""
+    """What was played, for some numbers of samples, and all lines that sizes are on."""
 
     played: Played
     samples: Samples
     lines: list[tuple[int, int]]
-    which: list[int]
 
     def timeline(self, setup: Setup) -> Timeline:
         number = setup.micro_batch
-        at = [base + slope * number for base, slope in self.lines]
-        sizes = list(map(at.__getitem__, self.which))
-        return told(self.played, setup, lambda one: one.at(number) if isinstance(one, Affine) else one, sizes)
+        lines = [base + slope * number for base, slope in self.lines]
+        return told(self.played, setup, lambda one: one.at(number) if isinstance(one, Affine) else one, lines)
 
 
 _Key = tuple[str, Setup]
@@ -82,8 +80,9 @@ def _play(build: Callable[[Tape], Built], setup: Setup) -> _Shared | None:
         return None
     places: dict[tuple[Any, Any], int] = {}
     lines = [(size.base, size.slope) if isinstance(size, Affine) else (size, 0) for size in played.tape.sizes]
-    which = [places.setdefault(line, len(places)) for line in lines]
-    return _Shared(played, samples, list(places), which)
+    played.which = which = [places.setdefault(line, len(places)) for line in lines]
+    played.codes = [which[event] if event >= 0 else ~which[~event] for event in played.events]
+    return _Shared(played, samples, list(places))
 
 
 def _keep(key: _Key, one: _Shared) -> None:

@@ -13,8 +13,9 @@ from itertools import pairwise
 from operator import invert
 from typing import Any, Protocol
 
-from trainerd.memory import alike, rounds, zero2
+from trainerd.memory import alike, orders, rounds, zero2
 from trainerd.memory.alike import NotAlike
+from trainerd.memory.native import Order
 from trainerd.memory.optimizers import Optimizer
 from trainerd.memory.tape import ACTIVATIONS, STAGING, Tape, Tensor, levels
 
@@ -126,6 +127,9 @@ class Timeline:
     again: tuple[int, int] | None = None
     """The events from there to there happen twice, the second time right after the first, and leave nothing behind: a step, and
     the next one. None: there is no second step, or it is another one."""
+    order: Order | None = field(default=None, compare=False)
+    """On a GPU: the events as they are replayed (orders.py), and the sizes of which it speaks, without that of cuBLAS's workspace."""
+    ordered_sizes: list[int] = field(default_factory=list, compare=False)
 
 
 class Built(Protocol):
@@ -154,7 +158,8 @@ class Played:
     events: list[int]
     """Without what ends as the tape is put away."""
     began: int
-    """The first event of the step, and the last one; and the first storage it makes."""
+    """The first event of the step, that with which its first micro-batch is done, and the last one; and the first storage it makes."""
+    turned: int
     ended: int
     first: int
     second: list[int]
@@ -174,6 +179,10 @@ class Played:
     weight_bytes: int
     num_parameters: int
     num_trainable: int
+    which: list[int] | None = None
+    """Where sizes are lines: of each storage its line's place, and the same for each event, of an end ~ that."""
+    codes: list[int] | None = None
+    order: Order | None = None
 
 
 def play(build: Callable[[Tape], Built], setup: Setup, samples: Any) -> Played:
@@ -217,7 +226,7 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup, samples: A
     tape.kind = ACTIVATIONS
     tape.mark(STEP)
     began = tape.here()
-    given = _step(tape, model, optimizer, setup, samples)
+    batch_bytes, rest, turned = _step(tape, model, optimizer, setup, samples)
     flops, steps = tape.flops, 1 if setup.device == "cpu" else min(2, setup.accumulation)
     operations = (len(tape.sizes) - began[1] + tape.reborn) / steps + tape.left_out
     ended = len(tape.events)
@@ -229,12 +238,13 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup, samples: A
         tape=tape,
         events=list(tape.events),
         began=began[0],
+        turned=turned,
         ended=ended,
         first=began[1],
         second=second,
         left_out=left_out,
-        batch_bytes=given.batch_bytes,
-        rest=given.rest,
+        batch_bytes=batch_bytes,
+        rest=rest,
         flops=flops,
         operations=operations,
         steps=steps,
@@ -259,16 +269,9 @@ def _optimizer(tape: Tape, setup: Setup) -> Optimizer:
     return Optimizer(tape, setup.optimizer, on_host=setup.offload == "optimizer")
 
 
-@dataclass(frozen=True)
-class _Given:
-    """A micro-batch: its bytes, and which storage stands for the others of the step."""
-
-    batch_bytes: Any
-    rest: int | None
-
-
-def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup, samples: Any) -> _Given:
-    """One step of the engine; of several micro-batches two are played (on a CPU the second), for the others meet the same.
+def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup, samples: Any) -> tuple[Any, int | None, int]:
+    """One step of the engine; of several micro-batches two are played (on a CPU the second), for the others meet the same. Returned are
+    a micro-batch's bytes, which storage stands for the others of the step, and behind which event the first one is done.
 
     On a CPU all of its batches are there from the beginning: those that are not played, as one storage.
     """
@@ -279,7 +282,6 @@ def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup, samples:
     waiting = batch if on_cpu else None
     batch_bytes = _held_since(tape, began)
     rest = tape.new((0,), "uint8") if on_cpu and several else None
-    given = _Given(batch_bytes, None if rest is None else rest.storage.number)
     if on_cpu and several:
         optimizer.give_gradients()
     began = began if not on_cpu else tape.here()
@@ -290,6 +292,7 @@ def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup, samples:
     del loss
     optimizer.after_backward()
     alike.write_out(tape, began[0])
+    given = batch_bytes, None if rest is None else rest.storage.number, len(tape.events)
     if several and not on_cpu:
         rounds.follow(tape, began)
     optimizer.clip()
@@ -321,17 +324,21 @@ def _evaluation(tape: Tape, model: Built, setup: Setup, samples: Any) -> Any:
     return aside.peak
 
 
-def told(played: Played, setup: Setup, at: Callable[[Any], Any] = lambda number: number, sizes: list[int] | None = None) -> Timeline:
-    """The timeline with this accumulation. Where sizes are lines: `sizes` at this micro-batch, and what says any other number `at` it."""
+def told(played: Played, setup: Setup, at: Callable[[Any], Any] = lambda number: number, lines: list[int] | None = None) -> Timeline:
+    """The timeline with this accumulation. Where sizes are `lines`: what they are at this micro-batch, and what says any other number
+    `at` it."""
     tape, optimizer, batch_bytes = played.tape, played.optimizer, at(played.batch_bytes)
-    sizes = tape.sizes if sizes is None else sizes
+    lines, codes = (tape.sizes, played.events) if lines is None or played.codes is None else (lines, played.codes)
+    sizes = lines if played.which is None else list(map(lines.__getitem__, played.which))
     window, beyond = min(setup.accumulation, _WINDOW), max(0, setup.effective_batch - _WINDOW * setup.micro_batch)
     waiting = 0
     if setup.device != "cpu":
         waiting = batch_bytes * setup.effective_batch // setup.micro_batch + played.weight_bytes + optimizer.state_bytes
+        played.order = played.order or orders.of(played, codes, len(lines))
     if played.rest is not None:
         sizes[played.rest] = batch_bytes * (window - 1) + batch_bytes * beyond // setup.micro_batch
-    held = levels(sizes, played.events)
+        lines, codes = sizes, played.events
+    held = levels(lines, codes)
     phases, highest, at_peak = _by_phase(tape.marks, held)
     breakdown, marks, events, again = tape.breakdown(at_peak, sizes), tape.marks, played.events, None
     if played.second:  # no higher than the first, but for what that left
@@ -365,6 +372,8 @@ def told(played: Played, setup: Setup, at: Callable[[Any], Any] = lambda number:
         num_trainable=played.num_trainable,
         peaks=phases,
         again=again,
+        order=played.order,
+        ordered_sizes=lines,
     )
 
 

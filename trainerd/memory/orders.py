@@ -1,0 +1,38 @@
+"""A played timeline as a GPU's allocator meets it: for the replay, and for many numbers of samples alike. Must not replay it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from trainerd.memory.native import Order
+
+if TYPE_CHECKING:
+    from trainerd.memory.timeline import Played
+
+
+def of(played: Played, codes: Sequence[int], number: int) -> Order:
+    """cuBLAS takes its workspace with the first product of a step, from the same allocator, and keeps it: a storage beside the others,
+    whose size stands behind those of the others, of which there are that number. `codes`: of the events, where their sizes stand."""
+    events, second, again = played.events, played.second, None
+    if second:
+        again = played.began + 1, played.ended + 1
+    if played.left_out:  # another step than the first
+        again, codes = None, _after(codes, played.ended, _found(codes, events, second))
+        events = _after(events, played.ended, second)
+    return Order(
+        _after(events, played.began, [len(played.tape.sizes)]),
+        _after(codes, played.began, [number]),
+        again,
+        None if again is None else (events[: played.turned], played.turned + 1),
+    )
+
+
+def _after(events: Sequence[int], at: int, more: Sequence[int]) -> list[int]:
+    return [*events[:at], *more, *events[at:]]
+
+
+def _found(codes: Sequence[int], events: Sequence[int], wanted: Sequence[int]) -> list[int]:
+    """The codes of these events, all of which happened before."""
+    known = dict(zip(events, codes, strict=True))
+    return list(map(known.__getitem__, wanted))
