@@ -11,12 +11,15 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from trainerd.memory import heap
 
 STEPS = {8: 400, 32: 240, 128: 90}
 
@@ -30,7 +33,6 @@ def one(side: str, asked: argparse.Namespace) -> None:
     from trainerd.engine import arenas, fitting
     from trainerd.engine.loop import Link
     from trainerd.engine.trainer import Trainer
-    from trainerd.memory import heap
     from trainerd.tasks.cadence.settings import CadenceSettings
     from trainerd.tasks.cadence.task import CadenceTask
 
@@ -63,6 +65,13 @@ def one(side: str, asked: argparse.Namespace) -> None:
     print(json.dumps([per_second, faults]))
 
 
+def _environment(side: str) -> dict[str, str]:
+    """As the supervisor starts a trainer; or as anybody starts a program."""
+    if side == "as-it-comes":
+        return dict(os.environ)
+    return {**os.environ, heap.TUNABLES: heap.tunables(os.environ.get(heap.TUNABLES))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -86,7 +95,7 @@ def main() -> None:
                 for side in sorted(found, reverse=bool(number % 2)):
                     command = [sys.executable, "-m", "benchmarks.arenas", "--one", side, "--data", str(asked.data), "--batch", str(batch)]
                     command += ["--precision", asked.precision, "--threads", str(asked.threads), "--home", home, "--round", str(number)]
-                    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+                    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=_environment(side))
                     found[side].append(json.loads(done.stdout.splitlines()[-1]))
             shown = {side: [round(statistics.median(column)) for column in zip(*rows, strict=True)] for side, rows in found.items()}
             print(f"batch {batch}, {asked.precision}: [samples/s, faults/step] {shown}")

@@ -14,11 +14,13 @@ import pytest
 from benchmarks.memory.ram import trained
 from tests.person import Person
 from trainerd.config.model import RunConfig
+from trainerd.contract.runs import RunRecord
 from trainerd.memory import forecast, heap
 from trainerd.memory.estimate import Estimate, estimate
 from trainerd.memory.planner import FITS
 from trainerd.memory.timeline import Setup
 from trainerd.memory.traced import Trace, TracedTable, Traces
+from trainerd.supervisor.starter import environment
 from trainerd.tasks.cadence.blocks import table
 from trainerd.tasks.cadence.settings import CadenceSettings
 
@@ -150,8 +152,8 @@ def test_data_that_a_task_holds_in_ram_are_in_the_estimate(mapped: bool, tmp_pat
     assert 0.85 * receipt["predicted"]["ram_bytes"] < receipt["real"]["ram_bytes"] <= receipt["at_most"]["ram_bytes"]
 
 
-def test_a_kept_heap_has_room_for_two_more_of_the_largest_block() -> None:
-    """Of a few large ones a step held two more than lived in one run, and none in the next: the bound has them, beside what is a share."""
+def test_a_kept_heap_has_room_for_three_more_of_the_largest_block() -> None:
+    """Of a few large ones a step held three more than lived in one run, and none in the next: the bound has them beside a share."""
     uppers = []
     for number in (4, 80):
         sizes, events = [800_000_000 // number] * number, [*range(number), *(~born for born in range(number))]
@@ -159,4 +161,65 @@ def test_a_kept_heap_has_room_for_two_more_of_the_largest_block() -> None:
         made = TracedTable("made", "fp32", [("fp32", [10, 10])], [], [], [], 100, {"none": Traces([step], [step])})
         uppers.append([estimate(made, Setup("cpu", "fp32", 1, 1, heap=how)).ram.upper for how in (heap.KEPT, heap.GIVEN_BACK)])
     (few, few_given), (many, many_given) = uppers
-    assert few - many == pytest.approx(2 * (200_000_000 - 10_000_000), rel=0.01) and few_given == pytest.approx(many_given)
+    assert few - many == pytest.approx(3 * (200_000_000 - 10_000_000), rel=0.01) and few_given == pytest.approx(many_given)
+
+
+@glibc
+def test_a_trainer_on_a_cpu_begins_without_caches_of_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are what holes cannot grow together over. One on a GPU has them, and what a person has set stays."""
+    monkeypatch.delenv(heap.TUNABLES, raising=False)
+    monkeypatch.setattr("trainerd.machine.gpu.has_driver", lambda: False)
+
+    def told(plan: dict[str, str] | None) -> str | None:
+        return environment(RunRecord("r", "t", 0.0, {}, {}, plan=plan)).get(heap.TUNABLES)
+
+    assert told(None) == told({"device": "cpu"}) == "glibc.malloc.tcache_count=0" and told({"device": "cuda:0"}) is None
+    monkeypatch.setenv(heap.TUNABLES, "glibc.malloc.arena_max=2")
+    assert told(None) == "glibc.malloc.arena_max=2:glibc.malloc.tcache_count=0"
+    monkeypatch.setenv(heap.TUNABLES, "glibc.malloc.tcache_count=3")
+    assert told(None) == "glibc.malloc.tcache_count=3"
+    monkeypatch.setattr("trainerd.machine.gpu.has_driver", lambda: True)
+    assert told(None) == "glibc.malloc.tcache_count=3" and told({"device": "cpu"}) == "glibc.malloc.tcache_count=3"
+
+
+_TRIPLES = """
+import torch
+from torch import nn
+from trainerd.engine.task import Task
+
+class Triples(Task):
+    def model(self):
+        return nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 8))
+
+    def dataset(self, split):
+        rows = torch.randn(300, 32, generator=torch.Generator().manual_seed(1))
+        return torch.utils.data.TensorDataset(rows) if split == "train" else None
+
+    def counts(self, batch):
+        return {"loss": 1}
+
+    def loss(self, model, batch, ctx):
+        z = model(batch[0])
+        chosen = torch.combinations(torch.arange(len(z)), 3)
+        return {"loss": (sum(z[chosen[:, place]] * (place + 1) for place in range(3)).square().mean(), 1.0)}, {}
+"""
+
+
+@pytest.mark.slow
+@glibc
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_step_of_a_few_large_blocks_stays_within_the_bound(seed: int, tmp_path: Path) -> None:
+    """Real trainings whose tensors of 140 and 220 MB come and go in one step, the heap kept: without holes between them that nothing
+    fits into, which had made three times of what lives."""
+    person = Person(tmp_path / "home")
+    (tmp_path / "triples.py").write_text(_TRIPLES, "utf-8")
+    settings = ["train.max_steps=5", "train.epochs=9", "train.batch_size=300", "train.threads=1", f"seed={seed}", "train.lr=0.0001"]
+    words = ["--task", f"{tmp_path / 'triples.py'}:Triples", *(word for setting in settings for word in ("--set", setting))]
+    try:
+        person.starts(*words, "--wait")
+    finally:
+        person.leaves()
+    assert [event["blocks"] for event in person.events() if event["kind"] == "heap"] == [heap.KEPT]
+    receipt = json.loads((person.home.run(person.run()).folder / "receipt.json").read_text("utf-8"))
+    print(f"real {receipt['real']['ram_bytes'] / 1e6:.0f} of at most {receipt['at_most']['ram_bytes'] / 1e6:.0f} MB")
+    assert receipt["real"]["ram_bytes"] <= receipt["at_most"]["ram_bytes"]

@@ -18,6 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from trainerd.memory import heap
+
 HEAPS = ("kept", "given-back", "system")
 CASES: dict[str, dict[str, Any]] = {
     "gpt": {"settings": {}, "batch_size": 32},
@@ -47,7 +49,6 @@ def one(asked: argparse.Namespace) -> None:
     from trainerd.engine import arenas, fitting
     from trainerd.engine.loop import Link
     from trainerd.engine.trainer import Trainer
-    from trainerd.memory import heap
 
     if asked.one != "system":
         arenas.hold(heap.GIVEN_BACK)  # as a trainer begins
@@ -67,6 +68,8 @@ def trained(name: str, how: str, home: Path, run: str, steps: int) -> tuple[floa
     """A training in a process of its own: bytes likely, at most, and really."""
     words = ["--one", how, "--only", name, "--home", str(home), "--run", run, "--steps", str(steps)]
     environment = {**os.environ, "TRAINERD_STATE": str(home / "state"), "OMP_NUM_THREADS": "1"}
+    if how != "system":
+        environment[heap.TUNABLES] = heap.tunables(environment.get(heap.TUNABLES))  # as the supervisor starts a trainer
     subprocess.run([sys.executable, "-m", "benchmarks.memory.ram", *words], check=True, env=environment, stdout=subprocess.DEVNULL)
     found = json.loads((home / "runs" / run / "receipt.json").read_text("utf-8"))
     return found["predicted"]["ram_bytes"], found["at_most"]["ram_bytes"], found["real"]["ram_bytes"]

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from trainerd.contract.errors import ConfigError
 from trainerd.engine import packed
 from trainerd.engine.lanes import pin, unpin
+from trainerd.memory.forecast import nothing_to_stream
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,7 @@ class Stream:
         self._copies = copies or (CudaCopies(device) if device.type == "cuda" else Copies())
         self._blocks = [_frozen(model, block) for block in blocks]
         if not any(self._blocks):
-            raise ConfigError(
-                ["memory.offload = base: the blocks of this task's model have no frozen weight that can be streamed."],
-                "It is for a base that is not trained, under adapters that are: plain weights, or bitsandbytes' linear layers in 4 or 8 "
-                "bits; what is packed otherwise stays on the device. Set memory.offload=auto.",
-            )
+            raise nothing_to_stream()
         self.bytes = [sum(_size(w.home) for w in weights) for weights in self._blocks]
         """Of each block's frozen weights."""
         self._next: tuple[int, list[Tensor]] | None = None

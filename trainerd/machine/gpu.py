@@ -30,6 +30,11 @@ class GpuFacts:
     utilization_percent: float | None
 
 
+def has_driver() -> bool:
+    """Whether Linux has a driver that torch's CUDA could use (WSL's too), by the device file alone."""
+    return any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/dxg"))
+
+
 class GpuReader:
     """Asks the driver again and again, without starting it up each time. `nvml` stands in for pynvml in tests."""
 

@@ -109,10 +109,16 @@ def answer(config: RunConfig, place: Place, table: Table, splittable: bool = Tru
         message = f"train.activation_checkpointing is {wanted}, but this task (with these settings) names no blocks to compute again."
         raise ConfigError([message], "Leave it at auto, or give the task blocks(model): a list of its layers.")
     if config.memory.offload == "base" and "base" not in table.offers:
-        message = "memory.offload = base: the blocks of this task's model have no frozen weight that can be streamed."
-        raise ConfigError([message], "It is for a base that is not trained, under adapters that are. Set memory.offload=auto.")
+        raise nothing_to_stream()
     asking = _asking(config, place, table)
     return choose(question(config, place, splittable), table, asking, _at_least(config, place, table, asking))
+
+
+def nothing_to_stream() -> ConfigError:
+    """memory.offload = base without a base: what the plan says, and the engine."""
+    hint = "It is for a base that is not trained, under adapters that are: plain weights, or bitsandbytes' linear layers in 4 or 8 bits; "
+    hint += "what is packed otherwise stays on the device. Set memory.offload=auto."
+    return ConfigError(["memory.offload = base: the blocks of this task's model have no frozen weight that can be streamed."], hint)
 
 
 def _at_least(config: RunConfig, place: Place, table: Table, asking: Estimating) -> Estimating:

@@ -22,8 +22,8 @@ class Holes:
     again: float | None = None
     """The share where blocks are computed again: the same little is taken and freed many times, in other sizes each time."""
     largest: int = 0
-    """How many more of the largest block: of a few large ones a step was seen to hold two more than live, in one run and not in the next.
-    (Most likely because torch asks for aligned ones, and the hole that such a block leaves is a little too small for its like.)"""
+    """How many more of the largest block: where a few large ones of many sizes come and go, a step was seen to hold three more than live,
+    in one run and not in the next."""
 
     def of(self, coming: float, checkpointing: str = "none", largest_bytes: float = 0) -> float:
         share = self.share if checkpointing == "none" or self.again is None else self.again
@@ -34,7 +34,18 @@ _MIB = 1 << 20
 _SMALL = 1.5
 # By real trainings (docs/log.md: python -m benchmarks.memory.ram), kernels' scratch included.
 LIKELY = {KEPT: Holes(0.3, 64 * _MIB, again=0.6), GIVEN_BACK: Holes(), UNKNOWN: Holes(0.1, 32 * _MIB)}
-MOST = {KEPT: Holes(0.6, 192 * _MIB, again=1.2, largest=2), GIVEN_BACK: Holes(0.08), UNKNOWN: Holes(0.4, 128 * _MIB, again=1.0)}
+MOST = {KEPT: Holes(0.6, 192 * _MIB, again=1.2, largest=3), GIVEN_BACK: Holes(0.08), UNKNOWN: Holes(0.4, 128 * _MIB, again=1.0)}
+
+
+# torch asks for aligned blocks, and glibc cuts a few bytes off before and behind each. In its cache of small blocks they never grow
+# together with the hole that the block leaves, which is too small for the next of its size then: a heap grew to three times what lived.
+TUNABLES, _CACHED = "GLIBC_TUNABLES", "glibc.malloc.tcache_count"
+
+
+def tunables(given: str | None) -> str:
+    """The variable for a process that may keep its blocks; it is read once, when a process begins. What a person has set stays."""
+    given = given or ""
+    return given if _CACHED in given else ":".join(part for part in (given, f"{_CACHED}=0") if part)
 
 
 def can_be_chosen() -> bool:

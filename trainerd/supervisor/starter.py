@@ -5,7 +5,8 @@ from __future__ import annotations
 from trainerd.contract import ground, interpreter
 from trainerd.contract.paths import Home
 from trainerd.contract.runs import RunRecord
-from trainerd.machine import memory, priority
+from trainerd.machine import gpu, memory, priority
+from trainerd.memory import heap
 from trainerd.supervisor import logs
 from trainerd.supervisor.aftermath import result_stamp
 from trainerd.supervisor.trainer import Inbox, TrainerProcess
@@ -51,6 +52,14 @@ def environment(record: RunRecord) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning at barriers takes the person's core and is slower than one thread
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the driver's numbers are torch's numbers
     }
+    if heap.can_be_chosen() and _trains_on_cpu(record):
+        settings[heap.TUNABLES] = heap.tunables(settings.get(heap.TUNABLES))
     if (record.config.get("train") or {}).get("deterministic", "auto") is not False:
         settings.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return settings
+
+
+def _trains_on_cpu(record: RunRecord) -> bool:
+    """As far as it can be known before the trainer has looked; nobody is asked, and nothing woken."""
+    device = (record.plan or {}).get("device")
+    return device == "cpu" if device else not gpu.has_driver()
