@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tests.memory_oracle import InsideCount, allocator_changes, peak
+from trainerd.engine.recorder import Recorder
 from trainerd.memory import layers, ops
 from trainerd.memory.tape import Tape
 
@@ -213,11 +214,17 @@ def test_four_bits_that_are_multiplied_in_fp32_under_autocast() -> None:
     step()
     first.weight.grad = first.bias.grad = None
     changes = allocator_changes(step)
+    scratch = _without_scratch(changes)
+    foretold = _foretold(x, "bf16", bias=False, base="nf4", loaded="fp32", trainable=False, compute="fp32")
+    assert scratch and foretold[1] == pytest.approx(peak(changes), abs=64)
+
+
+def _without_scratch(changes: list[int]) -> int:
+    """Takes out what oneDNN takes and gives back at once; how often that was."""
     scratch = [at for at in range(len(changes) - 1) if changes[at] + changes[at + 1] == 0 and changes[at] > OUT * WIDTH]
     for at in reversed(scratch):
         del changes[at : at + 2]
-    foretold = _foretold(x, "bf16", bias=False, base="nf4", loaded="fp32", trainable=False, compute="fp32")
-    assert scratch and foretold[1] == pytest.approx(peak(changes), abs=64)
+    return len(scratch)
 
 
 def test_scales_that_are_not_packed_again() -> None:
@@ -234,6 +241,55 @@ def test_so_it_is_with_peft_itself(base: str, adapter: str, precision: str) -> N
     if base == "int8" and "dora" in adapter:
         pytest.skip("PEFT 0.21 loses the scales of eight bits on a CPU")
     _compare(base, adapter, precision, _of_peft, bias=adapter == "dora")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("base", "precision", "nested"), [("nf4", "fp32", True), ("nf4", "bf16", False), ("int8", "bf16", True)])
+def test_a_trace_sees_what_is_made_inside(base: str, precision: str, nested: bool) -> None:
+    """Of a model without a table: the peak of a step of packed layers, and of an evaluation, is that of the count, which looks inside
+    bitsandbytes' operations."""
+    first, second = (_base(base, precision, False, nested) for _ in range(2))
+    made = nn.Sequential(nn.Linear(32, WIDTH), first, nn.Linear(OUT, WIDTH), second)
+    x = torch.randn(3, 5, 32)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            total = made(x).tanh().sum()
+        if total.requires_grad:
+            total.backward()
+        for p in made.parameters():
+            p.grad = None
+
+    step()
+    for learns in (True, False):
+        recorder = Recorder([*_held(made), x])
+        recorder.low_bytes = _TYPES[precision].itemsize
+        with torch.set_grad_enabled(learns):
+            with InsideCount([*_held(made), x]) as count:
+                step()
+            with recorder:
+                step()
+        assert recorder.trace(3).peak == count.peak - count.known
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_knows_what_autocast_makes_inside() -> None:
+    """Of what is multiplied in fp32 under autocast: no less than torch's allocator gives, and little more."""
+    made, x = nn.Sequential(nn.Linear(32, WIDTH), _base("nf4", "fp32", False, True)), torch.randn(3, 5, 32)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            made(x)
+
+    step()
+    changes = allocator_changes(step)
+    assert _without_scratch(changes)
+    truth = peak(changes)
+    recorder = Recorder([*_held(made), x])
+    recorder.low_bytes = 2
+    with recorder:
+        step()
+    assert truth <= recorder.trace(3).peak < 1.1 * truth
 
 
 def test_a_product_in_eight_bits_keeps_its_input_longer_than_torchs_would() -> None:

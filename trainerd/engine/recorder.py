@@ -18,13 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from trainerd.memory import scratch
+from trainerd.memory import quantised, scratch
 from trainerd.memory.traced import Trace
 
 _CONVOLUTION, _CHOICE = torch.ops.aten.convolution.default, torch.ops.aten.masked_select.default
 _DEVICE = torch.ops.prim.device.default  # a question of torch's own, about a tensor without memory
 _PACKED = frozenset({"gemm_4bit", "int8_scaled_mm", "int8_mixed_scaled_mm"})
 """bitsandbytes' products with a packed weight."""
+_PRODUCT = "gemm_4bit"
+"""The one of them that a CPU makes in one operation; what is in 8 bits is unpacked outside, and seen."""
 
 
 def _work(func: Any) -> Callable[..., float] | None:
@@ -53,6 +55,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops = 0.0
         self.batch = 0
         self.forwards = True
+        self.low_bytes = 0
+        """Of a number in the type that autocast computes in, while it is on; no dispatch mode is told that it is."""
         self._scratch: tuple[list[int], list[int]] = [], []
         self._products: set[tuple[Any, ...]] = set()
         self._seen: dict[int, Any] = {}
@@ -82,10 +86,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif func is _CHOICE:
             self._scratch[0].append(scratch.of_masked_select(math.prod(torch.broadcast_shapes(args[0].shape, args[1].shape))))  # type: ignore[no-untyped-call]
             self._scratch[1].append(0)
+        inside = self._inside(*args, **(kwargs or {})) if func.namespace == "bitsandbytes" and func._opname == _PRODUCT else None
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._meet(leaf)
+        if inside is not None:
+            self.events.append(~inside)
         return result
+
+    def _inside(self, x: Tensor, packed: Tensor, shape: Sequence[int], scales: Tensor, block: int, *more: Any, **named: Any) -> int:
+        """What that product has made when its result is there: a storage that nobody else sees. After the kind of packing and the bias come
+        the scales, where they are packed, too."""
+        nested, number = (*more, None, None, None)[2] is not None or named.get("absmax_8bit") is not None, len(self.sizes)
+        self.sizes.append(quantised.inside(x.numel() // x.shape[-1], shape, block, x.element_size(), nested=nested, low=self.low_bytes))
+        self.events.append(number)
+        return number
 
     def _convolved(self, x: torch.Size, weight: torch.Size, made: Tensor) -> None:
         for found, some in zip(self._scratch, (x[0], 1), strict=True):

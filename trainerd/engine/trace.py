@@ -305,7 +305,7 @@ def _held_out(task: Task, model: nn.Module, batch: Any, precision: Precision, sa
 def _losses(task: Task, model: nn.Module, batch: Any, precision: Precision, recorder: Recorder) -> Any:
     """Over a copy of the batch, as a GPU gets one: nobody but the model holds it."""
     copies = [_copied(batch)]
-    recorder.batch = len(recorder.sizes)
+    recorder.batch, recorder.low_bytes = len(recorder.sizes), precision.dtype.itemsize
     with _autocast(precision):
         return task.loss(model, copies.pop(), task.ctx)
 

@@ -126,6 +126,14 @@ def _nf4_back(node: Node, grads: list[Tensor | None]) -> Sequence[Tensor | None]
     return [ops.to(found, about[1])]
 
 
+def inside(rows: int, shape: Sequence[int], block: int, size: int, *, nested: bool, low: int) -> int:
+    """Bytes that a CPU's gemm_4bit makes beside its result, unseen by who calls it: the weight unpacked in the input's type of so many
+    bytes, its scales where they were packed once more, and under autocast to a type of `low` bytes (0: none) input and weight again."""
+    numbers = shape[0] * shape[1]
+    scales = 4 * -(-numbers // block) if nested else 0
+    return scales + numbers * size + ((numbers + rows * shape[1]) * low if 0 < low < size else 0)
+
+
 # Eight bits
 
 

@@ -18,7 +18,7 @@ from trainerd.contract.errors import Unreadable
 from trainerd.memory.tape import ACTIVATIONS, GRADIENTS, Tape, Tensor
 from trainerd.memory.timeline import Setup, Timeline, of_model
 
-FORMAT = 7
+FORMAT = 8
 _WHIM, _ROUNDING_BYTES = 0.05, 64  # oneDNN rounds up to a line of the cache
 CHECKED = (8, 16, 32, 64)
 """Numbers of samples that may be traced beside two and four."""
