@@ -25,7 +25,7 @@ def _told(of: Timeline) -> dict[str, Any]:
     events = _numbered(of.events, list(zip(of.sizes, of.kinds, strict=True)))
     found = {**vars(of), "events": events, "sizes": None, "kinds": None, "order": None, "ordered_sizes": None}
     if of.order is not None:
-        sizes, replayed = of.order.written_out([*of.ordered_sizes, 1 << 23])
+        sizes, replayed = of.order().written_out([*of.ordered_sizes, 1 << 23])
         found["order"] = _numbered(replayed, sizes)
     return found
 

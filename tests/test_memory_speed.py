@@ -253,7 +253,7 @@ def test_a_step_of_several_micro_batches_goes_on_from_that_of_one(settings: dict
     for timeline in timelines:
         assert timeline.order is not None
         begun = list(native._latest)
-        found.append(native.replayed([*timeline.ordered_sizes, 1 << 23], timeline.order))
+        found.append(native.replayed([*timeline.ordered_sizes, 1 << 23], timeline.order()))
     assert begun and native._latest == begun
     at = next(at for at, phase in timelines[1].marks if phase == "training")
     events = [*timelines[1].events[:at], len(timelines[1].sizes), *timelines[1].events[at:]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from operator import neg
@@ -48,10 +48,15 @@ class Order:
         self.num_storages = max(events, default=-1) + 1
         self.most_after = _most_alive(events[self.end :])
         """How many storages there are at most afterwards, beside those from before; None: those end there, too."""
-        self.by_size: dict[int, list[int]] = {}
-        """The events with a size of this place, the ends as well."""
-        for at, code in enumerate(self.codes):
-            self.by_size.setdefault(code if code >= 0 else ~code, []).append(at)
+        self._by_size: dict[int, list[int]] = {}
+        for at, code in enumerate(() if codes is None else codes):
+            self._by_size.setdefault(code if code >= 0 else ~code, []).append(at)
+
+    def of_sizes(self, places: Collection[int]) -> list[int]:
+        """Which events are of the sizes that stand there. Looked up, where few sizes are those of many storages."""
+        if self._by_size:
+            return sorted(chain.from_iterable(self._by_size.get(place, ()) for place in places))
+        return [at for at, event in enumerate(self.codes) if event in places or ~event in places] if places else []
 
     def written_out(self, sizes: Sequence[int]) -> tuple[list[int], list[int]]:
         """The size of each storage, and all events: what happens twice, twice."""
@@ -117,7 +122,7 @@ class _Changes:
         # An end's is looked up from the back.
         self.small = list(map([*small, *map(neg, reversed(small))].__getitem__, order.codes))
         self.all = self.small[:]
-        self.of_large = sorted(chain.from_iterable(order.by_size.get(place, ()) for place in large))
+        self.of_large = order.of_sizes(large)
         self.large = list(map([*units, *map(neg, reversed(units))].__getitem__, map(order.codes.__getitem__, self.of_large)))
         for at, change in zip(self.of_large, self.large, strict=True):
             self.all[at] = change

@@ -11,18 +11,24 @@ if TYPE_CHECKING:
     from trainerd.memory.timeline import Played
 
 
-def of(played: Played, codes: Sequence[int], number: int) -> Order:
+def of(played: Played, number: int) -> Order:
     """cuBLAS takes its workspace with the first product of a step, from the same allocator, and keeps it: a storage beside the others,
-    whose size stands behind those of the others, of which there are that number. `codes`: of the events, where their sizes stand."""
-    events, second, again = played.events, played.second, None
+    whose size stands behind those of the others, of which there are that number. Made once, when it is needed."""
+    if played.order is None:
+        played.order = _made(played, number)
+    return played.order
+
+
+def _made(played: Played, number: int) -> Order:
+    events, second, codes, again = played.events, played.second, played.codes, None
     if second:
         again = played.began + 1, played.ended + 1
     if played.left_out:  # another step than the first
-        again, codes = None, _after(codes, played.ended, _found(codes, events, second))
+        again, codes = None, None if codes is None else _after(codes, played.ended, _found(codes, events, second))
         events = _after(events, played.ended, second)
     return Order(
         _after(events, played.began, [len(played.tape.sizes)]),
-        _after(codes, played.began, [number]),
+        None if codes is None else _after(codes, played.began, [number]),
         again,
         None if again is None else (events[: played.turned], played.turned + 1),
     )

@@ -76,7 +76,7 @@ def _replayed(timeline: Timeline, setup: Setup, workspace_bytes: int) -> Played:
     peaks = Peaks(0, 0)
     if timeline.order is not None:
         with _without_collecting():
-            peaks = allocator_settings.peaks([*timeline.ordered_sizes, workspace_bytes], timeline.order, setup.allocator)
+            peaks = allocator_settings.peaks([*timeline.ordered_sizes, workspace_bytes], timeline.order(), setup.allocator)
     return Played(replace(timeline, sizes=[], kinds=[], events=[], marks=[], order=None, ordered_sizes=[]), peaks)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from operator import invert
 from typing import Any, Protocol
@@ -127,8 +128,8 @@ class Timeline:
     again: tuple[int, int] | None = None
     """The events from there to there happen twice, the second time right after the first, and leave nothing behind: a step, and
     the next one. None: there is no second step, or it is another one."""
-    order: Order | None = field(default=None, compare=False)
-    """On a GPU: the events as they are replayed (orders.py), and the sizes of which it speaks, without that of cuBLAS's workspace."""
+    order: Callable[[], Order] | None = field(default=None, compare=False)
+    """On a GPU: makes the events as they are replayed (orders.py); and the sizes they speak of, without that of cuBLAS's workspace."""
     ordered_sizes: list[int] = field(default_factory=list, compare=False)
 
 
@@ -334,7 +335,6 @@ def told(played: Played, setup: Setup, at: Callable[[Any], Any] = lambda number:
     waiting = 0
     if setup.device != "cpu":
         waiting = batch_bytes * setup.effective_batch // setup.micro_batch + played.weight_bytes + optimizer.state_bytes
-        played.order = played.order or orders.of(played, codes, len(lines))
     if played.rest is not None:
         sizes[played.rest] = batch_bytes * (window - 1) + batch_bytes * beyond // setup.micro_batch
         lines, codes = sizes, played.events
@@ -372,7 +372,7 @@ def told(played: Played, setup: Setup, at: Callable[[Any], Any] = lambda number:
         num_trainable=played.num_trainable,
         peaks=phases,
         again=again,
-        order=played.order,
+        order=partial(orders.of, played, len(lines)) if setup.device != "cpu" else None,
         ordered_sizes=lines,
     )
 
