@@ -144,10 +144,22 @@ def test_a_beginning_of_the_same_sizes_is_not_the_same_beginning() -> None:
     assert found == [4 * MB, 2 * MB]
 
 
+def test_what_comes_after_the_same_beginning_is_known_only_if_it_is_the_same() -> None:
+    """With another size, and with another end of two that are as large: a segment more, or one less."""
+    found = []
+    native.forget()
+    for last, ended in ((0, 0), (1048, 0), (1048, 1)):
+        sizes = [512 * number for number in (512, 1000, 1000, 2048, 2048, last, 0)]
+        order = native.Order([6, 0, ~0, 1, 2, 3, ~(1 + ended), ~3, 4, 5], None, (1, 3), ([0], 2))
+        found.append(native.replayed(sizes, order).reserved)
+        assert found[-1] == replay(*order.written_out(sizes), Allocator()).reserved
+    assert found == [2 * MB, 4 * MB, 2 * MB]
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     sizes=st.lists(st.sampled_from(BORDERS) | st.integers(1, MB), min_size=8, max_size=30),
-    parts=st.tuples(*[st.lists(st.integers(0, 1 << 20), min_size=1, max_size=60) for _ in range(4)]),
+    parts=st.tuples(*[st.lists(st.integers(0, 1 << 20), min_size=1, max_size=60) for _ in range(5)]),
     changed=st.integers(0, 40),
 )
 def test_a_replay_goes_on_from_where_another_has_been(sizes: list[int], parts: tuple[list[int], ...], changed: int) -> None:
@@ -155,12 +167,13 @@ def test_a_replay_goes_on_from_where_another_has_been(sizes: list[int], parts: t
     begun, _ = _turns(parts[0], range(4), set())
     first, alive = _turns(parts[1], range(4, len(sizes)), set())
     orders = []
-    for number, more in enumerate(parts[2:]):  # each with a storage of its own in between
+    afterwards, _ = _turns(parts[2], range(4, len(sizes)), set())
+    for number, more in enumerate(parts[3:]):  # each with a storage of its own in between
         rest, left = _turns(more, range(4, len(sizes)), alive)
         own = len(sizes) + number
         step = [*first, *rest, *(~number for number in sorted(left))]
         at = len(begun) + 1
-        orders.append(native.Order([*begun, own, *step], None, (at, at + len(step)), ([*begun, *first], at + len(first))))
+        orders.append(native.Order([*begun, own, *step, *afterwards], None, (at, at + len(step)), ([*begun, *first], at + len(first))))
     other = list(sizes)
     if changed < len(sizes):
         other[changed] = MB + 512

@@ -48,6 +48,9 @@ class Order:
         self.num_storages = max(events, default=-1) + 1
         self.most_after = _most_alive(events[self.end :])
         """How many storages there are at most afterwards, beside those from before; None: those end there, too."""
+        first = min(filter((0).__le__, events[self.end :]), default=0)
+        self.after = [event - first if event >= 0 else event + first for event in events[self.end :]]
+        """The events afterwards, whatever number their storages begin with."""
         self._by_size: dict[int, list[int]] = {}
         for at, code in enumerate(() if codes is None else codes):
             self._by_size.setdefault(code if code >= 0 else ~code, []).append(at)
@@ -168,6 +171,8 @@ class _Pools:
         self.small, self._large = _Small(), _Large()
         self.before = self.small
         """The small pool as the step began."""
+        self._afterwards: list[tuple[list[int], list[int], int]] = []
+        """From there on: events and what they changed, and how many segments that came to; shared with all copies."""
 
     @property
     def reserved(self) -> int:
@@ -178,6 +183,7 @@ class _Pools:
         made = _Pools()
         made.most, made._held, made._segments = self.most, self._held, self._segments
         made.small, made.before, made._large = self.small.copy(), self.before.copy(), self._large.copy()
+        made._afterwards = self._afterwards
         return made
 
     def run(self, order: Order, changes: _Changes, begin: int, end: int) -> None:
@@ -191,8 +197,15 @@ class _Pools:
         self._segments, self.small = self.small.segments, self.before
         self._run_large(order, changes, order.end, len(order.events))
         rest = changes.small[order.end :]
-        if not self._has_room(rest, order.most_after):
-            self.small.run(order.num_storages, order.events[order.end :], rest)
+        if self._has_room(rest, order.most_after):
+            return
+        for events, changed, segments in self._afterwards:
+            if order.most_after is not None and changed == rest and events == order.after:
+                self._segments = max(self._segments, segments)
+                return
+        self.small.run(order.num_storages, order.events[order.end :], rest)
+        if order.most_after is not None:
+            self._afterwards[:] = [(order.after, rest, self.small.segments)]
 
     def _run_large(self, order: Order, changes: _Changes, begin: int, end: int) -> None:
         which = changes.of_large
