@@ -17,7 +17,6 @@ from benchmarks.memory import counted
 from benchmarks.memory.families import HELD_OUT, KNOWN, family
 from tests.test_engine_packed import Packed
 from tests.test_memory_fitting import bound
-from tests.test_memory_offload import LoraToy
 from tests.test_memory_zero2 import installed
 from trainerd.config.model import RunConfig
 from trainerd.engine import lanes, optimizers, packed, streaming
@@ -95,14 +94,14 @@ def test_an_optimizer_on_the_host_pins_what_is_foretold(name: str, tmp_path: Pat
     assert not seen.pieces
 
 
-@pytest.mark.parametrize("kind", ["plain", pytest.param("packed", marks=pytest.mark.slow)])
-def test_a_streamed_base_pins_what_is_foretold(kind: str, tmp_path: Path, seen: Pinned) -> None:
-    """To the byte: each weight of its blocks that stays in RAM, in fp32 and in 4 bits, and nothing of what is learned."""
-    task: Any = Packed() if kind == "packed" else LoraToy()
+@pytest.mark.slow
+def test_a_streamed_base_in_four_bits_pins_what_is_foretold(tmp_path: Path, seen: Pinned) -> None:
+    """To the byte: each packed weight of its blocks, and nothing of what is learned. A plain one: test_memory_offload.py."""
+    task = Packed()
     model, mixed = bound(task, tmp_path)
     packed.pack(model, CPU)
-    table = trace(task, model, task.dataset("train"), mixed, 8)
-    stream = streaming.Stream(model, list(task.blocks(model)), CPU)
+    table = trace(task, model, task.train_samples, mixed, 8)
+    stream = streaming.Stream(model, task.blocks(model), CPU)
     stream._pin()  # what it does by itself where the device is a GPU
     found = estimate(table, Setup("cuda", "fp32", 4, 8, offload="base", checkpointing="full"))
     assert stream.is_pinned and seen.most == found.pinned.point > 0
