@@ -16,6 +16,7 @@ _GROWS = "that what a micro-batch needs grows with the {power} of its samples, a
 _POWERS = ("number", "square", "cube", "fourth power")
 _FASTER = "; nothing was traced that checks it, and beyond that it may grow faster"
 _STEPS = "that what a micro-batch needs grows beyond {last} samples as it does from {before} to {last}: no power fits all that was traced"
+_BETWEEN = "that what a micro-batch needs grows as it does from {first} to {last} samples, with no whole power of them"
 UNCHECKED = "that what a micro-batch needs grows evenly with its samples, as from 2 to 4: that it does so was not checked ({why})"
 
 
@@ -45,7 +46,7 @@ def followed(known: list[Trace], batch: int, gradients: list[int], made_of: Call
     peaks = [traced.stretched(some, batch, gradients).peak for some in (known, higher)]
     if peaks[1] <= peaks[0] * _NEARLY:
         return known, ""
-    return _in_words(higher, far, gradients)
+    return _in_words(higher, far, gradients, numbers, of)
 
 
 def _higher(numbers: list[int], far: Trace, gradients: list[int], of: Callable[[int], Trace]) -> tuple[list[Trace], Trace]:
@@ -60,14 +61,17 @@ def _higher(numbers: list[int], far: Trace, gradients: list[int], of: Callable[[
     return higher, far
 
 
-def _in_words(higher: list[Trace], far: Trace, gradients: list[int]) -> tuple[list[Trace], str]:
+def _in_words(
+    higher: list[Trace], far: Trace, gradients: list[int], numbers: list[int], of: Callable[[int], Trace]
+) -> tuple[list[Trace], str]:
     last = higher[-1].samples
     is_checked = last < far.samples
     if last == traced.CHECKED[-1]:
         return higher, _STEPS.format(before=higher[-2].samples, last=last)
     grows = _GROWS.format(power=_POWERS[len(higher) - 2], first=higher[0].samples, checked=far.samples)
     if is_checked and _is_above(traced.stretched(higher, far.samples, gradients), far):
-        higher = [*higher, far]  # it grows by steps: what is far says more than what is near
+        # It grows by steps, or with a power that is not whole: all that may be traced says more than what is near.
+        return [of(number) for number in numbers], _BETWEEN.format(first=higher[0].samples, last=numbers[-1])
     if len(higher) == 2 and is_checked:
         return higher, ""
     return higher, grows + ("" if is_checked else _FASTER)

@@ -1,12 +1,14 @@
 """A model without a table: its allocations as they were traced at some micro-batches, stretched to any other. Must not import torch.
 
-Each storage's size is taken as a + b * samples; of more than two traces as the polynomial of the lowest degree that none of them is above.
+Each storage's size is taken as a + b * samples; of more than two traces as the polynomial of the lowest degree that none of them is above,
+or, of many, as a power that is no whole one.
 When the traces are not the same in form, only their peaks are fitted. What the trace does not hold, the optimizer, the batches that wait
 and a checkpoint's copy, is played as for a table (timeline.py).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -20,6 +22,8 @@ from trainerd.memory.timeline import Setup, Timeline, of_model
 
 FORMAT = 8
 _WHIM, _ROUNDING_BYTES = 0.05, 64  # oneDNN rounds up to a line of the cache
+_EXACT = 0.015  # of so many points that a curve with bends of its own comes near to them all
+_STEP = 0.28  # in logarithms, how far points may lie from a power: the root of 8 is taken as 2
 CHECKED = (8, 16, 32, 64)
 """Numbers of samples that may be traced beside two and four."""
 MATH = "math"
@@ -229,20 +233,61 @@ def is_off(value: float, line: float) -> bool:
 
 
 def _through(numbers: Sequence[int], values: Sequence[float], at: int) -> float:
-    """The polynomial of the lowest degree through the first points that no later one is above, drawn through points spread over all; of
-    the highest degree where each is."""
+    """The polynomial of the lowest degree through the first points that no later one is above, drawn through points spread over all, where
+    none is far below it either; else a power, whole or not; else the polynomial of the highest degree, or what the last two points say."""
     most = len(numbers) - 1
-    for degree in range(1, most):
+    if most >= len(CHECKED) and (power := _power(numbers, values, _EXACT)) is not None:
+        return _beyond(numbers, values, at, power)
+    falls_short = True
+    for degree in range(1, most - 1 if most > len(CHECKED) else most):
         first = numbers[: degree + 1], values[: degree + 1]
         if any(is_off(values[place], _polynomial(*first, numbers[place])) for place in range(degree + 1, most + 1)):
             continue
+        falls_short = False
         spread = [round(place * most / degree) for place in range(degree + 1)]
-        return _polynomial([numbers[place] for place in spread], [values[place] for place in spread], at)
-    if most < 2 or numbers[-1] < CHECKED[-1] or at <= numbers[-1] or min(values[-2:]) <= 0:
-        return _polynomial(numbers, values, at)
-    # No power fits what could be traced: it grows by steps, perhaps, and a curve through all of it may go anywhere.
-    power = math.log(values[-1] / values[-2]) / math.log(numbers[-1] / numbers[-2])
-    return max(_polynomial(numbers[-2:], values[-2:], at), values[-1] * float((at / numbers[-1]) ** power))
+        some = [numbers[place] for place in spread], [values[place] for place in spread]
+        if all(_explains(_polynomial(*some, number), value, most) for number, value in zip(numbers, values, strict=True)):
+            return _polynomial(*some, at)
+    whole, line = _polynomial(numbers, values, at), _polynomial(numbers[-2:], values[-2:], at)
+    if most < 2 or min(values[-2:]) <= 0 or (falls_short and numbers[-1] < CHECKED[-1] and whole >= line):
+        return whole
+    return _beyond(numbers, values, at, _power(numbers, values, _STEP))
+
+
+def _explains(told: float, value: float, most: int) -> bool:
+    """Whether a curve over all points is not far above one of them. To many points it must be near: one with bends of its own is soon."""
+    return abs(told - value) <= value * _EXACT + 1 if most >= len(CHECKED) else not is_off(told, value)
+
+
+def _beyond(numbers: Sequence[int], values: Sequence[float], at: int, power: tuple[float, float] | None) -> float:
+    """On the line between two points, and beyond the last with the power; without one, as it grew between the last two. It may grow by
+    steps, and a curve through all points may go anywhere between them."""
+    after = max(1, next((place for place, number in enumerate(numbers) if number >= at), len(numbers) - 1))
+    line = _polynomial(numbers[after - 1 : after + 1], values[after - 1 : after + 1], at)
+    if at <= numbers[-1]:
+        return line
+    above, grows = power or (1.0, math.log(values[-1] / values[-2]) / math.log(numbers[-1] / numbers[-2]))
+    return max(line, values[-1] * above * float((at / numbers[-1]) ** grows))
+
+
+def _power(numbers: Sequence[int], values: Sequence[float], most: float) -> tuple[float, float] | None:
+    """How far the last point may lie below a power through all (but the first of many), by the rounding of sizes, and which power that is;
+    None where none is so near to them. One that falls from point to point goes on as at the last ones; one that rises is a polynomial's."""
+    some = slice(1 if len(numbers) > len(CHECKED) + 1 else 0, None)
+    xs, ys = [math.log(number) for number in numbers[some]], [math.log(value) for value in values[some] if value > 0]
+    if len(ys) < len(CHECKED) or len(ys) < len(xs):
+        return None
+    grown = [(y - x) / (after - before) for x, y, before, after in zip(ys, ys[1:], xs, xs[1:], strict=False)]
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    power = sum((one - x) * (other - y) for one, other in zip(xs, ys, strict=True)) / sum((one - x) ** 2 for one in xs)
+    off = [other - y - power * (one - x) for one, other in zip(xs, ys, strict=True)]
+    if max(map(abs, off)) > most:
+        return None
+    changes = [other - one for one, other in itertools.pairwise(grown)]
+    if most > _EXACT and min(changes) > 0:
+        return None
+    lately = (ys[-1] - ys[-3]) / (xs[-1] - xs[-3])
+    return (1.0, lately) if max(changes) < 0 else (math.exp(max(off) - off[-1]), max(power, lately))
 
 
 def _polynomial(numbers: Sequence[int], values: Sequence[float], at: int) -> float:
