@@ -40,7 +40,7 @@ class Person:
         self.environment.setdefault("TRAINERD_AUTOSTART", "off")
         self.environment.pop("TRAINERD_HOME", None)
 
-    def types(self, *words: str, timeout: float = 120, given: str | None = None) -> subprocess.CompletedProcess[str]:
+    def types(self, *words: str, timeout: float = 280, given: str | None = None) -> subprocess.CompletedProcess[str]:
         if words[:1] == ("start",) and not any("polite.priority" in word for word in words):
             words = (*words, "--set", "polite.priority=normal")  # or the tests beside it would be the work it steps back for
         command = [*_COMMAND, "--home", str(self.home.root), *words]
