@@ -23,6 +23,7 @@ from trainerd.memory.timeline import Setup, Timeline, of_model
 FORMAT = 8
 _WHIM, _ROUNDING_BYTES = 0.05, 64  # oneDNN rounds up to a line of the cache
 _EXACT = 0.015  # of so many points that a curve with bends of its own comes near to them all
+_SAME = 1e-3  # of two powers
 _STEP = 0.28  # in logarithms, how far points may lie from a power: the root of 8 is taken as 2
 CHECKED = (8, 16, 32, 64)
 """Numbers of samples that may be traced beside two and four."""
@@ -236,8 +237,6 @@ def _through(numbers: Sequence[int], values: Sequence[float], at: int) -> float:
     """The polynomial of the lowest degree through the first points that no later one is above, drawn through points spread over all, where
     none is far below it either; else a power, whole or not; else the polynomial of the highest degree, or what the last two points say."""
     most = len(numbers) - 1
-    if most >= len(CHECKED) and (power := _power(numbers, values, _EXACT)) is not None:
-        return _beyond(numbers, values, at, power)
     falls_short = True
     for degree in range(1, most - 1 if most > len(CHECKED) else most):
         first = numbers[: degree + 1], values[: degree + 1]
@@ -251,7 +250,7 @@ def _through(numbers: Sequence[int], values: Sequence[float], at: int) -> float:
     whole, line = _polynomial(numbers, values, at), _polynomial(numbers[-2:], values[-2:], at)
     if most < 2 or min(values[-2:]) <= 0 or (falls_short and numbers[-1] < CHECKED[-1] and whole >= line):
         return whole
-    return _beyond(numbers, values, at, _power(numbers, values, _STEP))
+    return _beyond(numbers, values, at, _power(numbers, values))
 
 
 def _explains(told: float, value: float, most: int) -> bool:
@@ -270,7 +269,7 @@ def _beyond(numbers: Sequence[int], values: Sequence[float], at: int, power: tup
     return max(line, values[-1] * above * float((at / numbers[-1]) ** grows))
 
 
-def _power(numbers: Sequence[int], values: Sequence[float], most: float) -> tuple[float, float] | None:
+def _power(numbers: Sequence[int], values: Sequence[float]) -> tuple[float, float] | None:
     """How far the last point may lie below a power through all (but the first of many), by the rounding of sizes, and which power that is;
     None where none is so near to them. One that falls from point to point goes on as at the last ones; one that rises is a polynomial's."""
     some = slice(1 if len(numbers) > len(CHECKED) + 1 else 0, None)
@@ -281,13 +280,13 @@ def _power(numbers: Sequence[int], values: Sequence[float], most: float) -> tupl
     x, y = sum(xs) / len(xs), sum(ys) / len(ys)
     power = sum((one - x) * (other - y) for one, other in zip(xs, ys, strict=True)) / sum((one - x) ** 2 for one in xs)
     off = [other - y - power * (one - x) for one, other in zip(xs, ys, strict=True)]
-    if max(map(abs, off)) > most:
+    if max(map(abs, off)) > _STEP:
         return None
     changes = [other - one for one, other in itertools.pairwise(grown)]
-    if most > _EXACT and min(changes) > 0:
+    if min(changes) > _SAME:
         return None
     lately = (ys[-1] - ys[-3]) / (xs[-1] - xs[-3])
-    return (1.0, lately) if max(changes) < 0 else (math.exp(max(off) - off[-1]), max(power, lately))
+    return (1.0, lately) if max(changes) < -_SAME else (math.exp(max(off) - off[-1]), max(power, lately))
 
 
 def _polynomial(numbers: Sequence[int], values: Sequence[float], at: int) -> float:
