@@ -19,7 +19,7 @@ GRU = table(CadenceSettings())
 SMALL_MN = table(CadenceSettings.model_validate({"model": "gru-mn", "vocabulary": 3000, "max_words": 9, "eval_prefixes": 0, "gru_mn": OWN}))
 
 
-_RANKS = (FITS, TIGHT, TOO_LARGE)
+_NEARLY, _RANKS = 1.1, (FITS, TIGHT, TOO_LARGE)
 
 
 def all_tried(question: Question, model: Any) -> tuple[str, Setup]:
@@ -56,7 +56,10 @@ def _compared(model: Any, batch: int, precision: str, share: float, fixed: tuple
 
     answer = choose(question, model, counted, lambda setup: estimate(model, setup, replays=False))
     some = len(asked)
-    assert (answer.verdict, answer.setup) == all_tried(question, model), question
+    verdict, best = all_tried(question, model)
+    # Beyond so many pieces, what fits between numbers of them that do not is not looked for: a thirtieth more, with its time.
+    near = best.accumulation > planner._FEW_PIECES and answer.estimate.pace <= estimate(model, best).pace * _NEARLY
+    assert answer.verdict == verdict and (answer.setup == best or near), question
     assert answer.estimate == estimate(model, answer.setup)
     plain = choose(question, model, counted)
     assert _RANKS.index(answer.verdict) <= _RANKS.index(plain.verdict)

@@ -19,7 +19,7 @@ from trainerd.memory.timeline import Setup, Table
 FITS, TIGHT, TOO_LARGE = "fits", "tight", "too large"
 """tight: the likely value fits and the upper bound does not; an out-of-memory would be recovered from."""
 _PROPOSALS = 4
-_FEW_PIECES = 12
+_FEW_PIECES = 32
 _CLEARLY = 0.95
 
 Estimating = Callable[[Setup], Estimate]
