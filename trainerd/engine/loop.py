@@ -390,11 +390,4 @@ def _phase(t: Training, name: str) -> None:
 def summary(t: Training) -> dict[str, Any]:
     """The numbers of a result."""
     values, best = t.evaluation.shown()
-    return {
-        "step": t.step,
-        "epoch": t.epoch,
-        "samples": t.samples,
-        "loss": t.metrics.last.get("loss"),
-        "eval": values,
-        "best": best,
-    }
+    return {"step": t.step, "epoch": t.epoch, "samples": t.samples, "loss": t.metrics.last.get("loss"), "eval": values, "best": best}
