@@ -13,13 +13,21 @@ from trainerd.contract.errors import NothingRunning, Refused, TrainerdError, rem
 from trainerd.contract.paths import Home
 from trainerd.contract.status import Reading, RequestOutcome
 
-from . import console, stuck
+from . import console, stuck, view, words
 
 _LOOK_SECONDS = 0.05
 _APPEAR_SECONDS = 5.0
 GOES_ON = (status.STARTING, status.RUNNING, status.WAITING, status.RECOVERING, *status.END_STATES)
 RESTS = (status.PAUSED, *status.END_STATES)
 _EFFECTS = {"resume": GOES_ON, "pause": RESTS}
+_STANDS = {
+    status.COMPLETED: "{} is completed",
+    status.STOPPED: "{} is stopped",
+    status.FAILED: "{} has failed",
+    status.CRASHED: "{} has crashed",
+    status.PAUSED: "{} is paused, and its supervisor has ended",
+    status.UNREADABLE: "The status of the last run cannot be read",
+}
 
 
 @dataclass
@@ -72,8 +80,10 @@ def live(home: Home) -> Reading:
 
 def nothing_running(home: Home, reading: Reading) -> NothingRunning:
     """That there is nobody to ask, with how it stands and what to do."""
-    stands = f" It is {reading.state}." if reading.state != status.NEVER_STARTED else ""
-    return NothingRunning(f"Nothing is running in {home.root}.{stands}", f"Start with: {console.program()} start")
+    run = f"The run {words.clean(reading.status.run)}" if reading.status and reading.status.run else "The last run"
+    stands = f" {_STANDS[reading.state].format(run)}." if reading.state in _STANDS else ""
+    hints = view.what_next(reading, console.program()) or [f"See what there is with: {console.program()} runs"]
+    return NothingRunning(f"Nothing is running in {home.root}.{stands}", "\n".join(hints))
 
 
 def send(home: Home, reading: Reading, verb: str, arguments: Mapping[str, Any] | None = None) -> Asked:

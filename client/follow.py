@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable
 
 from trainerd.contract import errors, files, ground, lock, requests, runs, status
-from trainerd.contract.errors import AlreadyRunning, ConfigError, Refused, RunFailed, TrainerdError, Unreadable, UsageError, remedy
+from trainerd.contract.errors import AlreadyRunning, Refused, RunFailed, TrainerdError, Unreadable, UsageError, remedy
 from trainerd.contract.paths import Home
 from trainerd.contract.status import Reading
 from trainerd.machine import filesystem
@@ -23,6 +23,7 @@ _END_SECONDS = 3.0
 _END_LOOK_SECONDS = 0.25
 _STANDING = (status.PAUSED, status.WAITING, status.RECOVERING, status.NOT_ANSWERING)
 _LEAST_FREE_BYTES = 200_000_000
+_OF_THE_TASK = {UsageError.__name__, *(kind.__name__ for kind in UsageError.__subclasses__())}
 
 
 def refuse_if_running(home: Home) -> None:
@@ -40,10 +41,10 @@ def already_running(home: Home, reading: Reading) -> AlreadyRunning:
     program = console.program()
     run = reading.status.run if reading.status and reading.status.run else "a run"
     if reading.state == status.PAUSED:
-        return AlreadyRunning(f"{run} is paused in {home.root}.", f"Go on with: {program} resume     End it with: {program} stop")
+        return AlreadyRunning(f"{run} is paused in {home.root}.", f"Go on with: {program} resume\nEnd it with: {program} stop")
     if reading.state == status.NOT_ANSWERING:
         return AlreadyRunning(f"{run} is already in {home.root}. {reading.reason}", stuck.remedy(reading, program))
-    hint = f"Watch it: {program} monitor     End it: {program} stop     Train beside it: {console.elsewhere()} start{options.typed()}"
+    hint = f"Watch it: {program} monitor\nEnd it: {program} stop\nTrain beside it: {console.elsewhere()} start{options.typed()}"
     return AlreadyRunning(f"{run} is already in {home.root} ({reading.state}).", hint)
 
 
@@ -167,7 +168,7 @@ def until_checked(home: Home, reading: Reading) -> Reading:
         reading = status.read(home)
         phase = reading.status.phase.name if reading.status and reading.status.phase else "starting"
         wrong, _, words = ((reading.status.trainer.last_exit if reading.status else None) or "").partition(": ")
-        if reading.state == status.FAILED and wrong in (UsageError.__name__, ConfigError.__name__):
+        if reading.state == status.FAILED and wrong in _OF_THE_TASK:
             raise UsageError(words)
         if reading.state == status.FAILED and wrong == Refused.__name__:
             raise Refused(words)

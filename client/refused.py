@@ -28,5 +28,10 @@ def steps(reading: Reading, program: str) -> list[str]:
     if change is None or not shown.config or not shown.run:
         return [f"Once there is more memory: {later}"]
     config = console.quoted(str(Path(shown.home) / shown.config))
-    name = "" if _OWN_NAME.fullmatch(shown.run) else f" --name {console.quoted(f'{shown.run}-smaller')}"
+    name = other_name(shown.run, "smaller")
     return [f"Start it as it fits with: {program} start --config {config} {change[1]}{name}", f"Or, once there is more memory: {later}"]
+
+
+def other_name(run: str, what: str) -> str:
+    """The option that gives a new run a name, where the one of `run` was a person's and is taken; "" where one is made up anyway."""
+    return "" if _OWN_NAME.fullmatch(run) else f" --name {console.quoted(f'{run}-{what}')}"

@@ -1,6 +1,7 @@
 """Whether and how this home is registered for the person's log-in. Must not start a training: that is commands/login.py's.
 
-One registration for each home. `start` makes it; `autostart disable` is remembered in the home's autostart.json.
+One registration for each home. `start` and `resume` make it. What a person declines stays declined until `autostart enable`: the home's
+autostart.json remembers `autostart disable`, and the runs of --no-autostart.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from trainerd.contract import files, interpreter, runs, status
-from trainerd.contract.errors import Unreadable
+from trainerd.contract.errors import TrainerdError, Unreadable, remedy
 from trainerd.contract.paths import Home
 from trainerd.contract.runs import RunRecord
 from trainerd.machine import autostart
@@ -26,15 +27,15 @@ LOG = "autostart.log"  # in training_logs: one line for each log-in
 _SWITCH = "TRAINERD_AUTOSTART"
 _SCRIPT = "run_optimized_training.py"
 # What the shell that started the training set and a log-in does not: with another device or library it would be another run.
-_KEPT_VARIABLES = ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "HF_HOME", "TRAINERD_STATE", *VARIABLES)
+_KEPT_VARIABLES = ("CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH", "HF_HOME", "TRAINERD_STATE", interpreter.PATH, *VARIABLES)
 
 
 @dataclass
 class Wish:
-    """autostart.json. `wanted`: auto (while there is something to go on with), on or off. `without`: the run of --no-autostart."""
+    """autostart.json. `wanted`: auto (while there is something to go on with), on or off. `without`: the runs of --no-autostart."""
 
     wanted: str = AUTO
-    without: str | None = None
+    without: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -46,6 +47,8 @@ def read(home: Home) -> Wish:
         return Wish()
     wish = Wish(**{k: v for k, v in document.items() if k in {f.name for f in fields(Wish)}})
     wish.wanted = wish.wanted if wish.wanted in (AUTO, WANTED, UNWANTED) else AUTO
+    named = wish.without if isinstance(wish.without, list) else [wish.without]  # an earlier trainerd kept one name
+    wish.without = [name for name in named if isinstance(name, str)]
     environment = wish.environment if isinstance(wish.environment, dict) else {}
     wish.environment = {k: v for k, v in environment.items() if k in _KEPT_VARIABLES and isinstance(v, str)}
     return wish
@@ -73,14 +76,31 @@ def switched_off_here() -> bool:
     return os.environ.get(_SWITCH, "").lower() in ("off", "0", "no")
 
 
-def begun(home: Home, run: str, wished: bool) -> str:
-    """Called when a run was started or resumed by the person: register the home, and say in one line what a reboot will do."""
+def decline(home: Home, run: str) -> None:
+    """Remember --no-autostart, before the run is started: one that fails at once may be resumed another day. Raises TrainerdError."""
+    wish = read(home)
+    if run in wish.without:
+        return
+    wish.without = [*(name for name in wish.without if home.run(name).record.exists()), run]
+    try:
+        write(home, wish)
+    except OSError as error:
+        message = f"That {run} is not to go on after a reboot cannot be kept in {home.autostart}: {error.strerror or error}."
+        raise TrainerdError(message, remedy(error)) from None
+
+
+def begun(home: Home, run: str, wished: bool = True, *, new: bool = False) -> str:
+    """Called when a run was started or resumed by the person: register the home, and say in one line what a reboot will do. What was
+    declined of an earlier run of the name is not of a `new` one."""
     if switched_off_here():
         return ""
     wish = read(home)
-    if wish.wanted == UNWANTED or not wished or wish.without == run:
-        return _without(home, run, wish, wished)
-    wish.without, wish.environment = None, {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    if wish.wanted == UNWANTED or not wished or (run in wish.without and not new):
+        return _without(home, wish, wished)
+    wish.without = [name for name in wish.without if name != run]
+    wish.environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
+    if interpreter.PATH in wish.environment:
+        wish.environment[interpreter.PATH] = interpreter.whole_path(wish.environment[interpreter.PATH])
     try:
         write(home, wish)
         found = autostart.look(entry(home))
@@ -93,13 +113,11 @@ def begun(home: Home, run: str, wished: bool) -> str:
     return f"After a reboot it goes on when you log in. To turn that off: {console.program()} autostart disable"
 
 
-def _without(home: Home, run: str, wish: Wish, wished: bool) -> str:
+def _without(home: Home, wish: Wish, wished: bool) -> str:
     if wish.wanted == UNWANTED:
         again = f"To turn autostart on again: {console.program()} autostart enable"
         return f"After a reboot it waits for `{console.program()} resume`. {again}" if wished else ""
     try:
-        wish.without = run
-        write(home, wish)
         autostart.disable(entry(home))
     except OSError as error:
         return f"Its registration for log-in cannot be removed: {error.strerror or error}."
@@ -110,7 +128,7 @@ def due(home: Home) -> RunRecord | None:
     """The run a log-in goes on with: the last one worked on, when it is unfinished, wanted, and did not fail. Else None."""
     shown = status.read(home).status
     name = shown.run if shown and shown.run else next(reversed(runs.names(home)), None)
-    if name is None or read(home).without == name:
+    if name is None or name in read(home).without:
         return None
     try:
         record = runs.read(home, name)

@@ -50,7 +50,7 @@ def _missed(home: Home, reading: Reading) -> RunRecord | None:
     went_down = reading.state == status.STOPPED and found is not None and found.boot_id != clock.boot_id()
     if found is None or found.run is None or not (reading.state == status.CRASHED or went_down):
         return None
-    if found.boot_id != clock.boot_id() and registration.read(home).without == found.run:
+    if found.boot_id != clock.boot_id() and found.run in registration.read(home).without:
         return None  # --no-autostart: not by itself after a reboot
     return _wanted(home, found.run)
 

@@ -8,8 +8,8 @@ from trainerd.contract.status import Reading
 
 
 def remedy(reading: Reading, program: str) -> str:
-    """The steps as one hint."""
-    return "     ".join(steps(reading, program))
+    """The steps as one hint, a line each."""
+    return "\n".join(steps(reading, program))
 
 
 def steps(reading: Reading, program: str) -> list[str]:

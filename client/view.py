@@ -20,7 +20,7 @@ from trainerd.contract.status import (
     Status,
 )
 
-from . import refused, stuck
+from . import own_task, refused, stuck
 from .fit import Part, joined
 from .words import NOT_KNOWN, ago, bar, clean, count, duration, known, moment, number, percent, share, size
 
@@ -28,7 +28,7 @@ _LEAST_BAR = 6
 INDENT = " " * 13
 """What stands before the values of a report."""
 _EXITS = {STOPPED: 3, NEVER_STARTED: 3, FAILED: 4, CRASHED: 4, UNREADABLE: 4, NOT_ANSWERING: 4}
-_REFUSALS = {"UsageError": 2, "ConfigError": 2, "MissingModule": 2, "Refused": 5}
+_REFUSALS = {"UsageError": 2, "ConfigError": 2, "BadTaskFile": 2, "MissingModule": 2, "Refused": 5}
 
 
 def exit_code(reading: Reading) -> int:
@@ -232,5 +232,6 @@ def what_next(reading: Reading, program: str) -> list[str]:
         look = f"Look into the log with: {program} logs"
         if _last_exit(reading).startswith(MissingModule.__name__):
             return [f"When it is there again, go on with: {program} resume", look]
-        return [look, *(refused.steps(reading, program) or [f"Try again with: {program} resume"])]
+        again = refused.steps(reading, program) or own_task.steps(reading, program) or [f"Try again with: {program} resume"]
+        return [look, *again]
     return []

@@ -166,17 +166,24 @@ def test_what_the_person_switched_off_in_the_system_stays_off(account: Account, 
 
 
 def test_disable_is_remembered_and_no_autostart_is_for_one_run(account: Account, person: Person) -> None:
-    """After `disable` no start registers; after `enable` it does again; --no-autostart keeps out one run, also when it is resumed."""
+    """After `disable` no start registers; after `enable` it does again; --no-autostart keeps out one run, also when it is resumed after
+    another one was started; a new run of its name is another one."""
     home = person.home
     assert registration.begun(home, "a", True) and account.desktop_entries
     assert person.types("autostart", "disable").stdout.startswith("Off") and not account.desktop_entries
     assert "autostart enable" in registration.begun(home, "a", True) and not account.desktop_entries
     assert registration.begun(home, "a", False) == ""
     assert person.types("autostart", "enable").stdout.startswith("On") and account.desktop_entries
+    registration.decline(home, "b")
     assert registration.begun(home, "b", False) == "" and not account.desktop_entries
     record(home, "b")
     assert "waits" not in registration.begun(home, "b", True) and not account.desktop_entries and registration.due(home) is None
     assert registration.begun(home, "c", True) and account.desktop_entries
+    registration.decline(home, "c")
+    assert registration.read(home).without == ["b", "c"]
+    for run in ("c", "b"):
+        assert registration.begun(home, run) == "" and not account.desktop_entries and registration.due(home) is None
+    assert registration.begun(home, "b", new=True) and account.desktop_entries and registration.read(home).without == ["c"]
     document = json.loads(person.types("autostart", "--json").stdout)
     assert (document["state"], document["wanted"], document["path"]) == ("on", "on", str(account.desktop_entries[0]))
     wrong = person.types("autostart", "sideways")
@@ -225,6 +232,8 @@ def test_a_damaged_wish_is_none(home: Home, damaged: bytes) -> None:
     """autostart.json may hold anything: no traceback, and no foreign variable gets into the training."""
     home.autostart.write_bytes(damaged)
     assert (registration.read(home).environment, registration.read(home).wanted) == ({}, registration.AUTO)
+    home.autostart.write_text('{"schema": 1, "without": "a"}', "utf-8")
+    assert registration.read(home).without == ["a"]  # as 0.1 wrote it
     home.autostart.write_text('{"schema": 1, "environment": {"LD_PRELOAD": "x", "HF_HOME": 3, "CUDA_VISIBLE_DEVICES": "1"}}', "utf-8")
     assert registration.read(home).environment == {"CUDA_VISIBLE_DEVICES": "1"}
 

@@ -38,7 +38,7 @@ def test_who_waits_hears_of_a_pause_and_of_a_stop_by_somebody_else(person: Perso
     second = person.types("start", *SMALL, "--wait")
     assert second.returncode == 5 and "is already in" in second.stderr and " --home ANOTHER_FOLDER start" in second.stderr
     assert " --home ANOTHER_FOLDER start --epochs 12 --dataset-size 2000 --set train.batch_size=64 " in second.stderr, "what was asked for"
-    assert second.stderr.count("--home") == 3, "once for each hint"
+    assert second.stderr.count("--home") == 3 and len(second.stderr.splitlines()) == 4, "once for each hint, a line each"
     assert person.types("pause").returncode == 0
     person.waits_for_state(status.PAUSED)
     assert person.types("resume").returncode == 0

@@ -359,7 +359,9 @@ def test_who_holds_gpu_memory_is_told_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_programs_are_told_by_name_and_the_persons_own_from_the_systems(tmp_path: Path) -> None:
-    """An interpreter is named with its script; a large program of this user's may be closed, the desktop's not."""
+    """An interpreter is named with its script; a large program of this user's may be closed, the desktop's not; each with its PIDs."""
+    from client.commands.memory import _freed
+
     script = tmp_path / "hungry.py"
     script.write_text("import sys\nx = bytearray(300_000_000)\nprint('ready', flush=True)\nsys.stdin.read()\n", encoding="utf-8")
     child = subprocess.Popen([sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -370,7 +372,11 @@ def test_programs_are_told_by_name_and_the_persons_own_from_the_systems(tmp_path
         assert child.pid not in {pid for program in programs.heaviest(500, {child.pid}) for pid in program.pids}
         level = freeing.Level(1, None)
         shell = programs.Program("gnome-shell", (1,), 10**9, False)
-        assert [p.name for p in freeing.Freed(level, level, programs=[shell, found]).closable] == [found.name]
+        several = programs.Program("python", (7, 8, 9, 10, 11), 588_000_000, True)
+        freed = freeing.Freed(level, level, programs=[shell, found, several])
+        assert [p.name for p in freed.closable] == [found.name, "python"]
+        *_, close = _freed(freed)
+        assert f"PID {child.pid}); python (588 MB, PIDs 7, 8, 9, 10 and 1 more)." in close
     finally:
         child.communicate()
     assert programs.name_of(child.pid) is None and programs.tree([child.pid]) == set()

@@ -130,13 +130,13 @@ def _in_words(paths: RunPaths, folder: Path, name: str) -> str:
     """As a trainer tells it whose task file cannot be loaded, or whose step has failed."""
     (folder / "own_door.py").write_text(f"import {name}\n", "utf-8")
     said = set()
-    for load in (lambda: taskfile._import(folder / "own_door.py"), lambda: importlib.import_module("own_door")):
+    for load in (lambda: taskfile._import(folder / "own_door.py", paths.folder), lambda: importlib.import_module("own_door")):
         sys.modules.pop("own_door", None)
         importlib.invalidate_caches()
         with pytest.raises(Exception) as raised:
             load()
         told = missing.in_words(raised.value, paths)
-        assert type(told).__name__ in ("MissingModule", "UsageError")
+        assert type(told).__name__ in ("MissingModule", "BadTaskFile")
         said.add(str(told))
     return said.pop() if len(said) == 1 else " | ".join(sorted(said))
 

@@ -39,7 +39,7 @@ def command(home: Home, what: str, as_json: bool) -> None:
 def _enable(home: Home) -> None:
     files.make_folder(home.root, 0o700)
     wish = registration.read(home)
-    wish.wanted, wish.without = registration.WANTED, None
+    wish.wanted, wish.without = registration.WANTED, []
     registration.write(home, wish)
     autostart.enable(registration.entry(home))
 

@@ -24,6 +24,7 @@ from ..words import size
 
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
 _LINES_A_HEADING = 20
+_MOST_PIDS = 4
 
 
 @click.group("memory", context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -129,13 +130,18 @@ def _freed(found: freeing.Freed) -> Iterator[str]:
             yield f"  {holder.name[:40]:<42}{_megabytes(holder.used_bytes):>10}  PID {holder.pid}{ours}"
     yield "Most RAM of their own is held by:"
     for program in found.programs:
-        several = f"  {len(program.pids)} processes" if len(program.pids) > 1 else f"  PID {program.pids[0]}"
-        yield f"  {program.name[:40]:<42}{_megabytes(program.own_bytes):>10}{several}"
+        yield f"  {program.name[:40]:<42}{_megabytes(program.own_bytes):>10}  {_processes(program.pids)}"
     for one in found.elsewhere:
         yield f"A training of another home, {one.home}, holds {_megabytes(one.own_bytes)} of RAM."
         yield f"  {console.of_home(one.home)} pause  gives it back, and loses nothing."
-    names = ", ".join(f"{program.name} ({size(program.own_bytes)})" for program in found.closable)
+    names = "; ".join(f"{program.name} ({size(program.own_bytes)}, {_processes(program.pids)})" for program in found.closable)
     yield f"You could close: {names}." if names else "None of your programs holds so much that closing it would help."
+
+
+def _processes(pids: Sequence[int]) -> str:
+    """Which ones a program has: two of one name may be two programs to the person."""
+    more = f" and {len(pids) - _MOST_PIDS} more" if len(pids) > _MOST_PIDS else ""
+    return f"PID{'s' if len(pids) > 1 else ''} {', '.join(str(pid) for pid in pids[:_MOST_PIDS])}{more}"
 
 
 def _megabytes(value: int | None) -> str:

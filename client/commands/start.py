@@ -41,12 +41,14 @@ def begin(home: Home, choice: choose.Choice, warnings: list[str], wait: bool, as
         console.tell(choice.told)
     for warning in limits.warnings(choice.config.memory.ram_limit, choice.config.memory.vram_limit):
         console.complain(f"Warning: {warning}")
+    if not autostart:
+        registration.decline(home, choice.run)
     reading, tied = follow.start(home, choice)
     if tied:
         console.complain(f"Warning: {tied}")
     if choice.task_file is not None:
         reading = follow.until_checked(home, reading)
-    after_reboot = registration.begun(home, choice.run, autostart)
+    after_reboot = registration.begun(home, choice.run, autostart, new=not choice.resume)
     if not as_json:
         _tell(reading, tied, wait)
         if after_reboot:
@@ -73,8 +75,9 @@ def _until_end(home: Home, run: str) -> status.Reading:
 def _tell(reading: status.Reading, tied: str, wait: bool) -> None:
     shown, program = reading.status, console.program()
     run = shown.run if shown else "The run"
-    free, waiting = "" if tied else "; this window may be closed", " Waiting for its end; Ctrl-C ends only the waiting." if wait else ""
-    console.tell(f"{run} is {reading.state} in the background{free}.{waiting}")
+    free = "" if tied else "; this window may be closed"
+    stays = "This window waits for its end; Ctrl-C ends only the waiting, not the run."
+    console.tell(f"{run} is {reading.state}. {stays}" if wait else f"{run} is {reading.state} in the background{free}.")
     if reading.state == status.WAITING:
         console.tell(reading.reason)
     hints = (f"Look: {program} status", f"Watch: {program} monitor", f"End: {program} stop")

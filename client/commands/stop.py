@@ -23,7 +23,7 @@ def command(home: Home, now: bool, timeout: float) -> None:
         console.say(view.summary(follow.stop_without_supervisor(home, left)))
         return
     asked = ask.send(home, ask.live(home), "stop", {"now": now, "timeout_seconds": timeout})
-    hint = f"Look again with: {console.program()} status     End it without saving with: {console.program()} stop --now"
+    hint = f"Look again with: {console.program()} status\nEnd it without saving with: {console.program()} stop --now"
     reading = ask.until(home, asked, lambda r: not r.alive and r.state in status.END_STATES, timeout, hint)
     console.say(view.summary(reading))
 

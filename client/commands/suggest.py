@@ -58,7 +58,7 @@ def _no_model(home: Home) -> UsageError:
         return UsageError(message, f"It appears when the training has ended. See how far it is: {program} status")
     if any(not _finished(home, name) for name in runs.names(home)):
         return UsageError(message, f"It appears when the training has ended. Go on with it: {program} resume")
-    return UsageError(message, f"Train one: {program} start --preset quick     Or name one from elsewhere: --model FOLDER")
+    return UsageError(message, f"Train one: {program} start --preset quick\nOr name one from elsewhere: --model FOLDER")
 
 
 def _finished(home: Home, name: str) -> bool:

@@ -3,6 +3,7 @@
 TrainerdError                 4
 ├── UsageError                2   the words or the configuration are wrong
 │   ├── ConfigError           2   all problems of one configuration together
+│   ├── BadTaskFile           2   a person's own task file cannot be loaded as it is
 │   └── MissingModule         2   the task imports what is not there (any more)
 ├── NothingRunning            3   there is no supervisor to talk to
 ├── Unreadable                4   a file of ours cannot be read, or is of a newer schema
@@ -77,6 +78,10 @@ class ConfigError(UsageError):
         else:
             message = f"{len(self.problems)} problems in the configuration:\n" + "\n".join(f"  - {p}" for p in self.problems)
         super().__init__(message, hint)
+
+
+class BadTaskFile(UsageError):
+    """The task's own file is wrong: the same again with the run's copy of it, whatever becomes of the file itself."""
 
 
 class MissingModule(UsageError):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 _LAUNCHER = "__PYVENV_LAUNCHER__"
+PATH = "PYTHONPATH"
 
 
 def command(module: str, *arguments: str) -> list[str]:
@@ -25,14 +26,20 @@ def command(module: str, *arguments: str) -> list[str]:
 def environment(base: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment our processes need: they find this very package, and speak UTF-8 on Windows too."""
     found = dict(os.environ if base is None else base)
-    if _PACKAGE_PARENT.name not in ("site-packages", "dist-packages"):
-        paths = [str(_PACKAGE_PARENT), *found.get("PYTHONPATH", "").split(os.pathsep)]
-        found["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
+    paths = [] if _PACKAGE_PARENT.name in ("site-packages", "dist-packages") else [str(_PACKAGE_PARENT)]
+    paths += whole_path(found.get(PATH, "")).split(os.pathsep)
+    if any(paths):
+        found[PATH] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
     if sys.platform == "win32":
         found["PYTHONUTF8"] = "1"
         if _executable() != sys.executable:
             found[_LAUNCHER] = sys.executable
     return found
+
+
+def whole_path(folders: str) -> str:
+    """PYTHONPATH with every folder by its whole name: our processes run in other folders than the one it was typed in."""
+    return os.pathsep.join(os.path.abspath(folder) for folder in folders.split(os.pathsep) if folder)
 
 
 def package_parent() -> Path:

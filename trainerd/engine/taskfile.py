@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from trainerd.config import catalogue
 from trainerd.config.model import RunConfig
 from trainerd.config.problems import in_words
-from trainerd.contract.errors import ConfigError, UsageError
+from trainerd.contract.errors import BadTaskFile, ConfigError, UsageError
 from trainerd.engine.task import Task
 
 _CORRECT = "The log has the traceback; correct the file, and start again."
@@ -41,7 +41,7 @@ def load_task(config: RunConfig, folder: Path) -> Task:
         raise
     except Exception as error:
         traceback.print_exception(error)
-        raise UsageError(f"{kind.__name__} cannot be made: {last_line(error, None)}.", _CORRECT) from None
+        raise BadTaskFile(f"{kind.__name__} cannot be made: {last_line(error, None)}.", _CORRECT) from None
 
 
 def check_settings(kind: type[Task], settings: Mapping[str, Any]) -> None:
@@ -82,29 +82,41 @@ def _class_in_file(task: str, folder: Path) -> type[Task]:
     path = (folder / named.name).resolve()
     if not path.is_file():
         raise UsageError(f"The run's copy of the task file, {path}, is missing.", "Begin a new run with --no-resume.")
-    found = getattr(_import(path), class_name, None)
+    found = getattr(_import(path, named.parent), class_name, None)
     if found is None:
-        raise UsageError(f"The task file {named.name} has no class {class_name!r}.", "Name one of its classes: --task FILE.py:Class.")
+        raise BadTaskFile(f"The task file {named.name} has no class {class_name!r}.", "Name one of its classes: --task FILE.py:Class.")
     if not (isinstance(found, type) and issubclass(found, Task)):
-        raise UsageError(f"{class_name} in {named.name} is not a task.", "Write `class " + class_name + "(trainerd.engine.task.Task)`.")
+        hint = f"Write `class {class_name}(trainerd.engine.task.Task)`."
+        raise BadTaskFile(f"{class_name} in {named.name} is not a task.", hint)
     return found
 
 
-def _import(path: Path) -> Any:
+def _import(path: Path, original: Path) -> Any:
+    """The module of the run's copy; `original` is the folder that the person's file lies in, which is not searched."""
     name = path.stem
     if _is_taken(name, path):
-        raise UsageError(f"The task file cannot be called {path.name}: Python has another module {name!r}.", "Rename it, like my_task.py.")
+        raise BadTaskFile(f"The task file cannot be called {path.name}: Python has another module {name!r}.", "Rename it, like my_task.py.")
     # In front: the file the person edits may be found too (PYTHONPATH, the current folder), and the copy is what counts.
     sys.path.insert(0, str(path.parent))
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        hint = "A task is one file: install what it imports, or put it into the file."
         traceback.print_exception(error)
-        raise UsageError(f"The task file {path.name} imports {error.name!r}, which is not there.", hint) from None
+        raise _not_found(path.name, error.name or "", original) from None
     except Exception as error:
         traceback.print_exception(error)
-        raise UsageError(f"The task file {path.name} cannot be loaded: {last_line(error, path)}.", _CORRECT) from None
+        raise BadTaskFile(f"The task file {path.name} cannot be loaded: {last_line(error, path)}.", _CORRECT) from None
+
+
+def _not_found(file: str, name: str, original: Path) -> BadTaskFile:
+    """That a module is not found, and what to do: one beside the person's file is there, but is not looked for there."""
+    top = name.partition(".")[0]
+    beside = next((path for path in (original / f"{top}.py", original / top) if top and path.exists()), None)
+    if beside is None:
+        hint = "A task is one file: put it into the file and start again, or install it."
+        return BadTaskFile(f"The task file {file} imports {name!r}, which is not there.", hint)
+    message = f"The task file {file} imports {name!r}, and Python does not look for it in {original}, where {beside.name} is."
+    return BadTaskFile(message, f"A task is one file: put it into the file and start again, or start with PYTHONPATH={original} set.")
 
 
 def _is_taken(name: str, path: Path) -> bool:
