@@ -13,7 +13,9 @@ import pytest
 
 from benchmarks.memory.ram import trained
 from tests.person import Person
+from tests.trainers import RunningTrainer, new_run
 from trainerd.config.model import RunConfig
+from trainerd.contract import wire
 from trainerd.contract.runs import RunRecord
 from trainerd.memory import forecast, heap
 from trainerd.memory.estimate import Estimate, estimate
@@ -167,19 +169,39 @@ def test_a_kept_heap_has_room_for_three_more_of_the_largest_block() -> None:
 @glibc
 def test_a_trainer_on_a_cpu_begins_without_caches_of_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are what holes cannot grow together over. One on a GPU has them, and what a person has set stays."""
-    monkeypatch.delenv(heap.TUNABLES, raising=False)
-    monkeypatch.setattr("trainerd.machine.gpu.has_driver", lambda: False)
+    for name in (heap.TUNABLES, "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    driver = ["/nowhere"]
+    monkeypatch.setattr("trainerd.machine.gpu._DRIVERS", driver)
+    monkeypatch.setattr("trainerd.machine.gpu.metadata.version", lambda name: "2.13.0")
 
     def told(plan: dict[str, str] | None) -> str | None:
         return environment(RunRecord("r", "t", 0.0, {}, {}, plan=plan)).get(heap.TUNABLES)
 
-    assert told(None) == told({"device": "cpu"}) == "glibc.malloc.tcache_count=0" and told({"device": "cuda:0"}) is None
+    without = "glibc.malloc.tcache_count=0"
+    assert told(None) == told({"device": "cpu"}) == without and told({"device": "cuda:0"}) is None
+    driver.append("/dev/null")
+    assert told(None) is None and told({"device": "cpu"}) == without
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert told(None) == without
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("trainerd.machine.gpu.metadata.version", lambda name: "2.13.0+cpu")
+    assert told(None) == without
     monkeypatch.setenv(heap.TUNABLES, "glibc.malloc.arena_max=2")
-    assert told(None) == "glibc.malloc.arena_max=2:glibc.malloc.tcache_count=0"
+    assert told(None) == f"glibc.malloc.arena_max=2:{without}"
     monkeypatch.setenv(heap.TUNABLES, "glibc.malloc.tcache_count=3")
-    assert told(None) == "glibc.malloc.tcache_count=3"
-    monkeypatch.setattr("trainerd.machine.gpu.has_driver", lambda: True)
-    assert told(None) == "glibc.malloc.tcache_count=3" and told({"device": "cpu"}) == "glibc.malloc.tcache_count=3"
+    assert told(None) == told({"device": "cpu"}) == "glibc.malloc.tcache_count=3"
+
+
+@glibc
+@pytest.mark.parametrize(
+    ("tunables", "how"), [("glibc.malloc.tcache_count=0", heap.KEPT), ("glibc.malloc.tcache_count=3", heap.GIVEN_BACK)]
+)
+def test_with_such_a_cache_nothing_is_kept(tmp_path: Path, tunables: str, how: str) -> None:
+    """What a trainer would hold then has no bound that was measured: the person's own setting stays, and blocks are given back."""
+    trainer = RunningTrainer(new_run(tmp_path, train={"epochs": 1}), GLIBC_TUNABLES=tunables)
+    assert trainer.exit_code() == 0
+    assert [note["blocks"] for note in trainer.of(wire.NOTE) if note["kind"] == "heap"] == [how]
 
 
 _TRIPLES = """

@@ -14,6 +14,7 @@ from typing import Any
 from trainerd.config.model import RunConfig
 from trainerd.contract import interpreter, runs, wire
 from trainerd.contract.paths import Home, RunPaths
+from trainerd.memory import heap
 
 TASK = '''
 """A task that learns a sum; TINY_PAUSE slows its steps, TINY_PREPARE its preparation, TINY_FAIL breaks it."""
@@ -88,7 +89,8 @@ class RunningTrainer:
         self.paths = paths
         self.events: list[dict[str, Any]] = []
         state = state or paths.home.root / "state"
-        base = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRAINERD_STATE": str(state), **environment}
+        base = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRAINERD_STATE": str(state)}
+        base |= {heap.TUNABLES: heap.tunables(os.environ.get(heap.TUNABLES)), **environment}  # as the supervisor does
         words = ["--home", str(paths.home.root), "--run", paths.name]
         words += [] if before_step is None else ["--before-step", str(before_step)]
         self.log = paths.folder / "trainer.log"

@@ -207,11 +207,14 @@ def _fit(found: Forecast, table: Table, config: RunConfig, plan: plans.Plan, sen
 
 def _hold_blocks(found: Forecast, config: RunConfig, plan: plans.Plan, send: Send) -> None:
     """Keep large blocks from step to step where there is room for the holes between them, or where nothing is known of the model; what is
-    short later is given back then (cleaning.py). Only in a process that is the trainer's own."""
+    short later is given back then (cleaning.py). Only in a process that is the trainer's own; on a CPU only in one that began without a
+    cache of small blocks, for in another the holes have no bound that was measured."""
     if arenas.now() == heap.UNKNOWN:
         return
     how, place = heap.KEPT, found.place
-    if place.device == "cpu":
+    if place.device == "cpu" and not heap.can_keep(os.environ):
+        found.heap = how = heap.GIVEN_BACK
+    elif place.device == "cpu":
         setup = replace(found.setup(plan, config), heap=heap.KEPT)
         kept = None if found.table is None else forecast.foretold(config, setup, place, found.table)
         found.heap = how = heap.KEPT if kept is None or kept.needed.upper <= place.budget_bytes else heap.GIVEN_BACK

@@ -6,14 +6,16 @@ Asking wakes a sleeping laptop GPU: callers ask only while something uses it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from typing import Any, TypeVar
 
 from trainerd.contract import clock
 
 T = TypeVar("T")
+_DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,15 @@ class GpuFacts:
     utilization_percent: float | None
 
 
-def has_driver() -> bool:
-    """Whether Linux has a driver that torch's CUDA could use (WSL's too), by the device file alone."""
-    return any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/dxg"))
+def may_be_used(environment: Mapping[str, str]) -> bool:
+    """Whether a process with this environment might train on a GPU of NVIDIA's. Nothing is asked, and nothing woken: Linux has the
+    driver's device file (WSL's too), no variable hides it, and torch is no build for CPUs."""
+    if environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not any(map(os.path.exists, _DRIVERS)):
+        return False
+    try:
+        return not metadata.version("torch").endswith("+cpu")
+    except metadata.PackageNotFoundError:
+        return False
 
 
 class GpuReader:

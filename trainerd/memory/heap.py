@@ -7,6 +7,7 @@ between them. Given back, each is mapped anew, and no more is held than lives.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 KEPT, GIVEN_BACK, UNKNOWN = "kept", "given back", ""
@@ -46,6 +47,11 @@ def tunables(given: str | None) -> str:
     """The variable for a process that may keep its blocks; it is read once, when a process begins. What a person has set stays."""
     given = given or ""
     return given if _CACHED in given else ":".join(part for part in (given, f"{_CACHED}=0") if part)
+
+
+def can_keep(environment: Mapping[str, str]) -> bool:
+    """Whether a process that began with this environment has no such cache; with one, what is kept has no bound that was measured."""
+    return f"{_CACHED}=0" in environment.get(TUNABLES, "").split(":")
 
 
 def can_be_chosen() -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from trainerd.contract import ground, interpreter
 from trainerd.contract.paths import Home
 from trainerd.contract.runs import RunRecord
@@ -52,14 +54,14 @@ def environment(record: RunRecord) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning at barriers takes the person's core and is slower than one thread
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the driver's numbers are torch's numbers
     }
-    if heap.can_be_chosen() and _trains_on_cpu(record):
+    if heap.can_be_chosen() and _trains_on_cpu(record, settings):
         settings[heap.TUNABLES] = heap.tunables(settings.get(heap.TUNABLES))
     if (record.config.get("train") or {}).get("deterministic", "auto") is not False:
         settings.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return settings
 
 
-def _trains_on_cpu(record: RunRecord) -> bool:
-    """As far as it can be known before the trainer has looked; nobody is asked, and nothing woken."""
+def _trains_on_cpu(record: RunRecord, settings: Mapping[str, str]) -> bool:
+    """As far as it can be known before the trainer has looked."""
     device = (record.plan or {}).get("device")
-    return device == "cpu" if device else not gpu.has_driver()
+    return device == "cpu" if device else not gpu.may_be_used(settings)
