@@ -24,10 +24,14 @@ def warnings(home: Home, asked: Resolved) -> list[str]:
     if found.answer.verdict == planner.TOO_LARGE and not found.is_certain:
         return [*notes, said]
     if found.answer.verdict == planner.TIGHT:
-        first = next((" ".join(f"--set {setting}" for setting in one.settings) for one in found.answer.proposals), None)
-        better = f" It would fit for certain with: {first}" if first else ""
+        better = "".join(_certain(one, found.answer.budget_bytes) for one in found.answer.proposals[:1])
         return [*notes, f"{said} It may have to repeat steps in smaller pieces.{better}"]
     raise Refused(f"It does not fit. {said}", "\n".join([*forecast_view.remedies(found), _room(found)]))
+
+
+def _certain(proposal: planner.Proposal, budget_bytes: int) -> str:
+    changes = " ".join(f"--set {setting}" for setting in proposal.settings)
+    return f" It would fit for certain with: {changes} ({forecast_view.needs(proposal, budget_bytes)})"
 
 
 def _room(found: outlook.Outlook) -> str:

@@ -9,7 +9,7 @@ from trainerd.memory.estimate import UNVERIFIED, Estimate, Range
 from trainerd.memory.planner import FITS, TIGHT, Answer, Proposal, smaller
 
 from .outlook import Outlook, Unknown
-from .words import NOT_KNOWN, bar, count, duration, share, size
+from .words import NOT_KNOWN, bar, count, duration, share, size, sizes
 
 _COLOURS = {FITS: "green", TIGHT: "yellow"}
 _SAID = {FITS: "fits", TIGHT: "tight"}
@@ -60,7 +60,7 @@ def unknown(found: Unknown, style: Style) -> list[str]:
 
 
 def remedies(outlook: Outlook) -> list[str]:
-    """What would make it fit, for certain where it is tight; each has been estimated with the change made."""
+    """What would make it fit, for certain where it is tight, likely where nothing does; each has been estimated with the change made."""
     answer, needed = outlook.answer, outlook.answer.estimate.needed
     if not answer.proposals and answer.verdict == TIGHT:
         said = f"Nothing the engine can change makes it certain. With {size(needed.upper)} it would be"
@@ -69,22 +69,37 @@ def remedies(outlook: Outlook) -> list[str]:
         if answer.no_model_fits:
             return _wrapped(answer.no_model_fits, _WIDE)
         return _least(answer)
-    certainly = " for certain" if answer.verdict == TIGHT else ""
-    return [f"It would fit{certainly} with:", *(line for proposal in answer.proposals for line in _proposed(proposal))]
+    heading = f"It would fit{' for certain' if answer.verdict == TIGHT else ''} with:"
+    if answer.proposals[0].verdict != FITS:
+        heading = "Nothing that was tried fits for certain. It would be tight, likely to fit, with:"
+    proposed = (line for proposal in answer.proposals for line in _proposed(proposal, answer.budget_bytes))
+    return [*_wrapped(heading, _WIDE), *proposed]
+
+
+def needs(proposal: Proposal, budget_bytes: int) -> str:
+    """What is needed with these changes, by the number that they were judged by."""
+    needed, left = proposal.estimate.needed, max(0, budget_bytes)
+    if proposal.verdict == FITS:
+        most, room = sizes(needed.upper, left)
+        return f"needs {most} at most of {room} left"
+    likely, most, room = sizes(needed.point, needed.upper, left)
+    return f"needs {likely} likely, {most} at most, of {room} left"
 
 
 def _least(answer: Answer) -> list[str]:
-    """Nothing fits: the least of what was tried, what to type for it on a line of its own, and what is left to change."""
-    least = answer.least.estimate.needed.point if answer.least is not None else answer.estimate.needed.point
+    """Nothing fits, not even likely: the least of what was tried, what to type for it on a line of its own, and what is left to change."""
+    least = answer.least.estimate.needed if answer.least is not None else answer.estimate.needed
     words = " ".join(f"--set {setting}" for setting in answer.least.settings) if answer.least is not None else ""
-    said = f"Nothing that was tried makes it fit: the least it needs is {size(least)}{', with' if words else '.'}"
+    likely, most, room = sizes(least.point, least.upper, max(0, answer.budget_bytes))
+    said = f"Nothing that was tried makes it fit: the least it needs is {likely} likely, {most} at most, of {room} left"
+    said += ", with" if words else "."
     return [*_wrapped(said, _WIDE), *([f"  {words}"] if words else []), *_wrapped(smaller(answer), _WIDE)]
 
 
-def _proposed(proposal: Proposal) -> list[str]:
+def _proposed(proposal: Proposal, budget_bytes: int) -> list[str]:
     """What to type stays on one line, to be copied."""
     words = " ".join(f"--set {setting}" for setting in proposal.settings)
-    why = f"{size(proposal.estimate.needed.upper)} at most; {'; '.join(proposal.price)}"
+    why = f"{needs(proposal, budget_bytes)}; {'; '.join(proposal.price)}"
     return [f"  {words}", *_wrapped(why, _WIDE, initial_indent="      ", subsequent_indent="      ")]
 
 

@@ -13,7 +13,7 @@ from trainerd.contract.status import Reading
 
 from . import console
 
-_FITS = re.compile(r"would fit with ((?:--set \S+ )*?--set \S+?)(?: or |\.(?:\s|$))")
+_FITS = re.compile(r"would (be likely to )?fit with ((?:--set \S+ )*?--set \S+?)(?: \(| or |\.(?:\s|$))")
 _TOO_LARGE = "It does not fit"
 _OWN_NAME = re.compile(r".*-\d{8}-\d{6}(-\d+)?")  # choose.py gives it where nobody names the run
 
@@ -28,8 +28,8 @@ def steps(reading: Reading, program: str) -> list[str]:
     if change is None or not shown.config or not shown.run:
         return [f"Once there is more memory: {later}"]
     config = console.quoted(str(Path(shown.home) / shown.config))
-    name = other_name(shown.run, "smaller")
-    return [f"Start it as it fits with: {program} start --config {config} {change[1]}{name}", f"Or, once there is more memory: {later}"]
+    name, how = other_name(shown.run, "smaller"), "is likely to fit" if change[1] else "fits"
+    return [f"Start it as it {how} with: {program} start --config {config} {change[2]}{name}", f"Or, once there is more memory: {later}"]
 
 
 def other_name(run: str, what: str) -> str:

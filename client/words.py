@@ -33,6 +33,13 @@ def size(value: Any) -> str:
     return NOT_KNOWN
 
 
+def sizes(*values: float) -> list[str]:
+    """Sizes that are compared: in MB where two that differ would read alike."""
+    shown = [size(value) for value in values]
+    alike = len(set(shown)) < len({round(value / 1e6) for value in values})
+    return [f"{value / 1e6:,.0f} MB" for value in values] if alike else shown
+
+
 def count(value: Any) -> str:
     """A whole number with thousands set apart."""
     return f"{value:,.0f}" if known(value) else NOT_KNOWN

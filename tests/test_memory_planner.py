@@ -191,7 +191,8 @@ def test_exact_changes_are_proposed_before_another_algorithm() -> None:
     device=st.sampled_from(["cuda", "cpu"]),
 )
 def test_every_proposal_fits_when_it_is_applied(budget: int, batch: int, fixed: bool, precision: str, device: str) -> None:
-    """Each is set as printed, planned again, and then fits; an answer that says it fits is within the budget."""
+    """Each is set as printed, planned again, and then fits, or is tight where it was proposed as that; an answer that says it fits is
+    within the budget. Where there is none, the least that is said is more than there is, and no more than the plan that is shown needs."""
     config: dict[str, Any] = {"batch_size": batch, "precision": precision, **({"micro_batch": batch} if fixed else {})}
     answer = plan(config, budget * MB, SMALL_MN, device)
     assert answer.setup.effective_batch == batch
@@ -205,7 +206,12 @@ def test_every_proposal_fits_when_it_is_applied(budget: int, batch: int, fixed: 
             key, value = setting.removeprefix("train.").split("=")
             changed[key] = int(value) if value.isdecimal() else value
         again = plan(changed, budget * MB, SMALL_MN, device)
-        assert again.verdict == FITS, proposal.settings
+        assert proposal.verdict == judge(proposal.estimate, budget * MB) != TOO_LARGE
+        assert again.verdict in (FITS, proposal.verdict), proposal.settings
+    assert (answer.least is not None) is (answer.verdict == TOO_LARGE and not answer.proposals)
+    if answer.least is not None:
+        least, shown = answer.least.estimate.needed, answer.estimate.needed
+        assert budget * MB < least.point <= shown.point and least.upper <= shown.upper
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -279,6 +285,39 @@ def test_where_nothing_fits_the_least_of_all_that_was_tried_is_said() -> None:
     assert on_cpu is not None and "train.optimizer=adafactor" in on_cpu.settings
     assert "cannot be split: a train.batch_size below 64" in smaller(plan({"batch_size": 64}, 260 * MB, SMALL_MN, splittable=False))
     assert smaller(answer) == "A smaller model would fit."
+
+
+def test_as_much_as_the_least_that_is_said_is_likely_to_be_enough() -> None:
+    """With a byte less it is still the least; with as much, what was said to need it is proposed as likely to fit, typed so it is tight,
+    and with as much as it needs at most it fits for certain."""
+    config = {"batch_size": 64, "precision": "bf16"}
+    least = plan(config, 260 * MB, GRU, "cpu").least
+    assert least is not None and least.settings
+    needed = least.estimate.needed
+    less = plan(config, int(needed.point) - 1, GRU, "cpu")
+    assert less.least is not None and less.least.estimate.needed == needed and not less.proposals
+    enough = plan(config, int(needed.point) + 1, GRU, "cpu")
+    assert enough.verdict == TOO_LARGE and enough.least is None
+    assert [(one.settings, one.verdict) for one in enough.proposals] == [(least.settings, TIGHT)]
+    typed: dict[str, Any] = dict(config)
+    for setting in least.settings:
+        key, value = setting.removeprefix("train.").split("=")
+        typed[key] = int(value) if value.isdecimal() else value
+    assert plan(typed, int(needed.point) + 1, GRU, "cpu").verdict == TIGHT
+    certain = plan(config, int(needed.upper) + 1, GRU, "cpu")
+    assert {one.verdict for one in certain.proposals} == {FITS} and least.settings in [one.settings for one in certain.proposals]
+
+
+def test_what_the_ram_does_not_hold_is_not_the_least() -> None:
+    """Nor the plan that is shown: its number of the GPU could be below the budget of what is said not to fit."""
+    config = {"batch_size": 64, "precision": "bf16"}
+    away = plan(config, 100 * MB, SMALL_MN)
+    assert away.setup.offload == "optimizer", "nothing to see: with room in the RAM it would be the least"
+    asked = RunConfig.model_validate({"task": "cadence", "train": config})
+    for budget in (100 * MB, int(away.estimate.needed.point) + 1):
+        found = forecast.answer(asked, forecast.Place("cuda", budget, "bf16", ram_bytes=MB), SMALL_MN)
+        assert found.verdict == TOO_LARGE and found.setup.offload == "none" and found.estimate.needed.point > budget
+        assert found.proposals or (found.least is not None and found.least.estimate.needed.point > budget)
 
 
 def test_on_a_cpu_fp32_is_proposed_where_low_products_need_more() -> None:

@@ -12,7 +12,7 @@ import click
 from trainerd.contract import interpreter
 from trainerd.contract.errors import EXIT_DONE, EXIT_REFUSED, TrainerdError, UsageError
 from trainerd.contract.paths import Home
-from trainerd.memory.planner import TOO_LARGE
+from trainerd.memory.planner import TOO_LARGE, Proposal
 
 from .. import console, forecast_view, options, outlook
 from ..cli import pass_home
@@ -60,13 +60,17 @@ def _document(found: outlook.Outlook) -> dict[str, Any]:
         "budget_bytes": answer.budget_bytes,
         "estimate": _whole(answer.estimate.document()),
         "techniques": list(answer.used),
-        "proposals": [
-            {"settings": list(p.settings), "price": list(p.price), "needed": _whole(asdict(p.estimate.needed))} for p in answer.proposals
-        ],
+        "proposals": [_proposal(one) for one in answer.proposals],
+        "least": _proposal(answer.least) if answer.least is not None else None,
         "profile": asdict(found.place.profile),
         "notes": list(found.notes),
         "stated": asdict(found.stated) if found.stated else None,
     }
+
+
+def _proposal(found: Proposal) -> dict[str, Any]:
+    needed = _whole(asdict(found.estimate.needed))
+    return {"settings": list(found.settings), "price": list(found.price), "needed": needed, "verdict": found.verdict}
 
 
 def _whole(value: Any, name: str = "") -> Any:

@@ -37,6 +37,7 @@ from trainerd.memory.zero2 import Buckets
 Send = Callable[..., None]
 _DRIVER_SECONDS = 5.0
 _WORTH_KEEPING_BYTES = 16 << 20
+_WAYS_SHOWN = 160  # characters: the status shows 300 of a refusal, and a way that is cut off cannot be typed
 
 
 @dataclass
@@ -253,12 +254,20 @@ def _refuse_too_large(answer: planner.Answer) -> None:
 
 def _what_helps(answer: planner.Answer, *, for_weights: bool = False) -> str:
     """`for_weights`: what the layers compute is not in it, so it is not said that all would fit."""
-    ways = " or ".join(" ".join(f"--set {setting}" for setting in proposal.settings) for proposal in answer.proposals)
-    if ways and for_weights:
-        return f"These alone would fit with {ways}."
-    if not ways and answer.no_model_fits:
-        return answer.no_model_fits
-    return f"It would fit with {ways}." if ways else f"{planner.smaller(answer)} Or more memory: close programs, or raise the limit."
+    if answer.proposals:
+        doubt = "" if answer.proposals[0].verdict == planner.FITS else "be likely to "
+        ways = [_way(proposal) for proposal in answer.proposals]
+        while len(ways) > 1 and len(" or ".join(ways)) > _WAYS_SHOWN:
+            ways.pop()
+        return f"{'These alone' if for_weights else 'It'} would {doubt}fit with {' or '.join(ways)}."
+    return answer.no_model_fits or f"{planner.smaller(answer)} Or more memory: close programs, or raise the limit."
+
+
+def _way(proposal: planner.Proposal) -> str:
+    """What to set, and in a few words what it needs then (client/refused.py reads the settings out of it)."""
+    needed = proposal.estimate.needed
+    likely = f"{needed.point / 1e9:.1f} GB, " if proposal.verdict != planner.FITS else ""
+    return f"{' '.join(f'--set {setting}' for setting in proposal.settings)} ({likely}{needed.upper / 1e9:.1f} GB at most)"
 
 
 def _tight(answer: planner.Answer) -> str:

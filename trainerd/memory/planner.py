@@ -1,7 +1,8 @@
 """Chooses what was left to choose: the fastest setup whose estimate fits the budget. Must not measure, ask or start anything.
 
 The effective batch never changes, and what a person fixed stays. Exact techniques come before those that change last digits;
-those that change the algorithm are only proposed. Every proposal has been estimated with the change applied, and fits.
+those that change the algorithm are only proposed. Every proposal has been estimated with the change applied, and fits for certain;
+where none does, those that are likely to fit are proposed as that.
 """
 
 from __future__ import annotations
@@ -49,11 +50,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Proposal:
-    """Changes that together make it fit: what to set, and at what price."""
+    """Changes that together make it fit, for certain or likely: what to set, at what price, and what it needs then."""
 
     settings: tuple[str, ...]
     price: tuple[str, ...]
     estimate: Estimate
+    verdict: str = FITS
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Answer:
     """Techniques the plan has taken up."""
     proposals: tuple[Proposal, ...] = ()
     least: Proposal | None = None
-    """Where nothing fits: what needs least of all that was tried."""
+    """Where nothing is even likely to fit: what needs least of all that was tried, and never more than the setup, by neither number."""
     splittable: bool = True
 
     @property
@@ -82,11 +84,15 @@ class Answer:
 
 def judge(needed: Estimate, budget_bytes: int, ram_bytes: int | None = None) -> str:
     """Whether the budget holds the upper bound, only the point, or neither. What is moved to the RAM must fit there for certain."""
-    if needed.setup.offload != "none" and ram_bytes is not None and needed.ram.upper > ram_bytes:
+    if not _ram_holds(needed, ram_bytes):
         return TOO_LARGE
     if needed.needed.upper <= budget_bytes:
         return FITS
     return TIGHT if needed.needed.point <= budget_bytes else TOO_LARGE
+
+
+def _ram_holds(needed: Estimate, ram_bytes: int | None) -> bool:
+    return needed.setup.offload == "none" or ram_bytes is None or needed.ram.upper <= ram_bytes
 
 
 def smaller(answer: Answer) -> str:
@@ -141,32 +147,55 @@ class _Asking:
         verdict = judge(needed, self._question.budget_bytes, self._question.ram_bytes)
         return verdict == FITS or (wanted == TIGHT and verdict == TIGHT)
 
-    def smallest(self) -> Estimate:
-        """Of all that was asked about, what needs least."""
-        best: Estimate | None = None
-        for rough in sorted([*self._seen.values(), *self._least.values()], key=_upper):
-            if best is None or _upper(rough) < _upper(best):
-                best = min(filter(None, (best, self(rough.setup))), key=_upper)
+    def least(self, among: Collection[Setup] = (), beside: Estimate | None = None) -> Estimate:
+        """Of these, or of all that was asked about, what needs least by the number a refusal goes by: the likely one. What the RAM does
+        not hold only where nothing else is left; `beside`: what needs more than that by either number does not count."""
+        roughs = [self.roughly(setup) for setup in among] or [*self._seen.values(), *self._least.values()]
+        best = beside
+        for holds in (True, False):
+            for rough in sorted(roughs, key=_likely):
+                if _ram_holds(rough, self._question.ram_bytes) is not holds or (best is not None and _likely(rough) >= _likely(best)):
+                    continue
+                found = self(rough.setup)
+                more = beside is not None and found.needed.upper > beside.needed.upper
+                if not more and _ram_holds(found, self._question.ram_bytes) is holds and (best is None or _likely(found) < _likely(best)):
+                    best = found
+            if best is not None:
+                break
         assert best is not None, "nothing was asked"
         return best
 
 
 def _chosen(question: Question, table: Table, ask: _Asking) -> Answer:
+    taken = _taken(question, table, ask)
+    if taken is not None:
+        best, used = taken
+        verdict = judge(best, question.budget_bytes, question.ram_bytes)
+        better = _proposals(question, table, ask, FITS) if verdict == TIGHT else ()
+        return Answer(best, verdict, question.budget_bytes, used, better)
+    smallest = _smallest(question, table, ask)
+    proposals = _proposals(question, table, ask, FITS) or _proposals(question, table, ask, TIGHT)
+    least = None if proposals else _least(question, ask.least(beside=smallest), smallest)
+    return Answer(smallest, TOO_LARGE, question.budget_bytes, (), proposals, least, question.splittable)
+
+
+def _taken(question: Question, table: Table, ask: _Asking) -> tuple[Estimate, tuple[str, ...]] | None:
+    """What a plan takes by itself, and the techniques for it: what fits for certain before what is tight. None where nothing fits."""
     if ask.fits(question.setup, FITS):
-        return Answer(ask(question.setup), FITS, question.budget_bytes)
+        return ask(question.setup), ()
     ways = _automatic(question, table)
     for wanted in (FITS, TIGHT):
         found = _fastest(ways, question, ask, wanted)
         if found is not None:
             best, used = found
-            taken = used if best.setup.micro_batch == question.setup.micro_batch else (*used, "smaller micro-batch")
-            better = _proposals(question, table, ask) if wanted == TIGHT else ()
-            return Answer(best, judge(best, question.budget_bytes, question.ram_bytes), question.budget_bytes, taken, better)
-    last = ways[-1][0]
-    smallest = min((ask(setup) for setup in ([last, last.with_micro_batch(1)] if _may_split(question) else [last])), key=_upper)
-    proposals = _proposals(question, table, ask)
-    least = None if proposals else _least(question, ask.smallest())
-    return Answer(smallest, TOO_LARGE, question.budget_bytes, (), proposals, least, question.splittable)
+            return best, used if best.setup.micro_batch == question.setup.micro_batch else (*used, "smaller micro-batch")
+    return None
+
+
+def _smallest(question: Question, table: Table, ask: _Asking) -> Estimate:
+    """Where a plan can take nothing that fits: of what it could take, what needs least."""
+    ways = [setup for setup, _ in _automatic(question, table)]
+    return ask.least([*ways, *(setup.with_micro_batch(1) for setup in ways if _may_split(question))])
 
 
 def _fastest(
@@ -194,8 +223,8 @@ def _whole(setup: Setup, question: Question) -> Setup:
     return setup.with_micro_batch(setup.effective_batch) if _may_split(question) else setup
 
 
-def _upper(estimate: Estimate) -> float:
-    return estimate.needed.upper
+def _likely(estimate: Estimate) -> float:
+    return estimate.needed.point
 
 
 def _may_split(question: Question) -> bool:
@@ -277,20 +306,23 @@ def _samples(setup: Setup, pieces: int) -> int:
     return -(-setup.effective_batch // pieces)
 
 
-def _least(question: Question, least: Estimate) -> Proposal | None:
-    """Of all that was tried, what needs least; with what a person would have to set for it."""
-    changed = [(of, shown) for of, shown in _SHOWN if of(least.setup) != of(question.setup)]
-    return Proposal(tuple(shown(least.setup) for _, shown in changed), (), least)
+def _least(question: Question, least: Estimate, shown: Estimate) -> Proposal:
+    """Of all that was tried, what needs least; with what a person would have to set for it: nothing where that is shown already, and no
+    micro-batch where the plan chooses it."""
+    if least.setup == shown.setup:
+        return Proposal((), (), least, TOO_LARGE)
+    first = least.setup.with_micro_batch(question.setup.micro_batch) if _may_split(question) else least.setup
+    return Proposal(tuple(words(first) for of, words in _SHOWN if of(first) != of(question.setup)), (), least, TOO_LARGE)
 
 
-def _proposals(question: Question, table: Table, ask: _Asking) -> tuple[Proposal, ...]:
-    """The smallest sets of changes that fit: one, else two, else three; what a person fixed may be proposed to be freed."""
+def _proposals(question: Question, table: Table, ask: _Asking, wanted: str) -> tuple[Proposal, ...]:
+    """The smallest sets of changes that fit as wanted: one, else two, else three; what a person fixed may be proposed to be freed."""
     for number in (1, 2, 3):
         found: list[tuple[int, Proposal]] = []
         for chosen in itertools.combinations(TECHNIQUES, number):
             if len({technique.key for technique in chosen}) < number:
                 continue
-            proposal = _tried(question, table, chosen, ask)
+            proposal = _tried(question, table, chosen, ask, wanted)
             if proposal is not None:
                 found.append((sum(t.kind == DIFFERENT for t in chosen), proposal))
         if found:
@@ -298,8 +330,8 @@ def _proposals(question: Question, table: Table, ask: _Asking) -> tuple[Proposal
     return ()
 
 
-def _tried(question: Question, table: Table, chosen: tuple[Technique, ...], ask: _Asking) -> Proposal | None:
-    """The proposal these techniques make, if it fits."""
+def _tried(question: Question, table: Table, chosen: tuple[Technique, ...], ask: _Asking, wanted: str) -> Proposal | None:
+    """The proposal these techniques make, if it fits as wanted."""
     setup, settings = question.setup, []
     for technique in chosen:
         if technique.key == "train.micro_batch":
@@ -313,17 +345,18 @@ def _tried(question: Question, table: Table, chosen: tuple[Technique, ...], ask:
         settings.append(technique.setting(setup))
     splits = [t for t in chosen if t.key == "train.micro_batch"]
     if splits:
-        found = _largest(setup, replace(question, fixed=()), ask, FITS)
+        found = _largest(setup, replace(question, fixed=()), ask, wanted)
         if found is None or found.setup.micro_batch == question.setup.micro_batch:
             return None
         setup = found.setup
         settings.append(splits[0].setting(setup))
     elif _may_split(question):
         # The plan would split the batch by itself: try with the smallest pieces, and let it choose when it starts.
-        found = _largest(setup, question, ask, FITS)
+        found = _largest(setup, question, ask, wanted)
         if found is None:
             return None
         setup = found.setup
-    if not ask.fits(setup, FITS):
+    if not ask.fits(setup, wanted):
         return None
-    return Proposal(tuple(settings), tuple(technique.price for technique in chosen), ask(setup))
+    verdict = judge(ask(setup), question.budget_bytes, question.ram_bytes)
+    return Proposal(tuple(settings), tuple(technique.price for technique in chosen), ask(setup), verdict)
