@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-WORKERS = str(min((os.cpu_count() or 1) + 3, 8))
-"""Three more than processors: many tests wait, for a process to begin or to end; with two more a third of the time was idle."""
+WORKERS = str(min((os.cpu_count() or 1) + 2, 8))
+"""Two more than processors: many tests wait, for a process to begin or to end."""
 
 
 def environment_folder() -> Path:

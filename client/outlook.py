@@ -195,7 +195,7 @@ def _table_of(home: Home, asked: Resolved, place: forecast.Place) -> _Known | Un
 def _why_unknown(name: str, asked: Resolved, place: forecast.Place, others: list[TracedTable], untraced: str, unlike: list[str]) -> str:
     if others:
         setup = forecast.question(asked.config, place).setup
-        return f"{name} was last trained here {_traced_as(others[0])}: what its model needs {_asked_as(setup)} is not known."
+        return f"{name} was last trained here {_traced_as(others[0])}: what its model needs {_asked_as(setup, others[0])} is not known."
     if untraced:
         return f"{name} could not be traced when it was last started here: {untraced.rstrip('.')}. What its model needs is not known."
     if unlike:
@@ -220,8 +220,16 @@ def _traced_as(table: TracedTable) -> str:
     return f"in {table.precision}, {_of_model(table.logits, table.attention)}{alone}"
 
 
-def _asked_as(setup: Setup) -> str:
-    return f"in {setup.precision}, {_of_model(setup.logits, setup.attention)}, in micro-batches of {setup.micro_batch:,}"
+def _asked_as(setup: Setup, table: TracedTable) -> str:
+    """In what it differs from what was traced."""
+    steps = table.modes["none"].steps
+    asked = {
+        f"in {setup.precision}": setup.precision != table.precision,
+        f"with memory.logits={setup.logits}": setup.logits != table.logits,
+        f"with train.attention={setup.attention}": setup.attention != table.attention,
+        f"in micro-batches of {setup.micro_batch:,}": len(steps) == 1 and setup.micro_batch != steps[0].samples,
+    }
+    return " and ".join([words for words, differs in asked.items() if differs] or asked)
 
 
 def _of_model(logits: str, attention: str) -> str:
