@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from client import curve, screen, tail, view
+from client import ask, curve, screen, tail, view
 from tests.person import DOOR, Person
 from tests.supervised import RUN, Daemon
 from trainerd.contract import files, lock, requests, status
@@ -148,6 +148,18 @@ def test_what_nobody_heard_is_not_called_done(home: Home, terminal: Callable[...
         daemon.process.wait(60)
         monitor.until("pause: too late")
         assert requests.pending(home) == []
+
+
+def test_what_was_taken_is_done_when_it_has_taken_effect(tmp_path: Path) -> None:
+    """A pause that was accepted is under way until the state says paused; what is not answered is neither."""
+    asked = ask.Asked("pause", "abc", tmp_path / "abc.json")
+
+    def stands(state: str, *outcomes: str) -> bool | None:
+        answers = [status.RequestOutcome("abc", "pause", outcome, 0.0) for outcome in outcomes]
+        return asked.is_done(status.Reading(state, "", status.Status(requests=answers), True))
+
+    assert (stands(status.RUNNING), stands(status.RUNNING, "accepted")) == (None, False)
+    assert stands(status.PAUSED, "accepted") and stands(status.RUNNING, "done")
 
 
 def test_leaving_never_stops_the_training(home: Home, terminal: Callable[..., Terminal]) -> None:

@@ -331,7 +331,9 @@ def test_a_model_of_ones_own_is_traced_once_and_then_planned(person: Person, tmp
     for other in ("train.precision=bf16", "train.attention=math", "memory.logits=full"):
         unknown = json.loads(person.types("plan", "--json", *words, "--set", other).stdout)
         assert unknown["verdict"] is None and "tiny.py:Tiny was last trained here in fp32" in unknown["reason"], other
-        assert other.partition("=")[2] in unknown["reason"].partition("what its model needs")[2]
+        asked = unknown["reason"].partition("what its model needs")[2]
+        assert other.partition("=")[2] in asked
+        assert sum(word in asked for word in ("in bf16", "memory.logits", "train.attention", "micro-batches")) == 1, "what differs alone"
     assert planned(person, *words, "--set", "settings.rows=96")["verdict"] == "fits", "the default, said aloud, is no other setting"
     fewer = json.loads(person.types("plan", "--json", *words, "--set", "settings.rows=95").stdout)
     assert fewer["verdict"] is None and "settings.rows 96 -> 95" in fewer["reason"], fewer
