@@ -78,6 +78,9 @@ def look(home: Home, asked: Resolved, budget: str | None = None, device: str | N
     place, where, words = _place(home, asked.config, budget, device)
     found = _table_of(home, asked, place)
     notes = () if budget is not None or device is not None else unused_gpu()
+    if budget is None and place.device == "cpu":
+        slow = cpu.slow(asked.config.train.precision)  # what "auto" chooses is not; of another machine nobody knows
+        notes = (*notes, slow) if slow else notes
     if place.profile.problem:
         notes = (*notes, f"{place.profile.problem}: what was measured there does not count. Measure again: `plan --measure`")
     if isinstance(found, Unknown):
@@ -305,8 +308,10 @@ def _precision(kind: str, gpus: list[gpu.GpuFacts]) -> str:
 
 
 def knows_precision(place: forecast.Place) -> bool:
-    """Whether what "auto" means there is known, not guessed: of a GPU only when the driver tells what it computes."""
-    return place.device != "cuda" or gpu_driver.compute_capability(0) is not None
+    """Whether what "auto" means there is known, not guessed: only when the system, or of a GPU the driver, tells what it computes."""
+    if place.device == "cpu":
+        return cpu.computes("bf16") is not None
+    return gpu_driver.compute_capability(0) is not None
 
 
 def _named(kind: str, gpus: list[gpu.GpuFacts]) -> str:

@@ -17,6 +17,7 @@ from trainerd.engine.batches import Batches, split
 from trainerd.engine.dropout import SampleDropout
 from trainerd.engine.step import weighted
 from trainerd.engine.task import Task, TaskContext
+from trainerd.machine import cpu
 
 # The order of samples
 
@@ -364,6 +365,16 @@ def test_auto_is_what_the_machine_computes_natively(capable, monkeypatch):
     assert (precision.slow_here("bf16", device) is None) == capable
     assert "no fp16" in precision.slow_here("fp16", device)
     assert precision.slow_here("fp32", device) is None
+    monkeypatch.setattr(cpu, "computes", lambda name: capable if name == "bf16" else False)
+    for name in ("bf16", "fp16", "fp32", "auto"):
+        assert cpu.slow(name) == (None if name == "auto" else precision.slow_here(name, device)), "plan says it in other words"
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])
+def test_the_client_says_no_other_than_torch_of_this_processor(name):
+    """Where the system tells, without torch, what the processor computes, it is what torch finds in it."""
+    told = name != "fp32" and cpu.computes(name) is not None
+    assert cpu.slow(name) == (precision.slow_here(name, torch.device("cpu")) if told else None)
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16"])

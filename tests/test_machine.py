@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -217,6 +219,47 @@ def test_cores_and_features(tmp_path: Path) -> None:
     info.write_text("processor\t: 0\nmodel name\t: A Processor @ 2.00GHz\nflags\t: avx2\n", "utf-8")
     if sys.platform != "win32":
         assert cpu.model(info) == "A Processor @ 2.00GHz" and cpu.model(tmp_path / "none") is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows names no instructions")
+def test_what_a_processor_computes_is_told_or_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel's flags, of Intel, AMD and ARM; unknown where there is no such file, or the kernel is older than the name."""
+    info = tmp_path / "cpuinfo"
+    said = {"flags\t: avx2 avx512_bf16": (True, False), "flags\t: amx_fp16": (False, True), "Features\t: asimdhp bf16": (True, True)}
+    monkeypatch.setattr(platform, "release", lambda: "5.11.0-41-generic")
+    for line, expected in said.items():
+        info.write_text(f"processor\t: 0\n{line}\n", encoding="utf-8")
+        assert (cpu.computes("bf16", info), cpu.computes("fp16", info)) == expected, line
+    assert cpu.computes("fp16", tmp_path / "none") is None
+    info.write_text("processor\t: 0\nflags\t: avx2 avx512_bf16\n", encoding="utf-8")
+    monkeypatch.setattr(platform, "release", lambda: "5.4.0")
+    assert (cpu.computes("bf16", info), cpu.computes("fp16", info)) == (True, None)
+
+
+@pytest.mark.parametrize(("registers", "expected"), [(0x7, False), (0xE7, None), (0x600E7, None), (0, None)])
+def test_without_wide_registers_windows_processors_compute_neither(
+    registers: int, expected: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AVX alone: surely not; with AVX-512 or AMX, or where nothing is told: nobody knows, and nothing is said."""
+    kernel = SimpleNamespace(GetEnabledXStateFeatures=_Function(registers))
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(platform, "machine", lambda: "AMD64")
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
+    assert cpu.computes("fp16") is expected
+    assert (cpu.slow("fp16") is None) is (expected is None)
+    monkeypatch.setattr(platform, "machine", lambda: "ARM64")
+    assert cpu.computes("bf16") is None
+
+
+class _Function:
+    """One of Windows', for a system without it."""
+
+    def __init__(self, answer: int) -> None:
+        self.answer = answer
+        self.restype: object = None
+
+    def __call__(self) -> int:
+        return self.answer
 
 
 MOUNTS = """\

@@ -22,7 +22,8 @@ from trainerd.config.load import resolve
 from trainerd.contract import status
 from trainerd.contract.errors import Refused
 from trainerd.engine import fitting as engine_fitting
-from trainerd.machine import gpu
+from trainerd.engine import precision as engine_precision
+from trainerd.machine import cpu, gpu
 from trainerd.machine.memory import RamFacts, ram
 from trainerd.memory.receipts import FILE
 
@@ -118,6 +119,28 @@ def test_a_gpu_that_torch_cannot_use_is_named_in_the_plan_itself(person: Person,
     assert "the driver runs CUDA up to 12" in outlook.unused_gpu()[0] and "Update the NVIDIA driver" in outlook.unused_gpu()[0]
     old = outlook.look(person.home, resolve("cadence"))
     assert isinstance(old, outlook.Outlook) and old.place.device == "cpu"
+
+
+def test_a_precision_that_is_slow_here_is_named_before_anything_is_started(person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the plan and at the start, in the trainer's words; not of another machine, nor of what "auto" chooses, nor where nobody knows."""
+    for precision in ("fp16", "bf16"):
+        monkeypatch.setattr(cpu, "computes", lambda name: False)
+        asked = resolve("cadence", sets=[f"train.precision={precision}"])
+        found = outlook.look(person.home, asked)
+        assert isinstance(found, outlook.Outlook) and found.place.device == "cpu"
+        said = " ".join("\n".join(forecast_view.lines(found, True, lambda text, colour: text)).split())
+        with monkeypatch.context() as torchs:
+            torchs.setattr(torch.cpu, "get_capabilities", lambda: {name: False for name in ("amx_bf16", "amx_fp16", "avx512_bf16")})
+            words = engine_precision.slow_here(precision, torch.device("cpu"))
+        assert words and words in said and words in fitting.warnings(person.home, asked)
+        elsewhere = outlook.look(person.home, asked, "8GB", "cpu")
+        assert isinstance(elsewhere, outlook.Outlook) and not elsewhere.notes
+        monkeypatch.setattr(cpu, "computes", lambda name: None)
+        unsaid = outlook.look(person.home, asked)
+        assert isinstance(unsaid, outlook.Outlook) and not unsaid.notes
+    monkeypatch.setattr(cpu, "computes", lambda name: False)
+    auto = outlook.look(person.home, resolve("cadence"))
+    assert isinstance(auto, outlook.Outlook) and not auto.notes
 
 
 @pytest.mark.parametrize(("capability", "precision"), [((7, 5), "fp16"), ((8, 6), "bf16"), (None, None)])

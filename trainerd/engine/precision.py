@@ -13,7 +13,15 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from trainerd.machine import cpu
+
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_OLDER = {
+    "amx_bf16": "_is_amx_tile_supported",
+    "amx_fp16": "_is_amx_fp16_supported",
+    "avx512_bf16": "_is_avx512_bf16_supported",
+}
+"""Where get_capabilities() does not know a name; whoever has AMX's tiles computes bf16 in them."""
 
 
 def resolve(wanted: str, device: torch.device) -> str:
@@ -27,24 +35,19 @@ def resolve(wanted: str, device: torch.device) -> str:
 
 def slow_here(name: str, device: torch.device) -> str | None:
     """A sentence for a person when the chosen precision is not what this machine is good at."""
-    if device.type == "cpu" and name == "fp16" and not _cpu_can("_is_amx_fp16_supported", "avx512_fp16"):
-        return "This processor has no fp16 arithmetic: fp16 is many times slower than fp32 here; bf16 or auto would be better."
-    if device.type == "cpu" and name == "bf16" and not _cpu_computes_bf16():
-        return "This processor has no bf16 arithmetic: bf16 is slower than fp32 here; auto would choose fp32."
-    return None
+    return cpu.slow_with(name, _instructions()) if device.type == "cpu" else None
 
 
 def _cpu_computes_bf16() -> bool:
     """AMX, or AVX-512's bf16 dot product alone: the latter was 1.6 to 1.8 times as fast as fp32 on a GRU LM (docs/log.md)."""
-    return _cpu_can("_is_amx_tile_supported", "amx_bf16") or _cpu_can("_is_avx512_bf16_supported", "avx512_bf16")
+    return bool(_instructions() & {"amx_bf16", "avx512_bf16"})
 
 
-def _cpu_can(function: str, capability: str) -> bool:
-    """torch knows on every system, by a name that has changed between its versions."""
+def _instructions() -> set[str]:
+    """What this processor has for low precisions. torch knows on every system, by names that have changed between its versions."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    if capability in capabilities:
-        return bool(capabilities[capability])
-    return bool(getattr(torch.cpu, function, bool)())
+    older = {name for name, function in _OLDER.items() if name not in capabilities and getattr(torch.cpu, function, bool)()}
+    return older | {name for name, has in capabilities.items() if has is True}
 
 
 class Precision:

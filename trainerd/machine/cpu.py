@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import psutil
 
 _CPUINFO = Path("/proc/cpuinfo")
 _NODES = Path("/sys/devices/system/node")
+# Instructions for products in a precision, by the kernel's names and torch's: those of Intel and AMD have the same in both.
+_COMPUTING = {
+    "bf16": frozenset({"amx_bf16", "avx512_bf16", "bf16"}),
+    "fp16": frozenset({"amx_fp16", "avx512_fp16", "asimdhp", "fp16_arith"}),
+}
+_SLOW = {
+    "bf16": "This processor has no bf16 arithmetic: bf16 is slower than fp32 here; auto would choose fp32.",
+    "fp16": "This processor has no fp16 arithmetic: fp16 is many times slower than fp32 here; auto would be better.",
+}
 # Matrix and vector instructions that decide which precision is fast. Each name is the kernel's.
-_INTERESTING = frozenset({"amx_bf16", "amx_tile", "amx_int8", "avx2", "avx512f", "avx512_bf16", "avx512_vnni", "fma", "f16c", "bf16"})
+_INTERESTING = frozenset({"amx_tile", "amx_int8", "avx2", "avx512f", "avx512_vnni", "fma", "f16c"}).union(*_COMPUTING.values())
+_NAMED_SINCE = {"bf16": (5, 3), "fp16": (5, 11)}
+"""The Linux that first names them: of an older one that does not, nothing follows."""
+_WIDE_REGISTERS = 0b1110_0000 | 1 << 17 | 1 << 18
+"""Those of AVX-512, and AMX's tiles (XSTATE_MASK_AVX512, XSTATE_MASK_AMX_TILE_CONFIG, ..._DATA of winnt.h)."""
 
 
 def physical_cores() -> int:
@@ -35,6 +50,33 @@ def features(cpuinfo: Path = _CPUINFO) -> frozenset[str]:
     if sys.platform == "win32":
         return frozenset()
     return frozenset((_told(cpuinfo, "flags", "Features") or "").split()) & _INTERESTING
+
+
+def computes(precision: str, cpuinfo: Path = _CPUINFO) -> bool | None:
+    """Whether it has instructions for products in "bf16" or "fp16"; None where the system does not tell."""
+    if sys.platform == "win32":
+        return False if _without_wide_registers() else None
+    told = (_told(cpuinfo, "flags", "Features") or "").split()
+    if _COMPUTING[precision].intersection(told):
+        return True
+    return False if told and _names(precision, platform.release()) else None
+
+
+def _names(precision: str, release: str) -> bool:
+    """Whether a Linux of this release has names for such instructions."""
+    found = re.match(r"(\d+)\.(\d+)", release)
+    return found is not None and (int(found[1]), int(found[2])) >= _NAMED_SINCE[precision]
+
+
+def slow(precision: str) -> str | None:
+    """That a training in this precision is slow here, in words; None where it is not, or nobody knows. The trainer, which can ask torch,
+    says the same (`slow_with`)."""
+    return _SLOW[precision] if precision in _SLOW and computes(precision) is False else None
+
+
+def slow_with(precision: str, instructions: Collection[str]) -> str | None:
+    """The same, of a processor with these instructions."""
+    return _SLOW[precision] if precision in _SLOW and not _COMPUTING[precision].intersection(instructions) else None
 
 
 def model(cpuinfo: Path = _CPUINFO) -> str | None:
@@ -73,6 +115,18 @@ def _told(cpuinfo: Path, *names: str) -> str | None:
     except OSError:
         pass
     return None
+
+
+def _without_wide_registers() -> bool:
+    """Windows names no instructions, but the registers they need: without those of AVX-512 or AMX there is neither precision."""
+    if sys.platform != "win32" or platform.machine().upper() not in ("AMD64", "X86_64"):
+        return False
+    import ctypes
+
+    asked = ctypes.windll.kernel32.GetEnabledXStateFeatures
+    asked.restype = ctypes.c_ulonglong
+    enabled = int(asked())
+    return enabled != 0 and not enabled & _WIDE_REGISTERS
 
 
 def _name_in_registry() -> str | None:
