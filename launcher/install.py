@@ -10,6 +10,7 @@ know anything about training. trainerd itself is not installed: the checkout's s
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -148,8 +149,9 @@ class _Steps:
 
     def pip(self, doing: str, arguments: list[str]) -> None:
         command = [str(python_of(self.venv)), "-m", "pip", "install", "--log", str(self.venv / _LOG), "--prefer-binary"]
-        self.run(doing, [*command, *self._progress(), *arguments])
+        self.run(doing, [*command, *self._progress, *arguments])
 
+    @functools.cached_property
     def _progress(self) -> list[str]:
         """pip tells how far a download is where it can do so in plain lines."""
         command = [str(python_of(self.venv)), "-m", "pip", "--version"]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.once import made_once
 from tests.stub_index import StubIndex
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,6 +25,7 @@ def main(words=None, checkout=None):
     print(json.dumps({"words": words, "python": sys.executable, "checkout": str(checkout), "called": sys.argv[0]}))
     return 0
 """
+CHECKOUT = "my trainer (1) ü"
 NOWHERE = "http://127.0.0.1:9"  # nobody listens on the discard port
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="the shell's launcher; the .bat has its own tests")
@@ -40,7 +42,7 @@ class Machine:
     """A computer with one Python, a checkout in a folder with an awkward name, and nothing else."""
 
     def __init__(self, folder: Path, index: StubIndex) -> None:
-        self.bin, self.checkout = folder / "bin", folder / "my trainer (1) ü"
+        self.bin, self.checkout = folder / "bin", folder / CHECKOUT
         self.bin.mkdir()
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / "launcher", self.checkout / "launcher", ignore=ignored)
@@ -77,9 +79,33 @@ class Machine:
         )
 
 
+    def has(self, environment: Path) -> Machine:
+        """Somebody made its .venv already: a copy of this one."""
+        shutil.copytree(environment, self.checkout / ".venv", symlinks=True)
+        return self
+
+
 @pytest.fixture
 def machine(tmp_path: Path, index: StubIndex) -> Machine:
     return Machine(tmp_path, index)
+
+
+@pytest.fixture(scope="session")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with pip and nothing else: making one takes longer than all that is installed into it."""
+    making = [getattr(sys, "_base_executable", sys.executable), "-m", "venv"]
+    return made_once(tmp_path_factory, "empty", lambda folder: subprocess.run([*making, folder], check=True))
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory, index: StubIndex, empty: Path) -> Path:
+    """A whole environment, as the launcher has left it."""
+
+    def install(folder: Path) -> None:
+        folder.mkdir()
+        client_of(Machine(folder, index).has(empty).start("status"))
+
+    return made_once(tmp_path_factory, "installed", install) / CHECKOUT / ".venv"
 
 
 def client_of(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
@@ -119,7 +145,7 @@ def test_first_start_installs_and_shows_the_menu_later_ones_are_instant(machine:
     assert client_of(folder)["words"] == ["logs"]
 
 
-def test_the_scripts_go_on_in_the_environment_whatever_python_starts_them(machine: Machine) -> None:
+def test_the_scripts_go_on_in_the_environment_whatever_python_starts_them(machine: Machine, installed: Path) -> None:
     """`python run_optimized_training.py status` with a bare system Python: says how to install, then works by the .venv."""
 
     def typed(script: str, *words: str) -> subprocess.CompletedProcess[str]:
@@ -128,15 +154,15 @@ def test_the_scripts_go_on_in_the_environment_whatever_python_starts_them(machin
 
     before = typed("run_optimized_training.py", "status")
     assert before.returncode == 4 and "./start_training.sh" in before.stderr and "Traceback" not in before.stderr
-    client_of(machine.start("status"))
+    client_of(machine.has(installed).start("status"))
     told = client_of(typed("run_optimized_training.py", "start", "--set", "train.lr=1e-3"))
     assert told["words"] == ["start", "--set", "train.lr=1e-3"] and told["python"] == str(machine.checkout / ".venv" / "bin" / "python")
     assert client_of(typed("optimized_train.py", "--epochs", "5"))["words"] == ["foreground", "--epochs", "5"]
 
 
-def test_what_the_checkout_newly_asks_for_is_installed(machine: Machine, index: StubIndex) -> None:
+def test_what_the_checkout_newly_asks_for_is_installed(machine: Machine, index: StubIndex, installed: Path) -> None:
     """After an update of the checkout the next start brings the environment up to date, and keeps it."""
-    client_of(machine.start("status"))
+    assert len(machine.has(installed).start("status").stdout.splitlines()) == 1, "it is whole"
     index.add("pypi", "newly-needed", "1.0")
     pyproject = machine.checkout / "pyproject.toml"
     pyproject.write_text(pyproject.read_text("utf-8").replace("dependencies = [\n", 'dependencies = [\n  "newly-needed>=1",\n', 1), "utf-8")
@@ -150,25 +176,26 @@ def test_what_the_checkout_newly_asks_for_is_installed(machine: Machine, index: 
     ("answer", "build"),
     [("581.29, Stub RTX 3050, 8.6", "cu130"), ("560.94, Stub RTX 3050, 8.6", "cu126")],
 )
-def test_an_nvidia_driver_brings_the_cuda_build(machine: Machine, answer: str, build: str) -> None:
+def test_an_nvidia_driver_brings_the_cuda_build(machine: Machine, empty: Path, answer: str, build: str) -> None:
     """Where an NVIDIA driver answers, torch comes from PyTorch's CUDA index that this driver can use."""
     machine.tool("nvidia-smi", f'echo "{answer}"')
-    done = machine.start("status")
+    done = machine.has(empty).start("status")
     client_of(done)
     assert f"PyTorch: the {build} build (Stub RTX 3050" in done.stdout
     assert f"Installed: torch 2.13.0+{build}, computing on Stub" in done.stdout
 
 
-def test_without_pytorchs_index_pypi_is_taken_and_said(machine: Machine) -> None:
+def test_without_pytorchs_index_pypi_is_taken_and_said(machine: Machine, empty: Path) -> None:
     """Where PyTorch's index cannot be reached the installation goes on with PyPI's build and says so."""
-    done = machine.start("status", TRAINERD_TORCH_INDEX=NOWHERE)
+    done = machine.has(empty).start("status", TRAINERD_TORCH_INDEX=NOWHERE)
     client_of(done)
     assert "cannot be reached" in done.stdout and "taking PyPI's build instead" in done.stdout
     assert "Installed: torch 2.13.0, computing on the CPU." in done.stdout
 
 
-def test_an_installation_that_was_killed_is_repaired(machine: Machine, index: StubIndex) -> None:
+def test_an_installation_that_was_killed_is_repaired(machine: Machine, index: StubIndex, empty: Path) -> None:
     """A power cut in the middle of the download: the next start notices, begins again, and ends well."""
+    machine.has(empty)
     index.hold, holding = "tokenizers-999", index.holding
     holding.clear()
     with subprocess.Popen(
@@ -186,7 +213,7 @@ def test_an_installation_that_was_killed_is_repaired(machine: Machine, index: St
             os.killpg(cut.pid, signal.SIGKILL)
     done = machine.start("status")
     client_of(done)
-    assert "The last installation did not come to its end" in done.stdout
+    assert "The last installation did not come to its end" in done.stdout and "Making the environment" in done.stdout
 
 
 def test_two_first_starts_at_once(machine: Machine) -> None:
@@ -211,9 +238,9 @@ def test_a_foreign_environment_of_another_python_is_left_alone(machine: Machine)
     assert (machine.checkout / ".venv" / "bin" / "python").exists()
 
 
-def test_no_network_is_said_in_words(machine: Machine) -> None:
+def test_no_network_is_said_in_words(machine: Machine, empty: Path) -> None:
     """Without a network the installation ends with the reason and the remedy, without a traceback."""
-    done = machine.start("status", PIP_INDEX_URL=NOWHERE, TRAINERD_TORCH_INDEX=NOWHERE)
+    done = machine.has(empty).start("status", PIP_INDEX_URL=NOWHERE, TRAINERD_TORCH_INDEX=NOWHERE)
     assert done.returncode == 4
     assert "There is no network, or the package index cannot be reached." in done.stderr
     assert "What to do: Check the connection" in done.stderr
@@ -287,9 +314,9 @@ def test_a_given_python_is_used_and_nothing_installed(machine: Machine) -> None:
     assert wrong.returncode == 2 and "/no/such/python" in wrong.stderr
 
 
-def test_reinstall_begins_from_an_empty_environment_but_not_under_a_training(machine: Machine) -> None:
+def test_reinstall_begins_from_an_empty_environment_but_not_under_a_training(machine: Machine, installed: Path) -> None:
     """`reinstall` replaces the environment; while a training of this folder runs it is refused, since it would break it."""
-    client_of(machine.start("status"))
+    client_of(machine.has(installed).start("status"))
     left_over = machine.checkout / ".venv" / "left-over"
     left_over.touch()
     holding = f"import fcntl, sys\nfile = open({str(machine.checkout / 'supervisor.lock')!r}, 'w')\nfcntl.flock(file, fcntl.LOCK_EX)\n"
