@@ -8,7 +8,6 @@ from trainerd.contract.paths import Home
 from trainerd.memory import planner
 
 from . import console, forecast_view, options, outlook
-from .words import size
 
 
 def warnings(home: Home, asked: Resolved) -> list[str]:
@@ -20,7 +19,8 @@ def warnings(home: Home, asked: Resolved) -> list[str]:
     needed = found.answer.estimate.needed
     what = "GPU memory" if found.place.device == "cuda" else "RAM"
     doubt = "".join(f" {line}" for line in forecast_view.unverified([found.place.device]))
-    said = f"This training needs {size(needed.point)} of {what}, at most {size(needed.upper)}; {found.budget}.{doubt}"
+    (likely, most), budget = found.budget.beside(needed.point, needed.upper)
+    said = f"This training needs {likely} of {what}, at most {most}; {budget}.{doubt}"
     if found.answer.verdict == planner.TOO_LARGE and not found.is_certain:
         return [*notes, said]
     if found.answer.verdict == planner.TIGHT:

@@ -23,7 +23,8 @@ Style = Callable[[str, str], str]
 def lines(outlook: Outlook, fancy: bool, style: Style) -> list[str]:
     """The whole answer; `style(text, colour)` colours where the terminal can."""
     answer, found = outlook.answer, outlook.answer.estimate
-    shown = [*_heading(found, outlook, style), "", *_numbers(found), "", *_verdict(answer, outlook, fancy, style), ""]
+    numbers, verdict = _numbers(found, outlook.budget.left_bytes), _verdict(answer, outlook, fancy, style)
+    shown = [*_heading(found, outlook, style), "", *numbers, "", *verdict, ""]
     if answer.used:
         shown += _listed("Chosen to fit", [", ".join(answer.used)])
     if outlook.stated is not None:
@@ -63,7 +64,7 @@ def remedies(outlook: Outlook) -> list[str]:
     """What would make it fit, for certain where it is tight, likely where nothing does; each has been estimated with the change made."""
     answer, needed = outlook.answer, outlook.answer.estimate.needed
     if not answer.proposals and answer.verdict == TIGHT:
-        said = f"Nothing the engine can change makes it certain. With {size(needed.upper)} it would be"
+        said = f"Nothing the engine can change makes it certain. With {sizes(needed.upper, max(0, answer.budget_bytes))[0]} it would be"
         return _wrapped(f"{said}; `plan --measure` narrows the bound." if outlook.can_be_measured else f"{said}.", _WIDE)
     if not answer.proposals:
         if answer.no_model_fits:
@@ -118,12 +119,14 @@ def _noted(note: str, style: Style) -> list[str]:
     return [style(line, "yellow") for line in _wrapped(note, _WIDE)]
 
 
-def _numbers(found: Estimate) -> list[str]:
+def _numbers(found: Estimate, left_bytes: int) -> list[str]:
+    """What is judged by what is left reads as it does there."""
     rows = [f"{'':<{_INDENT}}{'likely':>10}{'at most':>12}"]
     if found.driver is not None and found.reserved is not None and found.allocated is not None:
-        rows += [_range("GPU, driver", found.driver), _range("  reserved by torch", found.reserved)]
+        rows += [_range("GPU, driver", found.driver, left_bytes), _range("  reserved by torch", found.reserved)]
         rows.append(_range("  allocated", found.allocated))
-    rows += [_range("RAM", found.ram), _range("  of it pinned", found.pinned), _range("Disk", found.disk)]
+    rows.append(_range("RAM", found.ram, left_bytes if found.driver is None else None))
+    rows += [_range("  of it pinned", found.pinned), _range("Disk", found.disk)]
     seconds = found.seconds_per_step
     if seconds is None:
         return [*rows, f"{'Time per step':<{_INDENT}}{NOT_KNOWN:>10}{NOT_KNOWN:>12}   known after: plan --measure"]
@@ -135,8 +138,9 @@ def duration_of(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 2 else duration(seconds)
 
 
-def _range(name: str, value: Range) -> str:
-    return f"{name:<{_INDENT}}{size(value.point):>10}{size(value.upper):>12}"
+def _range(name: str, value: Range, left_bytes: int | None = None) -> str:
+    shown = [size(value.point), size(value.upper)] if left_bytes is None else sizes(value.point, value.upper, left_bytes)
+    return f"{name:<{_INDENT}}{shown[0]:>10}{shown[1]:>12}"
 
 
 def _verdict(answer: Answer, outlook: Outlook, fancy: bool, style: Style) -> list[str]:
@@ -145,7 +149,8 @@ def _verdict(answer: Answer, outlook: Outlook, fancy: bool, style: Style) -> lis
     drawn = bar(share(needed.upper, answer.budget_bytes) if answer.budget_bytes > 0 else 1.0, _BAR, fancy)
     colour = _COLOURS.get(answer.verdict, "red")
     said = _SAID.get(answer.verdict, "does not fit")
-    return [f"{style(drawn, colour)} {style(said, colour)}", *_wrapped(_MEANT.get(answer.verdict, "") + outlook.budget, _WIDE)]
+    budget = outlook.budget.beside(needed.point, needed.upper)[1]
+    return [f"{style(drawn, colour)} {style(said, colour)}", *_wrapped(_MEANT.get(answer.verdict, "") + budget, _WIDE)]
 
 
 def _parts(name: str, sizes: Mapping[str, int]) -> list[str]:

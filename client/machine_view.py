@@ -10,7 +10,7 @@ from trainerd.memory.profile import Profile
 from . import diagnosis
 from .forecast_view import Style, unverified
 from .machine_facts import Facts, Fit
-from .words import NOT_KNOWN, size
+from .words import NOT_KNOWN, size, sizes
 
 _INDENT = 12
 _COLOURS = {FITS: "green", TIGHT: "yellow", TOO_LARGE: "red"}
@@ -79,12 +79,14 @@ def _fits(fits: list[Fit], style: Style) -> Iterator[str]:
     if not fits:
         return
     budget = max(0, fits[0].answer.budget_bytes)
-    yield f"What fits on {fits[0].where}, where {size(budget)} are left below the limit:"
+    needs = [value for fit in fits for value in (fit.answer.estimate.needed.point, fit.answer.estimate.needed.upper)]
+    yield f"What fits on {fits[0].where}, where {sizes(*needs, budget)[-1]} are left below the limit:"
     yield f"  {'task':<12}{'preset':<12}{'likely':>9}{'at most':>10}   {'stated below':<24}"
     for fit in fits:
         needed = fit.answer.estimate.needed
         stated = f"{size(fit.stated.vram_bytes)} GPU, {size(fit.stated.ram_bytes)} RAM"
-        row = f"  {fit.task:<12}{fit.preset:<12}{size(needed.point):>9}{size(needed.upper):>10}   {stated:<24}"
+        likely, most, _ = sizes(needed.point, needed.upper, budget)
+        row = f"  {fit.task:<12}{fit.preset:<12}{likely:>9}{most:>10}   {stated:<24}"
         yield row + style(fit.answer.verdict, _COLOURS[fit.answer.verdict])
     yield from unverified(fit.answer.setup.device for fit in fits)
 

@@ -29,6 +29,7 @@ from trainerd.memory.timeline import Setup, Table, tells
 from trainerd.memory.traced import TracedTable
 
 from . import diagnosis, gpu_driver, packages
+from .words import sizes
 
 _BF16_ON_CPU = {"amx_bf16", "avx512_bf16"}
 _BF16_ON_CUDA = (8, 0)  # older ones emulate it, many times as slow
@@ -44,13 +45,28 @@ _SHOWN = 4  # differences; the first ones tell
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What is left for the training, and where that comes from in words."""
+
+    left_bytes: int
+    comes_from: str = ""
+    typed: str = ""
+    """As a person has given it; "": it was looked up."""
+
+    def beside(self, *needed_bytes: float) -> tuple[list[str], str]:
+        """What is set against it, and itself, in sizes that can be told apart."""
+        *needed, left = sizes(*needed_bytes, self.left_bytes)
+        return needed, f"a budget of {self.typed}" if self.typed else f"{left} left{self.comes_from}"
+
+
+@dataclass(frozen=True)
 class Outlook:
-    """The planner's answer, where it is for, and in words what the budget is."""
+    """The planner's answer, where it is for, and what the budget is."""
 
     answer: Answer
     place: forecast.Place
     where: str
-    budget: str
+    budget: Budget
     notes: tuple[str, ...] = ()
     """What a person should know of this machine first: a GPU that will not be used."""
     is_certain: bool = True
@@ -137,11 +153,11 @@ def unused_gpu() -> tuple[str, ...]:
     return tuple(f"{one.text} {instead} {one.remedy}" for one in found if one.level == "problem")
 
 
-def _what_it_will_do(config: RunConfig, place: forecast.Place, where: str, budget: str) -> tuple[str, ...]:
+def _what_it_will_do(config: RunConfig, place: forecast.Place, where: str, budget: Budget) -> tuple[str, ...]:
     """How the engine meets a model that nothing is known of (trainerd/engine/fitting.py)."""
     train = config.train
     precision = place.precision if train.precision == "auto" else train.precision
-    said = [f"It trains on {where}, in {precision}, with {train.optimizer}; {budget}."]
+    said = [f"It trains on {where}, in {precision}, with {train.optimizer}; {budget.beside()[1]}."]
     if train.micro_batch == "auto":
         cut = f"the batch of {train.batch_size:,} is cut into as few pieces as then fit"
         said.append(f"At its start one micro-batch is traced on the CPU (seconds), and {cut}. {_NOT_TRACED}")
@@ -256,8 +272,8 @@ def _data_of(asked: Resolved) -> Any:
         return None
 
 
-def _place(home: Home, config: RunConfig, budget: str | None, device: str | None) -> tuple[forecast.Place, str, str]:
-    """Where it would run, what is left there, and both in words."""
+def _place(home: Home, config: RunConfig, budget: str | None, device: str | None) -> tuple[forecast.Place, str, Budget]:
+    """Where it would run, in words as well, and what is left there."""
     gpus = gpu_driver.devices() if device != "cpu" else []
     facts = packages.torch_facts()
     has_cuda = bool(gpus) and facts is not None and facts.cuda is not None and not facts.newer_than(gpu_driver.cuda())
@@ -272,31 +288,31 @@ def _place(home: Home, config: RunConfig, budget: str | None, device: str | None
             known = assumed
         seen = receipts.read(home) if kind == "cpu" else ()  # of a CPU, what a model needed here it needs there
         place = forecast.Place(kind, _bytes(budget), _precision(kind, gpus), known, seen, name, None, allocator, chooses)
-        return place, "a GPU" if kind == "cuda" else "a CPU", f"a budget of {budget}"
-    left, words = _left(config, kind, gpus)
-    ram_left = _left(config, "cpu", gpus)[0]
-    place = forecast.Place(kind, left, _precision(kind, gpus), known, receipts.read(home), name, ram_left, allocator, chooses)
-    return place, _named(kind, gpus), words
+        return place, "a GPU" if kind == "cuda" else "a CPU", Budget(place.budget_bytes, typed=budget)
+    left, ram_left = _left(config, kind, gpus), _left(config, "cpu", gpus).left_bytes
+    place = forecast.Place(kind, left.left_bytes, _precision(kind, gpus), known, receipts.read(home), name, ram_left, allocator, chooses)
+    return place, _named(kind, gpus), left
 
 
-def _left(config: RunConfig, kind: str, gpus: list[gpu.GpuFacts]) -> tuple[int, str]:
-    """What the limit leaves now, and in words where that comes from."""
-    from .words import size
-
+def _left(config: RunConfig, kind: str, gpus: list[gpu.GpuFacts]) -> Budget:
+    """What the limit leaves now."""
     if kind == "cuda":
         if not gpus or gpus[0].total_bytes is None:
             raise UsageError("There is no GPU here whose memory is known.", "Say how much it may use: --budget 3.5GB")
         total, used = gpus[0].total_bytes, gpus[0].used_bytes or 0
         limit = resolve_limit(config.memory.vram_limit, total)
-        return max(0, limit - used), f"{size(max(0, limit - used))} left (memory.vram_limit {size(limit)}, {size(used)} in use)"
+        in_use, allowed = sizes(used, limit)
+        return Budget(max(0, limit - used), f" (memory.vram_limit {allowed}, {in_use} in use)")
     facts = ram()
     total, used = facts.total_bytes, facts.used_bytes
     limit = resolve_limit(config.memory.ram_limit, total)
     left = ram_left(limit, used, total)
     if limit <= used:
-        passed = f"memory.ram_limit {size(limit)} is passed by others already, so it bounds only growth"
-        return left, f"{size(left)} left of the machine ({passed}; {size(used)} of {size(total)} in use)"
-    return left, f"{size(left)} left (memory.ram_limit {size(limit)}, {size(used)} in use)"
+        in_use, there = sizes(used, total)
+        passed = f"memory.ram_limit {sizes(limit, used)[0]} is passed by others already, so it bounds only growth"
+        return Budget(left, f" of the machine ({passed}; {in_use} of {there} in use)")
+    in_use, allowed = sizes(used, limit)
+    return Budget(left, f" (memory.ram_limit {allowed}, {in_use} in use)")
 
 
 def _precision(kind: str, gpus: list[gpu.GpuFacts]) -> str:

@@ -20,7 +20,7 @@ from trainerd.memory import planner
 from trainerd.memory.techniques import TECHNIQUES
 
 from .outlook import Outlook, Unknown, knows_precision
-from .words import count, size
+from .words import count, sizes
 
 _LABELS = ("name",)  # a name is one run's; the file is for many
 _NOT_BEFORE = "left to the trainer: the model is looked at when its first training starts"
@@ -56,7 +56,8 @@ def recommend(asked: Resolved, found: Outlook | Unknown) -> Recommendation:
 def _chosen(asked: Resolved, found: Outlook) -> list[tuple[str, Any, str]]:
     """(key, value, why) of what the planner chose and the person did not."""
     setup, answer = found.answer.setup, found.answer
-    room = f"{size(answer.estimate.needed.upper)} at most, {size(max(0, answer.budget_bytes))} left"
+    most, left = sizes(answer.estimate.needed.upper, max(0, answer.budget_bytes))
+    room = f"{most} at most, {left} left"
     chosen: list[tuple[str, Any, str]] = []
     if asked.config.train.micro_batch == "auto":
         pieces = setup.micro_batch if setup.accumulation > 1 else asked.config.train.batch_size  # that may have more than the data

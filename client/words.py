@@ -6,6 +6,8 @@ import math
 import time
 from typing import Any
 
+from trainerd.contract.sizes import compared
+
 NOT_KNOWN = "n/a"
 _REASONABLE = 1e18
 
@@ -34,10 +36,8 @@ def size(value: Any) -> str:
 
 
 def sizes(*values: float) -> list[str]:
-    """Sizes that are compared: in MB where two that differ would read alike."""
-    shown = [size(value) for value in values]
-    alike = len(set(shown)) < len({round(value / 1e6) for value in values})
-    return [f"{value / 1e6:,.0f} MB" for value in values] if alike else shown
+    """Sizes that are set against the last of them: finer where one that is not it would read alike."""
+    return compared(*values, shown=size)
 
 
 def count(value: Any) -> str:

@@ -307,7 +307,7 @@ def test_what_is_too_large_for_a_cpu_is_refused_before_the_first_step(tmp_path: 
     shows. One byte of room for it: tried, with a warning, and so is what only the bound exceeds."""
     needs = needs_of(tmp_path, 100_000)
     whole = {"batch_size": 100_000, "micro_batch": 100_000}
-    said = r"It does not fit: .* It would fit with --set train\.micro_batch=\d+ \(\d\.\d GB at most\)"
+    said = r"It does not fit: .* It would fit with --set train\.micro_batch=\d+ \([\d.]+ [GM]B at most\)"
     with pytest.raises(Refused, match=said) as error:
         fitted(ManyToy(), tmp_path, forecast.Place("cpu", int(needs.point) - 1, "fp32"), monkeypatch, **whole)
     assert error.value.exit_code == 5 and entry.verdict(error.value, retry_helps=True)[1]["permanent"]

@@ -271,7 +271,7 @@ def test_a_limit_that_others_have_passed_bounds_nothing_for_plan_and_start_eithe
     asked = resolve("cadence", "quick", sets=["memory.ram_limit=1GB"])
     found = outlook.look(person.home, asked, device="cpu")
     assert isinstance(found, outlook.Outlook) and found.answer.verdict == "fits" and found.place.budget_bytes == total - used
-    assert "12.5 GB left of the machine (memory.ram_limit 1.0 GB is passed by others already" in found.budget
+    assert "12.5 GB left of the machine (memory.ram_limit 1.0 GB is passed by others already" in found.budget.beside()[1]
     monkeypatch.setattr(engine_fitting.machine_memory, "ram", lambda: RamFacts(used + engine_fitting.machine_memory.own_bytes(), total))
     assert engine_fitting._ram_left(asked.config) == pytest.approx(found.place.budget_bytes, rel=0.01)
     used = 15_900_000_000

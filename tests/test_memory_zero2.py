@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_refused_in_words(tmp_path: Path, monkeypatch: pyte
     model, mixed = bound(task, tmp_path)
     plan = {**fitting.plans.resolve(config(memory=ZERO2), task)}
     monkeypatch.setattr(fitting, "_place", lambda *_: forecast.Place("cpu", 10_000_000, "fp32", Profile(measured=True, process_bytes=0)))
-    with pytest.raises(Refused, match=r"It does not fit: it needs 0\.0 GB of RAM, and 0\.0 GB are left"):
+    with pytest.raises(Refused, match=r"It does not fit: it needs \d+ MB of RAM, and 10 MB are left"):
         paths = Home(tmp_path).run("toy")
         fitting.foresee(task, model, task.train_samples, config(memory=ZERO2), plan, paths, mixed, Script().send, traces=True)
 

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _LEAST_MEMORY_BYTES = 10**6
+_FINER: tuple[Callable[[float], str], ...] = (
+    lambda num_bytes: f"{num_bytes / 1e6:,.0f} MB",
+    lambda num_bytes: f"{num_bytes / 1e3:,.0f} kB",
+    lambda num_bytes: f"{num_bytes:,.0f} bytes",
+)
 _SHOWN = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 
@@ -27,6 +33,19 @@ def written(num_bytes: float) -> str:
             amount = num_bytes / unit
             return f"{amount:,.0f} {name}" if amount >= 99.5 else f"{amount:.1f} {name}"
     return f"{num_bytes:.0f} bytes"
+
+
+def in_gigabytes(num_bytes: float) -> str:
+    """As sentences about a machine's memory have it."""
+    return f"{num_bytes / 1e9:.1f} GB"
+
+
+def compared(*values: float, shown: Callable[[float], str] = in_gigabytes) -> list[str]:
+    """Sizes that are set against the last of them: with so many digits that none reads as it which is not it."""
+    limit = values[-1]
+    tried = [[writing(value) for value in values] for writing in (shown, *_FINER)]
+    apart = (found for found in tried if all(one != found[-1] or value == limit for one, value in zip(found, values, strict=True)))
+    return next(apart, tried[-1])
 
 
 def parse_memory(text: str) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from trainerd.config.model import MemoryConfig
 from trainerd.contract import wire
+from trainerd.contract.sizes import compared
 from trainerd.engine.lookout import Growing
 from trainerd.engine.pressure import LEAVE, Pressure, Want
 from trainerd.machine import memory
@@ -54,7 +55,7 @@ class Beside:
             return wanted
         if self._pressure.is_ours and not self._told:
             self._told = True
-            much, limit = f"{own_bytes / 1e9:.1f} GB", f"{self._limit_bytes / 1e9:.1f} GB"
+            much, limit = compared(own_bytes, self._limit_bytes)
             said = f"Preparing the data takes {much} of RAM, and memory.ram_limit is {limit}: it is passed."
             text = f"{said} Close other programs, or raise it."
             self._send(wire.WARNING, text=text)

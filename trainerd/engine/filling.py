@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from trainerd.config.model import MemoryConfig
 from trainerd.contract import wire
 from trainerd.contract.errors import Refused
+from trainerd.contract.sizes import compared
 from trainerd.engine.lookout import LAST_SHARE, Lookout
 from trainerd.engine.loop import Link
 from trainerd.machine import memory
@@ -50,14 +51,15 @@ class Filling:
             return
         self._since = now if self._since is None else self._since
         own = own_bytes()
+        used, allowed = compared(ram.used_bytes, self._ceiling_bytes)
         is_ours = ram.used_bytes - own <= self._others_bytes
         if is_ours and not self._begun:
             taken = f"building the model alone has taken {max(0, own - self._own_before) / 1e9:.1f} GB of RAM"
-            limit = f"{ram.used_bytes / 1e9:.1f} GB are in use where {self._ceiling_bytes / 1e9:.1f} GB may be (memory.ram_limit)"
+            limit = f"{used} are in use where {allowed} may be (memory.ram_limit)"
             self._refusal = Refused(f"It does not fit: {taken}, and {limit}.", WHAT_TO_DO)
             self._link.give_up(self._refusal)
         elif now - self._since >= _PATIENCE_SECONDS and self._link.starts_again:
-            because = f"RAM is short: {ram.used_bytes / 1e9:.1f} GB in use, {self._ceiling_bytes / 1e9:.1f} GB allowed"
+            because = f"RAM is short: {used} in use, {allowed} allowed"
             facts: dict[str, Any] = {"resource": "ram", "ceiling_bytes": self._ceiling_bytes, "own_bytes": own}
             self._link.send(wire.NO_ROOM, reason=because, **facts)
             self._link.give_up(None)

@@ -20,6 +20,7 @@ from trainerd.config.model import RunConfig
 from trainerd.contract import wire
 from trainerd.contract.errors import Refused
 from trainerd.contract.paths import Home, RunPaths
+from trainerd.contract.sizes import compared
 from trainerd.engine import arenas, attention, ds_config, packed, peak, traced_for
 from trainerd.engine import plan as plans
 from trainerd.engine.on_disk import on_disk
@@ -169,8 +170,8 @@ def _weighed(
         on_cpu = answer.setup.device == "cpu"
         name, limit = ("RAM", "memory.ram_limit") if on_cpu else ("GPU memory", "memory.vram_limit")
         parts = "for its weights, their gradients, the optimizer" + (" and a checkpoint's copy" if on_cpu else "")
-        left = f"{max(0, answer.budget_bytes) / 1e9:.1f} GB are left for it ({limit})"
-        said = f"It does not fit: {parts} alone it needs {needed / 1e9:.1f} GB of {name}, and {left}."
+        much, left = compared(needed, max(0, answer.budget_bytes))
+        said = f"It does not fit: {parts} alone it needs {much} of {name}, and {left} are left for it ({limit})."
         if on_cpu:
             raise Refused(said, _what_helps(answer, for_weights=True))
         send(wire.WARNING, text=f"{said} It is tried; running out of memory loses no step. {_what_helps(answer, for_weights=True)}")
@@ -248,26 +249,27 @@ def _refuse_too_large(answer: planner.Answer) -> None:
     needed = answer.estimate.needed
     if answer.setup.device != "cpu" or needed.point <= answer.budget_bytes:
         return
-    left = f"{max(0, answer.budget_bytes) / 1e9:.1f} GB are left for it (memory.ram_limit)"
-    raise Refused(f"It does not fit: it needs {needed.point / 1e9:.1f} GB of RAM, and {left}.", _what_helps(answer))
+    much, left = compared(needed.point, max(0, answer.budget_bytes))
+    raise Refused(f"It does not fit: it needs {much} of RAM, and {left} are left for it (memory.ram_limit).", _what_helps(answer))
 
 
 def _what_helps(answer: planner.Answer, *, for_weights: bool = False) -> str:
     """`for_weights`: what the layers compute is not in it, so it is not said that all would fit."""
     if answer.proposals:
         doubt = "" if answer.proposals[0].verdict == planner.FITS else "be likely to "
-        ways = [_way(proposal) for proposal in answer.proposals]
+        ways = [_way(proposal, max(0, answer.budget_bytes)) for proposal in answer.proposals]
         while len(ways) > 1 and len(" or ".join(ways)) > _WAYS_SHOWN:
             ways.pop()
         return f"{'These alone' if for_weights else 'It'} would {doubt}fit with {' or '.join(ways)}."
     return answer.no_model_fits or f"{planner.smaller(answer)} Or more memory: close programs, or raise the limit."
 
 
-def _way(proposal: planner.Proposal) -> str:
+def _way(proposal: planner.Proposal, left_bytes: int) -> str:
     """What to set, and in a few words what it needs then (client/refused.py reads the settings out of it)."""
     needed = proposal.estimate.needed
-    likely = f"{needed.point / 1e9:.1f} GB, " if proposal.verdict != planner.FITS else ""
-    return f"{' '.join(f'--set {setting}' for setting in proposal.settings)} ({likely}{needed.upper / 1e9:.1f} GB at most)"
+    point, most, _ = compared(needed.point, needed.upper, left_bytes)
+    likely = f"{point}, " if proposal.verdict != planner.FITS else ""
+    return f"{' '.join(f'--set {setting}' for setting in proposal.settings)} ({likely}{most} at most)"
 
 
 def _tight(answer: planner.Answer) -> str:
@@ -277,10 +279,9 @@ def _tight(answer: planner.Answer) -> str:
         trying = "It is tried; running out of memory loses no step."
         if answer.verdict == planner.TOO_LARGE:
             trying = f"{trying} {_what_helps(answer)}"
-    return (
-        f"By the estimate this needs {needed.point / 1e9:.1f} GB of {'RAM' if on_cpu else 'GPU memory'}, at most "
-        f"{needed.upper / 1e9:.1f} GB, and {max(0, answer.budget_bytes) / 1e9:.1f} GB are left for it. {trying}"
-    )
+    likely, most, left = compared(needed.point, needed.upper, max(0, answer.budget_bytes))
+    what = "RAM" if on_cpu else "GPU memory"
+    return f"By the estimate this needs {likely} of {what}, at most {most}, and {left} are left for it. {trying}"
 
 
 def _place(config: RunConfig, plan: plans.Plan, home: Home) -> forecast.Place:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
+from trainerd.contract.sizes import compared
+
 NOTHING, SHRINK, LEAVE = "", "shrink", "leave"
 _PATIENCE_SECONDS = 10.0
 """So long it may last before we leave: a browser that opens a page gives most of it back."""
@@ -76,7 +78,8 @@ class Pressure:
         over = used_bytes - self.ceiling_bytes
         if self._since is None or now == self._since or now - self._since < _PATIENCE_SECONDS * _SURE_SHARE:
             return Want()
-        because = f"{_NAMES[self.resource]} is short: {used_bytes / 1e9:.1f} GB in use, {self.ceiling_bytes / 1e9:.1f} GB allowed"
+        used, allowed = compared(used_bytes, self.ceiling_bytes)
+        because = f"{_NAMES[self.resource]} is short: {used} in use, {allowed} allowed"
         if saving_bytes is not None and saving_bytes >= over and now - self._shrunk_at >= _PATIENCE_SECONDS:
             self._since = self._shrunk_at = now  # its effect is waited for
             return self._want(SHRINK, because, own_bytes)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainerd.contract.sizes import compared
 from trainerd.engine import attention, checkpointing, curve, dropout, packed, rng, streaming
 from trainerd.engine.fakes import Fakes
 from trainerd.engine.largest import Largest, largest
@@ -148,7 +149,8 @@ class _Tracing:
         copied = sum(map(_size, (*weights, *self._model.buffers())))
         needed = copied + sum(_size(weight) for weight in weights if weight.requires_grad)
         if room is not None and needed > room:
-            raise _TooMuch(f"a copy of the model and its gradients need {needed / 1e9:.1f} GB, and {max(0, room) / 1e9:.1f} GB are free")
+            much, free = compared(needed, max(0, room))
+            raise _TooMuch(f"a copy of the model and its gradients need {much}, and {free} are free")
         return self._table(_Watch(self._means, seconds, None if room is None else room - copied))
 
     def without_memory(self) -> TracedTable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainerd.contract.sizes import parse_bytes
+from trainerd.contract.sizes import compared, parse_bytes
 
 AUTO_SHARE = 0.875
 """14 GB of 16, 3.5 GB of 4: what is left is for the person at the machine."""
@@ -33,7 +33,7 @@ def used_already(key: str, limit: str, used_bytes: int, total_bytes: int) -> str
     allowed_bytes = resolve_limit(limit, total_bytes)
     if used_bytes <= allowed_bytes:
         return ""
-    allowed, used = f"{allowed_bytes / 1e9:.1f} GB", f"{used_bytes / 1e9:.1f} GB"
+    used, allowed = compared(used_bytes, allowed_bytes)
     named = f"{key} is {limit} ({allowed})" if limit.strip() == "auto" or limit.strip().endswith("%") else f"{key} is {limit}"
     return f"{named}, and {used} are in use now, without the training: it cannot be kept."
 

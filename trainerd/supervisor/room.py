@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from trainerd.contract.sizes import compared
 from trainerd.contract.status import Status
 from trainerd.machine import gpu, memory
 from trainerd.machine.asking import Asking
@@ -78,8 +79,9 @@ class Room:
         used, total = found
         how = rule.seen(now, used, total)
         if how == SHORT:
-            held = f"{used / 1e9:.1f} GB of {_NAMES.get(resource, resource)} are in use by others"
-            needs = f"the training needs {rule.own_bytes / 1e9:.1f} GB and {rule.ceiling_bytes / 1e9:.1f} GB may be used in all"
+            others, own, _, most = compared(used, rule.own_bytes, used + rule.own_bytes, rule.ceiling_bytes)
+            held = f"{others} of {_NAMES.get(resource, resource)} are in use by others"
+            needs = f"the training needs {own} and {most} may be used in all"
             return f"Waiting for memory: {held}, {needs}."
         if how == HOLDING:
             return f"Waiting for memory: there is enough again; the training goes on if it stays so for {rule.hold_seconds:.0f} s."
