@@ -283,14 +283,17 @@ def _place(home: Home, config: RunConfig, budget: str | None, device: str | None
     assumed = profile.assumed(torch, cuda=kind == "cuda" or (facts is not None and facts.cuda is not None))
     known = profile.read(profile.file_of(home.cache, name, gpu_driver.version() if kind == "cuda" else None, torch), assumed)
     allocator, chooses = allocator_settings.asked(os.environ, sys.platform), heap.can_be_chosen()
+    on_cpu = budget is not None or device is not None or not gpu.may_be_used(os.environ)  # asked about, or known at the start
+    keeps = heap.can_keep(heap.beginning(os.environ, on_cpu=on_cpu))
     if budget is not None:
         if name == "cpu" and kind == "cuda":
             known = assumed
         seen = receipts.read(home) if kind == "cpu" else ()  # of a CPU, what a model needed here it needs there
-        place = forecast.Place(kind, _bytes(budget), _precision(kind, gpus), known, seen, name, None, allocator, chooses)
+        place = forecast.Place(kind, _bytes(budget), _precision(kind, gpus), known, seen, name, None, allocator, chooses, keeps)
         return place, "a GPU" if kind == "cuda" else "a CPU", Budget(place.budget_bytes, typed=budget)
     left, ram_left = _left(config, kind, gpus), _left(config, "cpu", gpus).left_bytes
-    place = forecast.Place(kind, left.left_bytes, _precision(kind, gpus), known, receipts.read(home), name, ram_left, allocator, chooses)
+    seen, precision = receipts.read(home), _precision(kind, gpus)
+    place = forecast.Place(kind, left.left_bytes, precision, known, seen, name, ram_left, allocator, chooses, keeps)
     return place, _named(kind, gpus), left
 
 

@@ -12,11 +12,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.memory.ram import trained
+from client import outlook
 from tests.person import Person
 from tests.trainers import RunningTrainer, new_run
+from trainerd.config.load import resolve
 from trainerd.config.model import RunConfig
 from trainerd.contract import wire
+from trainerd.contract.paths import Home
 from trainerd.contract.runs import RunRecord
+from trainerd.machine.memory import RamFacts
 from trainerd.memory import forecast, heap
 from trainerd.memory.estimate import Estimate, estimate
 from trainerd.memory.planner import FITS
@@ -191,6 +195,36 @@ def test_a_trainer_on_a_cpu_begins_without_caches_of_small_blocks(monkeypatch: p
     assert told(None) == f"glibc.malloc.arena_max=2:{without}"
     monkeypatch.setenv(heap.TUNABLES, "glibc.malloc.tcache_count=3")
     assert told(None) == told({"device": "cpu"}) == "glibc.malloc.tcache_count=3"
+
+
+@glibc
+@pytest.mark.parametrize(
+    ("tunables", "has_driver", "how"),
+    [
+        ("", False, heap.KEPT),
+        ("glibc.malloc.arena_max=2", False, heap.KEPT),
+        ("glibc.malloc.tcache_count=0", True, heap.KEPT),
+        ("glibc.malloc.tcache_count=3", False, heap.GIVEN_BACK),
+        ("", True, heap.GIVEN_BACK),
+    ],
+)
+def test_a_plan_assumes_of_large_blocks_what_the_trainer_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tunables: str, has_driver: bool, how: str
+) -> None:
+    """By the environment it will have: a person's own setting, or an NVIDIA driver that torch may use after all, leaves the cache, and
+    blocks are given back. A budget of another machine knows of no driver here."""
+    monkeypatch.setenv(heap.TUNABLES, tunables)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("trainerd.machine.gpu._DRIVERS", ["/dev/null"] if has_driver else [])
+    monkeypatch.setattr("trainerd.machine.gpu.metadata.version", lambda name: "2.13.0")
+    monkeypatch.setattr(outlook, "ram", lambda: RamFacts(10**9, 10**12))
+    asked = resolve("cadence")
+    found = outlook.look(Home(tmp_path), asked)
+    assert isinstance(found, outlook.Outlook) and found.answer.setup.heap == how
+    assert heap.can_keep(environment(RunRecord("r", "t", 0.0, {}, {}))) is (how == heap.KEPT), "the trainer does otherwise"
+    elsewhere = outlook.look(Home(tmp_path), asked, "1TB", "cpu")
+    assert isinstance(elsewhere, outlook.Outlook)
+    assert elsewhere.answer.setup.heap == (heap.GIVEN_BACK if "=3" in tunables else heap.KEPT)
 
 
 @glibc

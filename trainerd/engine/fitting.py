@@ -214,7 +214,7 @@ def _hold_blocks(found: Forecast, config: RunConfig, plan: plans.Plan, send: Sen
     if arenas.now() == heap.UNKNOWN:
         return
     how, place = heap.KEPT, found.place
-    if place.device == "cpu" and not heap.can_keep(os.environ):
+    if place.device == "cpu" and not place.may_keep:
         found.heap = how = heap.GIVEN_BACK
     elif place.device == "cpu":
         setup = replace(found.setup(plan, config), heap=heap.KEPT)
@@ -299,7 +299,8 @@ def _place(config: RunConfig, plan: plans.Plan, home: Home) -> forecast.Place:
         budget = _ram_left(config)
     allocator = allocator_settings.asked(os.environ, sys.platform)
     found, chooses, own = receipts.read(home), arenas.now() != heap.UNKNOWN, machine_memory.own_bytes()
-    return forecast.Place(device.type, budget, plan["precision"], measured, found, name, _ram_left(config), allocator, chooses, own)
+    ram_left, keeps = _ram_left(config), heap.can_keep(os.environ)
+    return forecast.Place(device.type, budget, plan["precision"], measured, found, name, ram_left, allocator, chooses, keeps, own)
 
 
 def _ram_left(config: RunConfig) -> int:

@@ -41,6 +41,8 @@ class Place:
     """What the trainer's environment asks torch's allocator for (allocator_settings.py)."""
     chooses_heap: bool = False
     """Whether the trainer there can tell its C library to keep large blocks or to give them back (heap.py)."""
+    may_keep: bool = True
+    """Whether what it keeps has a bound that was measured, by the environment it begins with (heap.can_keep)."""
     process_bytes: int = 0
     """RAM that the trainer holds beside its model, data included, where that is known; 0: as the profile says."""
 
@@ -77,7 +79,7 @@ def question(config: RunConfig, place: Place, splittable: bool = True) -> Questi
     values["train.activation_checkpointing"] = "none" if train.compile else train.activation_checkpointing
     values |= {"train.micro_batch": train.micro_batch, "train.precision": train.precision, "train.optimizer": train.optimizer}
     fixed = frozenset(key for key, value in values.items() if value != "auto")
-    return Question(setup, place.budget_bytes, fixed, splittable, place.ram_bytes)
+    return Question(setup, place.budget_bytes, fixed, splittable, place.ram_bytes, place.may_keep)
 
 
 def buckets(config: RunConfig, device: str) -> Buckets | None:
@@ -99,7 +101,8 @@ def foretold(config: RunConfig, setup: Setup, place: Place, table: Table) -> Est
 def weighed(config: RunConfig, setup: Setup, place: Place, table: Table, splittable: bool = True) -> Answer:
     """Whether a plan that leaves nothing open fits this place; when not, what would."""
     fixed = frozenset(technique.key for technique in TECHNIQUES)
-    return choose(Question(setup, place.budget_bytes, fixed, splittable, place.ram_bytes), table, _asking(config, place, table))
+    asked = Question(setup, place.budget_bytes, fixed, splittable, place.ram_bytes, place.may_keep)
+    return choose(asked, table, _asking(config, place, table))
 
 
 def answer(config: RunConfig, place: Place, table: Table, splittable: bool = True) -> Answer:

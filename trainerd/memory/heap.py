@@ -49,6 +49,12 @@ def tunables(given: str | None) -> str:
     return given if _CACHED in given else ":".join(part for part in (given, f"{_CACHED}=0") if part)
 
 
+def beginning(environment: Mapping[str, str], *, on_cpu: bool) -> dict[str, str]:
+    """What a trainer begins with of this, for the supervisor that starts it and for whoever foretells it. `on_cpu`: it is known to train
+    there; on a GPU it is not worth the cache."""
+    return {**environment, TUNABLES: tunables(environment.get(TUNABLES))} if on_cpu and can_be_chosen() else dict(environment)
+
+
 def can_keep(environment: Mapping[str, str]) -> bool:
     """Whether a process that began with this environment has no such cache; with one, what is kept has no bound that was measured."""
     return f"{_CACHED}=0" in environment.get(TUNABLES, "").split(":")

@@ -46,6 +46,8 @@ class Question:
     splittable: bool = True
     ram_bytes: int | None = None
     """What a training on a GPU may take of the RAM besides; None: not known."""
+    may_keep: bool = True
+    """Whether large blocks may be kept from step to step where there is room for the holes between them."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def choose(question: Question, table: Table, estimating: Estimating, at_least: E
     where there is room for the holes too they are kept: that is faster, and changes no bit. `at_least`: never more than the estimate,
     with the same pace, and cheaper: what is too large already by that is not estimated."""
     answer = _chosen(question, table, _Asking(question, estimating, at_least))
-    if answer.verdict != FITS or answer.setup.heap != heap.GIVEN_BACK:
+    if answer.verdict != FITS or answer.setup.heap != heap.GIVEN_BACK or not question.may_keep:
         return answer
     kept = estimating(replace(answer.setup, heap=heap.KEPT))
     fits = judge(kept, question.budget_bytes, question.ram_bytes) == FITS

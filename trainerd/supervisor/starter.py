@@ -54,8 +54,7 @@ def environment(record: RunRecord) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",  # spinning at barriers takes the person's core and is slower than one thread
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # the driver's numbers are torch's numbers
     }
-    if heap.can_be_chosen() and _trains_on_cpu(record, settings):
-        settings[heap.TUNABLES] = heap.tunables(settings.get(heap.TUNABLES))
+    settings = heap.beginning(settings, on_cpu=_trains_on_cpu(record, settings))
     if (record.config.get("train") or {}).get("deterministic", "auto") is not False:
         settings.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return settings
