@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,7 @@ def test_category_matters_everywhere(model: QueryModel) -> None:
 
 
 @pytest.mark.parametrize("name", ["gru", "gru-mn", "stack"])
+@torch.no_grad()
 def test_step_by_step_is_as_all_at_once(name: str) -> None:
     """A search, which feeds one word at a time, sees what training saw; beams may be taken from any rows."""
     torch.manual_seed(1)
@@ -117,37 +119,75 @@ def test_gradients_flow_through_the_memory() -> None:
     with torch.no_grad():
         layer.from_past.weight[3 * 8 :] = 0  # what one attention hands to the next
     inputs = torch.randn(2, 9, 6, dtype=torch.double, requires_grad=True)
-    states, (tape, keys, _) = layer(inputs, None)
-    assert tape.shape == (2, 9, 8) and keys.shape == (2, 9, 4)
+    states, _ = layer(inputs, None)
     states[:, -1].sum().backward()
     assert inputs.grad is not None and (inputs.grad.abs().sum((0, 2)) > 1e-6).all()
     for parameter in layer.parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0
 
 
-def test_memory_layer_is_the_papers_formula() -> None:
-    """The attention over past states and the gates give what the formulas give, written out for one sample."""
-    torch.manual_seed(2)
-    layer = MemoryLayer(5, 4, 3).double()
-    inputs = torch.randn(1, 5, 5, dtype=torch.double)
-    states, _ = layer(inputs, None)
-    assert layer.key is not None and layer.score is not None
-    given, past_map = layer.from_input, layer.from_past
+def formulas(layer: MemoryLayer, inputs: torch.Tensor) -> torch.Tensor:
+    """The paper's layer, written out place by place and left to autograd."""
+    given, hidden = layer.from_input(inputs), layer.hidden
     tape: list[torch.Tensor] = []
-    recall = torch.zeros(3, dtype=torch.double)
-    for x in inputs[0]:
-        attend = given.weight[12:] @ x + given.bias[12:] + recall
-        if tape:
-            scores = torch.stack([layer.score.weight[0] @ torch.tanh(layer.key.weight @ h + attend) for h in tape])
-            memory = sum(weight * h for weight, h in zip(torch.softmax(scores, 0), tape, strict=True))
+    recall = given.new_zeros(len(inputs), given.shape[2] - 3 * hidden)
+    for x in given.unbind(1):
+        if tape and layer.key is not None and layer.score is not None:
+            attend = x[:, 3 * hidden :] + recall
+            scores = torch.stack([layer.score(torch.tanh(layer.key(h) + attend)) for h in tape])
+            memory = (torch.softmax(scores.float() if scores.dtype.itemsize < 4 else scores, 0) * torch.stack(tape)).sum(0)
         else:
-            memory = torch.zeros(4, dtype=torch.double)
-        gx, gm = given.weight[:12] @ x + given.bias[:12], past_map.weight[:12] @ memory + past_map.bias[:12]
-        reset, update = torch.sigmoid(gx[:4] + gm[:4]), torch.sigmoid(gx[4:8] + gm[4:8])
-        new = torch.tanh(gx[8:] + reset * gm[8:])
+            memory = tape[-1] if tape else given.new_zeros(len(inputs), hidden)
+        read = layer.from_past(memory)
+        reset, update = torch.sigmoid(x[:, : 2 * hidden] + read[:, : 2 * hidden]).chunk(2, 1)
+        new = torch.tanh(x[:, 2 * hidden : 3 * hidden] + reset * read[:, 2 * hidden : 3 * hidden])
         tape.append((1 - update) * new + update * memory)
-        recall = past_map.weight[12:] @ memory + past_map.bias[12:]
-    assert torch.allclose(states[0], torch.stack(tape))
+        recall = read[:, 3 * hidden :]
+    return torch.stack(tape, 1)
+
+
+@pytest.mark.parametrize("attention", [3, 0])
+@pytest.mark.parametrize("places", [1, 2, 6])
+def test_memory_layer_is_the_papers_formula(places: int, attention: int) -> None:
+    """Attention over past states and gates give what the formulas give, and the gradient by hand is theirs; without gradients, too."""
+    torch.manual_seed(2)
+    layer = MemoryLayer(5, 4, attention).double()
+    inputs = torch.randn(3, places, 5, dtype=torch.double, requires_grad=True)
+    wanted, (states, _) = formulas(layer, inputs), layer(inputs, None)
+    with torch.no_grad():
+        assert torch.allclose(wanted, states, rtol=1e-13, atol=1e-15) and torch.equal(layer(inputs, None)[0], states)
+    over, learns = torch.randn_like(wanted), [inputs, *layer.parameters()]
+    grads = (torch.autograd.grad(made, learns, over, allow_unused=True, materialize_grads=True) for made in (wanted, states))
+    for one, other in zip(*grads, strict=True):
+        assert torch.allclose(one, other, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("attention", [6, 0])
+def test_memory_layer_under_autocast_is_as_near_as_autograd(attention: int) -> None:
+    """In bfloat16 the gradient by hand is no farther from the exact one than that of the formulas, and float32 for the weights."""
+    torch.manual_seed(3)
+    layer, inputs = MemoryLayer(16, 24, attention), torch.randn(8, 7, 16)
+    learns = list(layer.parameters())
+
+    def gradient(low: bool, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            made = run()
+        found = torch.autograd.grad(made.float().square().sum(), learns)
+        assert all(grad.dtype == torch.float32 for grad in found)
+        return torch.cat([grad.flatten() for grad in found])
+
+    exact = gradient(False, lambda: formulas(layer, inputs))
+    beside, by_hand = (gradient(True, run) for run in (lambda: formulas(layer, inputs), lambda: layer(inputs, None)[0]))
+    assert (by_hand - exact).norm() < 1.1 * (beside - exact).norm() + 1e-3 * exact.norm()
+
+
+def test_no_gradient_is_lost_silently_in_a_search() -> None:
+    """Going on from a state while gradients are wanted is refused: none would flow to what was before."""
+    layer = MemoryLayer(5, 4, 3)
+    with torch.no_grad():
+        _, state = layer(torch.randn(2, 3, 5), None)
+    with pytest.raises(RuntimeError, match="no_grad"):
+        layer(torch.randn(2, 1, 5), state)
 
 
 def test_without_attention_a_layer_is_torchs_gru() -> None:

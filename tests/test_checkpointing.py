@@ -156,6 +156,38 @@ def test_a_result_that_is_changed_in_place_later_is_computed_again() -> None:
     assert torch.equal(*found)  # type: ignore[arg-type]
 
 
+def test_what_is_written_into_a_buffer_is_not_kept() -> None:
+    """A product with out= gives a part of somebody's buffer, which is not held until the way back; the gradient is the same."""
+
+    class Squares(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            made = x.new_full((64, *x.shape), torch.nan)
+            for part in made:
+                torch.mm(x, x, out=part)
+            ctx.save_for_backward(made)
+            return made.sum()
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return grad * ctx.saved_tensors[0].sum(0)
+
+    class Squaring(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return Squares.apply(x)  # type: ignore[no-untyped-call]
+
+    found = []
+    for mode in (NONE, SELECTIVE):
+        model, x = Squaring(), torch.ones(8, 8, requires_grad=True)
+        checkpointing.wrap(model, [model], mode)
+        with TensorCount([x]) as count:
+            made = model(x)
+        assert (count.live - count.known > 64 * 8 * 8 * 4) is (mode == NONE)
+        made.backward()
+        found.append(x.grad)
+    assert torch.equal(*found)  # type: ignore[arg-type]
+
+
 def test_without_learning_nothing_is_computed_again() -> None:
     """In an evaluation a block is as it was; unwrapped, it is so for good."""
     model, tokens = learned(FULL)

@@ -31,7 +31,7 @@ _DEAR = frozenset(
         "gemm_4bit", "int8_scaled_mm", "int8_mixed_scaled_mm",
     }
 )  # fmt: skip
-"""Operations whose results a selective checkpoint keeps; the last line's are bitsandbytes'."""
+"""Operations whose results a selective checkpoint keeps, where they are tensors of their own; the last line's are bitsandbytes'."""
 
 
 def unnamed(mode: str) -> ConfigError:
@@ -186,7 +186,7 @@ class _Keeping(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = _name(func)
-        if name in _DEAR:
+        if name in _DEAR and not func._schema.is_mutable:
             alias = tree_map(_alias, result)
             entry = _Result(alias, _versions(alias))
             self._kept.setdefault(name, deque()).append(entry)
@@ -217,7 +217,7 @@ class _Reusing(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         waiting = self._kept.get(_name(func))
-        if waiting:
+        if waiting and not func._schema.is_mutable:
             entry = waiting.popleft()
             if entry.value is not None and _versions(entry.value) == entry.versions:
                 return entry.value

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trainerd.engine.dropout import SampleDropout
 from trainerd.tasks.cadence import completing
+from trainerd.tasks.cadence.recall import Weights, learned, walked
 from trainerd.tasks.cadence.settings import CadenceSettings, GruMnSettings, GruSettings
 from trainerd.tasks.cadence.softmax import WordSoftmax
 
@@ -96,9 +97,12 @@ class GruModel(QueryModel):
 
 
 class MemoryLayer(nn.Module):
-    """A GRU whose past is a tape of all its states, read by attention; without attention, an ordinary GRU.
+    """A GRU whose past is a tape of all its states, read by attention; without attention, an ordinary GRU. Gradients flow through the
+    whole tape.
 
-    Only what depends on the step before is computed inside the loop over places. Gradients flow through the whole tape.
+    At each place, with x the input, h the states before and k their keys: q = Wq x + Uq m', with m' what the place before has read;
+    m = the sum of softmax(v tanh(k + q)) h; r, u = sigmoid(W x + U m); n = tanh(Wn x + r * (Un m)); and the state is u m + (1 - u) n.
+    What the input alone decides is computed for all places at once; the rest is recall.py's.
     """
 
     def __init__(self, width: int, hidden: int, attention: int) -> None:
@@ -113,45 +117,25 @@ class MemoryLayer(nn.Module):
         self.state_size = 3 if attention else 1
 
     def forward(self, inputs: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """Hidden states (samples, places, hidden) and the state after the last place."""
-        given = self.from_input(inputs)
-        if self.key is None or self.score is None:
-            return self._plain(given, state)
-        tape, keys, recall = state or [given.new_zeros(len(given), 0, self.hidden), *_nothing(given, self.key.out_features)]
-        before = tape.shape[1]
-        for given_here in given.unbind(1):
-            if tape.shape[1]:
-                query = given_here[:, 3 * self.hidden :] + recall
-                weights = torch.softmax(self.score(torch.tanh(keys + query.unsqueeze(1))), 1)
-                past = (weights.transpose(1, 2) @ tape).squeeze(1)
-            else:
-                past = given.new_zeros(len(given), self.hidden)
-            read = self.from_past(past)
-            here = self._gates(given_here, read, past)
-            recall = read[:, 3 * self.hidden :]
-            tape = torch.cat([tape, here.unsqueeze(1)], 1)
-            keys = torch.cat([keys, self.key(here).unsqueeze(1)], 1)
-        return tape[:, before:], [tape, keys, recall]
+        """Hidden states (samples, places, hidden) and the state after the last place; while gradients are wanted that is none, and there
+        may be none before."""
+        given, weights = self.from_input(inputs), self._weights()
+        if torch.is_grad_enabled():
+            if state is not None:
+                raise RuntimeError("No gradient flows through the state of places before: go on from one under torch.no_grad().")
+            return learned(given, weights), []
+        if self.key is None:
+            before = None if state is None else (state[0].unsqueeze(1), given.new_empty(len(given), 1, 0), given.new_empty(len(given), 0))
+            states, _, _ = walked(given, weights, before)
+            return states[:, -inputs.shape[1] :], [states[:, -1]]
+        states, keys, recall = walked(given, weights, None if state is None else (state[0], state[1], state[2]))
+        return states[:, -inputs.shape[1] :], [states, keys, recall]
 
-    def _plain(self, given: Tensor, state: State | None) -> tuple[Tensor, State]:
-        past = given.new_zeros(len(given), self.hidden) if state is None else state[0]
-        states = []
-        for given_here in given.unbind(1):
-            past = self._gates(given_here, self.from_past(past), past)
-            states.append(past)
-        return torch.stack(states, 1), [past]
-
-    def _gates(self, given: Tensor, read: Tensor, past: Tensor) -> Tensor:
-        """One step of a GRU, with `past` in the place of the state before."""
-        width = self.hidden
-        reset, update = torch.sigmoid(given[:, : 2 * width] + read[:, : 2 * width]).chunk(2, -1)
-        new = torch.tanh(given[:, 2 * width : 3 * width] + reset * read[:, 2 * width : 3 * width])
-        return torch.lerp(new, past.to(new.dtype), update)
-
-
-def _nothing(like: Tensor, attention: int) -> tuple[Tensor, Tensor]:
-    """The keys of an empty tape, and what the first attention takes from a past that is not there."""
-    return like.new_zeros(len(like), 0, attention), like.new_zeros(len(like), attention)
+    def _weights(self) -> Weights:
+        read = self.from_past.weight
+        nothing = read.new_empty(0, self.hidden), read.new_empty(1, 0)
+        key, score = nothing if self.key is None or self.score is None else (self.key.weight, self.score.weight)
+        return Weights(read, self.from_past.bias, key, score)
 
 
 class GruMnModel(QueryModel):
