@@ -146,13 +146,17 @@ def formulas(layer: MemoryLayer, inputs: torch.Tensor) -> torch.Tensor:
     return torch.stack(tape, 1)
 
 
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU that torch can use")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
 @pytest.mark.parametrize("attention", [3, 0])
 @pytest.mark.parametrize("places", [1, 2, 6])
-def test_memory_layer_is_the_papers_formula(places: int, attention: int) -> None:
+def test_memory_layer_is_the_papers_formula(places: int, attention: int, device: str) -> None:
     """Attention over past states and gates give what the formulas give, and the gradient by hand is theirs; without gradients, too."""
     torch.manual_seed(2)
-    layer = MemoryLayer(5, 4, attention).double()
-    inputs = torch.randn(3, places, 5, dtype=torch.double, requires_grad=True)
+    layer = MemoryLayer(5, 4, attention).double().to(device)
+    inputs = torch.randn(3, places, 5, dtype=torch.double, device=device, requires_grad=True)
     wanted, (states, _) = formulas(layer, inputs), layer(inputs, None)
     with torch.no_grad():
         assert torch.allclose(wanted, states, rtol=1e-13, atol=1e-15) and torch.equal(layer(inputs, None)[0], states)

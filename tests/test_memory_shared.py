@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -11,16 +11,42 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.test_memory_alike import same
 from trainerd.memory import losses, shared
 from trainerd.memory.affine import Affine, NotAffine, Samples
 from trainerd.memory.tape import Tape
-from trainerd.memory.timeline import Setup, of_model
+from trainerd.memory.timeline import Setup, Timeline, of_model
 from trainerd.tasks.cadence.blocks import CadenceTable, Sizes, _Training
 from trainerd.tasks.cadence.settings import CadenceSettings
 
 OPERATIONS: list[Callable[[Any, Any], Any]] = [operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod]
 COMPARISONS = [operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne]
+
+
+def same(one: Timeline, other: Timeline) -> bool:
+    """Whether both hold the same, whatever number a storage has: in births, ends, sizes, kinds, and all that is counted."""
+    return _told(one) == _told(other)
+
+
+def _told(of: Timeline) -> dict[str, Any]:
+    events = _numbered(of.events, list(zip(of.sizes, of.kinds, strict=True)))
+    found = {**vars(of), "events": events, "sizes": None, "kinds": None, "order": None, "ordered_sizes": None}
+    if of.order is not None:
+        sizes, replayed = of.order().written_out([*of.ordered_sizes, 1 << 23])
+        found["order"] = _numbered(replayed, sizes)
+    return found
+
+
+def _numbered(events: list[int], about: Sequence[Any]) -> list[tuple[int, Any]]:
+    """Each birth by its place in time, with what is known of it, and each end by that of its birth."""
+    numbers: dict[int, int] = {}
+    found: list[tuple[int, Any]] = []
+    for event in events:
+        if event >= 0:
+            numbers[event] = len(found)
+            found.append((len(found), about[event]))
+        else:
+            found.append((~numbers[~event], None))
+    return found
 
 
 @settings(max_examples=300, deadline=None)

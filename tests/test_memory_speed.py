@@ -115,7 +115,7 @@ def test_what_leaves_nothing_behind_is_not_gone_through_twice(
     sizes=st.lists(st.sampled_from(BORDERS) | st.integers(1, MB), min_size=2, max_size=24),
     after=st.lists(st.integers(0, 1 << 20), max_size=60),
 )
-def test_what_comes_after_a_step_needs_no_replay_where_it_has_room_for_certain(step: list[int], sizes: list[int], after: list[int]) -> None:
+def test_what_comes_after_a_step_takes_the_segments_it_has_left_empty(step: list[int], sizes: list[int], after: list[int]) -> None:
     """Steps that leave few and many empty segments, and whatever comes afterwards: both counters as if it had been replayed."""
     once = [*range(len(step)), *map(invert, range(len(step)))]
     rest, _ = _turns(after, range(len(step), len(step) + len(sizes)), set())
@@ -130,58 +130,6 @@ def test_room_for_all_of_it_is_no_room_when_it_lies_in_between() -> None:
     rest = [*range(4, 16), *map(invert, fillers), 16, 17, 18, 19, ~16, ~18, 20]
     found = native.peaks(sizes, [*begun, *rest], (0, 8))
     assert found == replay(sizes, [*begun, *rest], Allocator()) and found.reserved == 3 * 2 * MB
-
-
-def test_a_beginning_of_the_same_sizes_is_not_the_same_beginning() -> None:
-    """Of two storages of one size the first has ended, or the second: then what comes lies elsewhere, and may need a segment more."""
-    sizes, found = [512 * number for number in (1000, 1000, 2048, 2048, 1048, 0)], []
-    native.forget()
-    for ended in (0, 1):
-        step = [0, 1, 2, ~ended, ~2, 3, 4, ~(1 - ended), ~3, ~4]
-        order = native.Order([5, *step], None, (1, 11), (step[:5], 6))
-        found.append(native.replayed(sizes, order).reserved)
-        assert found[-1] == replay(*order.written_out(sizes), Allocator()).reserved
-    assert found == [4 * MB, 2 * MB]
-
-
-def test_what_comes_after_the_same_beginning_is_known_only_if_it_is_the_same() -> None:
-    """With another size, and with another end of two that are as large: a segment more, or one less."""
-    found = []
-    native.forget()
-    for last, ended in ((0, 0), (1048, 0), (1048, 1)):
-        sizes = [512 * number for number in (512, 1000, 1000, 2048, 2048, last, 0)]
-        order = native.Order([6, 0, ~0, 1, 2, 3, ~(1 + ended), ~3, 4, 5], None, (1, 3), ([0], 2))
-        found.append(native.replayed(sizes, order).reserved)
-        assert found[-1] == replay(*order.written_out(sizes), Allocator()).reserved
-    assert found == [2 * MB, 4 * MB, 2 * MB]
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    sizes=st.lists(st.sampled_from(BORDERS) | st.integers(1, MB), min_size=8, max_size=30),
-    parts=st.tuples(*[st.lists(st.integers(0, 1 << 20), min_size=1, max_size=60) for _ in range(5)]),
-    changed=st.integers(0, 40),
-)
-def test_a_replay_goes_on_from_where_another_has_been(sizes: list[int], parts: tuple[list[int], ...], changed: int) -> None:
-    """Steps that begin alike and go on in two ways, in any order, with these sizes and with another: each as if it were the only one."""
-    begun, _ = _turns(parts[0], range(4), set())
-    first, alive = _turns(parts[1], range(4, len(sizes)), set())
-    orders = []
-    afterwards, _ = _turns(parts[2], range(4, len(sizes)), set())
-    for number, more in enumerate(parts[3:]):  # each with a storage of its own in between
-        rest, left = _turns(more, range(4, len(sizes)), alive)
-        own = len(sizes) + number
-        step = [*first, *rest, *(~number for number in sorted(left))]
-        at = len(begun) + 1
-        orders.append(native.Order([*begun, own, *step, *afterwards], None, (at, at + len(step)), ([*begun, *first], at + len(first))))
-    other = list(sizes)
-    if changed < len(sizes):
-        other[changed] = MB + 512
-    native.forget()
-    for used in (sizes, other, other, sizes):
-        for order in orders:
-            whole = [*used, *[5 * MB] * 2]
-            assert native.replayed(whole, order) == replay(*order.written_out(whole), Allocator())
 
 
 @pytest.mark.parametrize(
@@ -254,23 +202,6 @@ def test_the_fast_replay_of_a_training_is_that_of_the_plain_one(settings: dict[s
         highest = max(highest, phases[phase])
     assert timeline.peaks == phases and timeline.peak == highest == max(timeline.peaks.values()) == sum(timeline.breakdown.values())
     assert timeline.resting_bytes == live
-
-
-@pytest.mark.parametrize("settings", [{}, TINY_MN], ids=["gru", "gru-mn"])
-def test_a_step_of_several_micro_batches_goes_on_from_that_of_one(settings: dict[str, object]) -> None:
-    """What is asked after a micro-batch alone begins as that did, is not gone through again, and is what it would have been."""
-    model, several = table(CadenceSettings.model_validate(settings)), Setup("cuda", "fp32", 5, 20)
-    native.forget()
-    timelines = [model.timeline(setup) for setup in (Setup("cuda", "fp32", 5, 5), several)]
-    found = []
-    for timeline in timelines:
-        assert timeline.order is not None
-        begun = list(native._latest)
-        found.append(native.replayed([*timeline.ordered_sizes, 1 << 23], timeline.order()))
-    assert begun and native._latest == begun
-    at = next(at for at, phase in timelines[1].marks if phase == "training")
-    events = [*timelines[1].events[:at], len(timelines[1].sizes), *timelines[1].events[at:]]
-    assert found[1] == replay([*timelines[1].sizes, 1 << 23], events, Allocator())
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -379,10 +310,11 @@ def test_an_answer_leaves_nothing_for_the_collector(settings: dict[str, object],
         gc.enable()
 
 
-def test_a_long_model_is_played_within_a_budget_of_work() -> None:
-    """Without a clock, which other programs disturb: so many storages and events, and no more, for the paper's model."""
-    timeline = table(CadenceSettings(model="gru-mn")).timeline(Setup("cuda", "bf16", 32, 32))
-    assert len(timeline.events) < 25_000 and len(timeline.sizes) < 13_000
+@pytest.mark.parametrize("words", [24, 512])
+def test_a_long_model_is_played_within_a_budget_of_work(words: int) -> None:
+    """Without a clock, which other programs disturb: so many storages and events, and no more, for the paper's model, however long."""
+    timeline = table(CadenceSettings(model="gru-mn", max_words=words)).timeline(Setup("cuda", "bf16", 32, 32))
+    assert len(timeline.events) < 4_000 and len(timeline.sizes) < 2_000
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

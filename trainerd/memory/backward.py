@@ -11,8 +11,6 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import TYPE_CHECKING
 
-from trainerd.memory import alike
-
 if TYPE_CHECKING:
     from trainerd.memory.tape import Node, Tensor
 
@@ -22,14 +20,10 @@ def run(roots: list[tuple[Node, int, Tensor]]) -> None:
     leaves = _dependencies([node for node, _, _ in roots])
     if not roots:
         return
-    tape = roots[0][2].tape
-    before = tape.turn
     turn = count()  # of leaves, the one that was complete first
     ready = _first(roots, turn)
     while ready:
         node = heappop(ready)[2]
-        if node.turn is not tape.turn and node.order >= 0:
-            tape.cut(node.turn, alike.BACKWARD)
         grads, node.grads = node.grads or [None], None
         outputs = list(node.backward(node, grads))
         del grads
@@ -52,8 +46,6 @@ def run(roots: list[tuple[Node, int, Tensor]]) -> None:
             target.waiting -= 1
             if not target.waiting:
                 heappush(ready, (-target.order if target.order >= 0 else -sys.maxsize, next(turn), target))
-    if tape.turn is not before:
-        tape.cut(before, alike.BACKWARD)
     for leaf, waiting, kept in leaves:
         leaf.waiting, leaf.grads = waiting, kept
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from trainerd.memory import alike
 from trainerd.memory.ops import Unpacked
 from trainerd.memory.tape import Backward, Node, Shape, Tape, Tensor
 
@@ -106,9 +105,7 @@ class _Run:
     def _again(self) -> _Stop:
         """The second run, up to the last tensor that the way back needs."""
         tape, stop = self._tape, _Stop(self._tape, [of() is not None for of in self._waiting])
-        self._stop, turn = stop, tape.turn
-        if turn is not None:
-            tape.cut(None, alike.BACKWARD)
+        self._stop = stop
         inputs = [_leaf(t, needed) for t, needed in self._given]
         before, tape.grad_enabled = tape.grad_enabled, True
         try:
@@ -122,8 +119,6 @@ class _Run:
             if node is not None:
                 node.variable = None  # a circle would keep its bytes
         stop.apply()
-        if turn is not None:
-            tape.cut(turn, alike.BACKWARD)
         assert len(stop.saved) == len(self._waiting), "a block that is computed again must do the same again"
         return stop
 
@@ -168,8 +163,7 @@ class _Stop:
         for event in tape.events[self._at :]:
             if ~event >= self._first:
                 tape.sizes[~event] = 0
-        if not tape.cuts:
-            tape.flops = self._flops
+        tape.flops = self._flops
 
 
 def _leaf(saved: Tensor, needed: bool) -> Tensor:

@@ -71,7 +71,7 @@ class _Pieces:
         whole = self.cut.words >= words
         low = ops.to(self.weight.detach(), self.dtype) if whole else None
         pieces = -(-max(1, tokens) // self.cut.tokens)
-        counted = pieces - _PLAYED if self.tape.skips and self.tape.turn is None and pieces > _PLAYED else 0
+        counted = pieces - _PLAYED if self.tape.skips and pieces > _PLAYED else 0
         for place in [*range(pieces - counted - 1), pieces - 1]:
             born, flops = len(self.tape.sizes), self.tape.flops
             start = place * self.cut.tokens

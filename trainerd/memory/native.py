@@ -8,10 +8,8 @@ beside a block.
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_left, insort
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, chain
 from operator import neg
 
@@ -32,25 +30,12 @@ class Order:
     stands in the list of sizes, of an end ~ that; None: every storage has its own place there. `again`: the events from there to there
     happen twice, the second time right after the first, where they are not written down again; they leave nothing behind, and end
     nothing that was there before.
-    `beginning`: the first events of a step, as far as another order may have the same (but for one storage of each, which is left out);
-    and behind how many of all events that is.
     """
 
-    def __init__(
-        self,
-        events: Sequence[int],
-        codes: Sequence[int] | None = None,
-        again: tuple[int, int] | None = None,
-        beginning: tuple[Sequence[int], int] | None = None,
-    ) -> None:
-        self.events, self.codes, self.again, self.beginning = events, events if codes is None else codes, again, beginning
+    def __init__(self, events: Sequence[int], codes: Sequence[int] | None = None, again: tuple[int, int] | None = None) -> None:
+        self.events, self.codes, self.again = events, events if codes is None else codes, again
         self.begin, self.end = again or (0, len(events))
         self.num_storages = max(events, default=-1) + 1
-        self.most_after = _most_alive(events[self.end :])
-        """How many storages there are at most afterwards, beside those from before; None: those end there, too."""
-        first = min(filter((0).__le__, events[self.end :]), default=0)
-        self.after = [event - first if event >= 0 else event + first for event in events[self.end :]]
-        """The events afterwards, whatever number their storages begin with."""
         self._by_size: dict[int, list[int]] = {}
         for at, code in enumerate(() if codes is None else codes):
             self._by_size.setdefault(code if code >= 0 else ~code, []).append(at)
@@ -66,19 +51,6 @@ class Order:
         own = {event: sizes[code] for event, code in zip(self.events, self.codes, strict=True) if event >= 0}
         again = self.events[self.begin : self.end] if self.again is not None else ()
         return [own.get(number, 0) for number in range(self.num_storages)], [*self.events[: self.end], *again, *self.events[self.end :]]
-
-
-def _most_alive(events: Sequence[int]) -> int | None:
-    alive, most = set[int](), 0
-    for event in events:
-        if event >= 0:
-            alive.add(event)
-            most = max(most, len(alive))
-        elif ~event in alive:
-            alive.discard(~event)
-        else:
-            return None
-    return most
 
 
 def peaks(sizes: Sequence[int], events: Sequence[int], again: tuple[int, int] | None = None) -> Peaks:
@@ -97,20 +69,14 @@ def replayed(sizes: Sequence[int], order: Order) -> Peaks:
     time is the first, and what comes afterwards goes on from before. In the large pool a block that is left may fit better than a new
     one: there all of it is gone through.
     """
-    changes = _Changes(sizes, order)
-    beginning, at = order.beginning or ((), order.begin)
-    wanted = changes.all[:at]
-    pools = _begun(beginning, wanted)
-    if pools is None:
-        pools = _Pools()
-        pools.run(order, changes, 0, order.begin)
-        pools.before = pools.small.copy()
-        pools.run(order, changes, order.begin, at)
-        if order.beginning is not None:
-            _keep(_Begun(beginning, wanted, pools.copy()))
-    pools.run(order, changes, at, order.end)
+    changes, pools = _Changes(sizes, order), _Pools()
+    pools.run(order, changes, 0, order.begin)
+    before = pools.small.copy()
+    pools.run(order, changes, order.begin, order.end)
     if order.again is not None:
-        pools.end_step(order, changes)
+        pools.run_large(order, changes, order.begin, order.end)
+        before.had, pools.small = pools.small.segments, before
+        pools.run(order, changes, order.end, len(order.events))
     return Peaks(pools.most << _UNIT, pools.reserved << _UNIT)
 
 
@@ -131,97 +97,30 @@ class _Changes:
             self.all[at] = change
 
 
-@dataclass(frozen=True)
-class _Begun:
-    """What has been replayed of an order's beginning, and what the pools are then. Nobody changes them."""
-
-    events: Sequence[int]
-    changes: list[int]
-    pools: _Pools
-
-
-_latest: list[_Begun] = []
-_lock = threading.Lock()
-
-
-def _begun(beginning: Sequence[int], changes: list[int]) -> _Pools | None:
-    """The pools after the same beginning, if that was replayed last: a step of more micro-batches begins like one of one."""
-    with _lock:
-        latest = _latest[:]
-    return next((one.pools.copy() for one in latest if one.changes == changes and one.events == beginning), None)
-
-
-def _keep(begun: _Begun) -> None:
-    """One, of some hundred kilobytes."""
-    with _lock:
-        _latest[:] = [begun]
-
-
-def forget() -> None:
-    """Begin anew."""
-    with _lock:
-        _latest.clear()
-
-
 class _Pools:
     """Both pools. `most` is the highest they have held together."""
 
     def __init__(self) -> None:
-        self.most = self._held = self._segments = 0
+        self.most = self._held = 0
         self.small, self._large = _Small(), _Large()
-        self.before = self.small
-        """The small pool as the step began."""
-        self._afterwards: list[tuple[list[int], list[int], int]] = []
-        """From there on: events and what they changed, and how many segments that came to; shared with all copies."""
 
     @property
     def reserved(self) -> int:
-        return max(self._segments, self.small.segments) * _SEGMENT + self._large.reserved
-
-    def copy(self) -> _Pools:
-        """The same, to be gone on from."""
-        made = _Pools()
-        made.most, made._held, made._segments = self.most, self._held, self._segments
-        made.small, made.before, made._large = self.small.copy(), self.before.copy(), self._large.copy()
-        made._afterwards = self._afterwards
-        return made
+        return self.small.segments * _SEGMENT + self._large.reserved
 
     def run(self, order: Order, changes: _Changes, begin: int, end: int) -> None:
         """The events from there to there, in either pool."""
-        self._run_large(order, changes, begin, end)
+        self.run_large(order, changes, begin, end)
         self.small.run(order.num_storages, order.events[begin:end], changes.small[begin:end])
 
-    def end_step(self, order: Order, changes: _Changes) -> None:
-        """The step has been gone through, and happens again; afterwards the small pool is as it was, and goes on with what is left."""
-        self._run_large(order, changes, order.begin, order.end)
-        self._segments, self.small = self.small.segments, self.before
-        self._run_large(order, changes, order.end, len(order.events))
-        rest = changes.small[order.end :]
-        if self._has_room(rest, order.most_after):
-            return
-        for events, changed, segments in self._afterwards:
-            if order.most_after is not None and changed == rest and events == order.after:
-                self._segments = max(self._segments, segments)
-                return
-        self.small.run(order.num_storages, order.events[order.end :], rest)
-        if order.most_after is not None:
-            self._afterwards[:] = [(order.after, rest, self.small.segments)]
-
-    def _run_large(self, order: Order, changes: _Changes, begin: int, end: int) -> None:
+    def run_large(self, order: Order, changes: _Changes, begin: int, end: int) -> None:
+        """The same in the large one, with what both hold together."""
         which = changes.of_large
         first, last = bisect_left(which, begin), bisect_left(which, end)
         self._large.run(order.events, which[first:last], changes.large[first:last], changes.all)
         some = changes.all[begin:end]
         self.most = max(self.most, max(accumulate(some, initial=self._held)))
         self._held += sum(some)
-
-    def _has_room(self, changes: Sequence[int], most: int | None) -> bool:
-        """Whether what is empty holds all of it, however it lies: n storages leave n + 1 holes in a segment at most, so that with all
-        of them smaller than the largest of what is asked for no more than this could be free."""
-        if most is None or not changes:
-            return False
-        largest, empty = max(changes), self._segments - self.small.segments
-        return empty * (_SEGMENT + 1 - largest) > max(accumulate(changes)) + most * (largest - 1)
 
 
 class _Small:
@@ -230,10 +129,12 @@ class _Small:
     def __init__(self) -> None:
         # The free blocks: size and address as one number, sorted; the same number is in a block's first and last cell.
         self._free, self._cells, self._places = [_NO_BLOCK, _END], list[int](), list[int]()
+        self.had = 0
+        """So many segments it has had before: they are empty, and taken before new ones are asked for."""
 
     @property
     def segments(self) -> int:
-        return len(self._cells) // (_SEGMENT + 1)
+        return max(self.had, len(self._cells) // (_SEGMENT + 1))
 
     def copy(self) -> _Small:
         """The same, to be gone on from. Cells are many, and all but those of free blocks are nothing."""
@@ -302,14 +203,6 @@ class _Large:
         self._ends: dict[int, int] = {}
         self._places: dict[int, int] = {}
         self._wholes: dict[int, int] = {}
-
-    def copy(self) -> _Large:
-        """The same, to be gone on from."""
-        made = _Large()
-        made.reserved, made._address, made._free = self.reserved, self._address, self._free[:]
-        made._begins, made._ends = self._begins.copy(), self._ends.copy()
-        made._places, made._wholes = self._places.copy(), self._wholes.copy()
-        return made
 
     def run(self, events: Sequence[int], which: Sequence[int], wanted: Sequence[int], changes: list[int]) -> None:
         """Those of the events that are of this pool, and what is asked for with each. What it really changes, with what stays with its

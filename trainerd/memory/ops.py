@@ -106,18 +106,6 @@ def part_back(node: Node, grads: Grads) -> Sequence[Tensor | None]:
     return [g and g.tape.new(node.about[0], g.dtype)]
 
 
-def stretched(x: Tensor, *shape: int) -> Tensor:
-    """x as it will be after places that are not played (alike.py): its bytes are those of the last one that was."""
-    made = x.view(*shape, contiguous=x.contiguous)
-    x.tape.record([made], [x], _stretched_back, (), x.shape)
-    return made
-
-
-def _stretched_back(node: Node, grads: Grads) -> Sequence[Tensor | None]:
-    g = only(grads)
-    return [g and g.view(*node.about[0], contiguous=g.contiguous)]
-
-
 def expand(x: Tensor, *shape: int) -> Tensor:
     made = x.view(*shape, contiguous=False)
     x.tape.record([made], [x], _expand_back, (), x.shape)

@@ -30,7 +30,6 @@ def _made(played: Played, number: int) -> Order:
         _after(events, played.began, [len(played.tape.sizes)]),
         None if codes is None else _after(codes, played.began, [number]),
         again,
-        None if again is None else (events[: played.turned], played.turned + 1),
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from trainerd.memory import allocator_settings, native
+from trainerd.memory import allocator_settings
 from trainerd.memory.allocator import Peaks
 from trainerd.memory.timeline import Setup, Table, Timeline
 
@@ -60,7 +60,6 @@ def forget() -> None:
     with _lock:
         _known.clear()
         _latest.clear()
-    native.forget()
 
 
 def _unreplayed(timeline: Timeline) -> Played:

@@ -14,7 +14,7 @@ from math import prod
 from operator import invert, neg
 from typing import Any
 
-from trainerd.memory import alike, backward
+from trainerd.memory import backward
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "int64": 8, "int32": 4, "uint8": 1, "bool": 1, "complex64": 8, "complex128": 16}
 WEIGHTS, ADAPTERS, BUFFERS, OPTIMIZER = "weights", "adapters", "buffers", "optimizer"
@@ -84,7 +84,7 @@ Backward = Callable[["Node", "list[Tensor | None]"], "Sequence[Tensor | None]"]
 class Node:
     """One step of the way back. `saved` are the tensors it needs, let go as soon as it has run."""
 
-    __slots__ = ("about", "backward", "edges", "grads", "num_outputs", "order", "saved", "shapes", "turn", "variable", "waiting")
+    __slots__ = ("about", "backward", "edges", "grads", "num_outputs", "order", "saved", "shapes", "variable", "waiting")
     backward: Backward
     order: int
     edges: list[tuple[Node, int] | None]
@@ -96,7 +96,6 @@ class Node:
     waiting: int
     """While the way back is gone: so many edges have not brought their gradient yet."""
     grads: list[Tensor | None] | None
-    turn: alike.Turn | None
 
     def needs(self, place: int) -> bool:
         return self.edges[place] is not None
@@ -108,7 +107,7 @@ def _node(backward: Backward, order: int, edges: list[tuple[Node, int] | None]) 
     made.saved = made.about = ()
     made.shapes = []
     made.num_outputs, made.waiting = 1, 0
-    made.variable = made.grads = made.turn = None
+    made.variable = made.grads = None
     return made
 
 
@@ -149,12 +148,9 @@ class Tape:
         self.multiplied: list[tuple[int, ...]] = []
         """The shapes of all products, forwards."""
         self.skips = False
-        """Whether places() may leave out places that are like others: then write_out() must follow."""
+        """Whether what is like others may be counted instead of played (losses.py)."""
         self.left_out = 0  # tensors of pieces that were counted without being played, and their bytes (losses.py)
         self.left_out_bytes = 0
-        self.turn: alike.Turn | None = None
-        self.cuts: list[alike.Cut] = []
-        self.loops: list[int] = []
         self.parameters: list[Tensor] = []
         self.buffers: list[Tensor] = []
         self._order = count()
@@ -239,27 +235,6 @@ class Tape:
         """A part of the batch."""
         return self.new(shape, dtype)
 
-    def places(self, number: int) -> Sequence[int]:
-        """Which of so many places of a recurrent layer are played: all, or some of those that are alike."""
-        return alike.played(number) if self.skips else range(number)
-
-    def turns(self, number: int) -> Iterator[int]:
-        """The same, one after the other."""
-        if not self.skips:
-            yield from range(number)
-            return
-        before, loop = self.turn, len(self.loops)
-        self.loops.append(number)
-        for place, label in enumerate(alike.played(number)):
-            self.cut((loop, place), alike.FORWARD)
-            yield label
-        self.cut(before, alike.FORWARD)
-
-    def cut(self, turn: alike.Turn | None, way: int) -> None:
-        """From here on, events belong to this turn of a loop."""
-        self.turn = turn
-        self.cuts.append(alike.Cut(len(self.events), len(self.sizes), self.flops, len(self.multiplied), turn, way))
-
     def mark(self, phase: str) -> None:
         """From here on, this phase."""
         self.marks.append((len(self.events), phase))
@@ -318,7 +293,7 @@ class Tape:
         node = Node()
         node.backward, node.order, node.edges = backward, next(self._order), edges
         node.saved, node.about, node.shapes = saved, about, shapes
-        node.num_outputs, node.waiting, node.turn = len(made), 0, self.turn
+        node.num_outputs, node.waiting = len(made), 0
         node.variable = node.grads = None
         for place, tensor in enumerate(made):
             tensor.node, tensor.output = node, place

@@ -14,8 +14,7 @@ from itertools import pairwise
 from operator import invert
 from typing import Any, Protocol
 
-from trainerd.memory import alike, orders, rounds, zero2
-from trainerd.memory.alike import NotAlike
+from trainerd.memory import orders, rounds, zero2
 from trainerd.memory.native import Order
 from trainerd.memory.optimizers import Optimizer
 from trainerd.memory.tape import ACTIVATIONS, STAGING, Tape, Tensor, levels
@@ -159,8 +158,7 @@ class Played:
     events: list[int]
     """Without what ends as the tape is put away."""
     began: int
-    """The first event of the step, that with which its first micro-batch is done, and the last one; and the first storage it makes."""
-    turned: int
+    """The first event of the step and the last one; and the first storage it makes."""
     ended: int
     first: int
     second: list[int]
@@ -188,17 +186,10 @@ class Played:
 
 def play(build: Callable[[Tape], Built], setup: Setup, samples: Any) -> Played:
     """The model with micro-batches of so many samples; `setup` says all else."""
-    try:
-        return _of_model(build, setup, samples, skips=True)
-    except NotAlike:
-        return _of_model(build, setup, samples, skips=False)
-
-
-def _of_model(build: Callable[[Tape], Built], setup: Setup, samples: Any, *, skips: bool) -> Played:
     collecting = gc.isenabled()
     gc.disable()  # nothing here is circular but the leaves, and thousands of small objects come and go
     tape = Tape(setup.device, None if setup.precision == "fp32" else setup.precision)
-    tape.skips, tape.attention = skips, setup.attention
+    tape.skips, tape.attention = True, setup.attention
     try:
         return _played(tape, build, setup, samples)
     finally:
@@ -227,7 +218,7 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup, samples: A
     tape.kind = ACTIVATIONS
     tape.mark(STEP)
     began = tape.here()
-    batch_bytes, rest, turned = _step(tape, model, optimizer, setup, samples)
+    batch_bytes, rest = _step(tape, model, optimizer, setup, samples)
     flops, steps = tape.flops, 1 if setup.device == "cpu" else min(2, setup.accumulation)
     operations = (len(tape.sizes) - began[1] + tape.reborn) / steps + tape.left_out
     ended = len(tape.events)
@@ -239,7 +230,6 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup, samples: A
         tape=tape,
         events=list(tape.events),
         began=began[0],
-        turned=turned,
         ended=ended,
         first=began[1],
         second=second,
@@ -270,9 +260,9 @@ def _optimizer(tape: Tape, setup: Setup) -> Optimizer:
     return Optimizer(tape, setup.optimizer, on_host=setup.offload == "optimizer")
 
 
-def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup, samples: Any) -> tuple[Any, int | None, int]:
+def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup, samples: Any) -> tuple[Any, int | None]:
     """One step of the engine; of several micro-batches two are played (on a CPU the second), for the others meet the same. Returned are
-    a micro-batch's bytes, which storage stands for the others of the step, and behind which event the first one is done.
+    a micro-batch's bytes, and which storage stands for the others of the step.
 
     On a CPU all of its batches are there from the beginning: those that are not played, as one storage.
     """
@@ -292,8 +282,7 @@ def _step(tape: Tape, model: Built, optimizer: Optimizer, setup: Setup, samples:
     tape.backward(loss)
     del loss
     optimizer.after_backward()
-    alike.write_out(tape, began[0])
-    given = batch_bytes, None if rest is None else rest.storage.number, len(tape.events)
+    given = batch_bytes, None if rest is None else rest.storage.number
     if several and not on_cpu:
         rounds.follow(tape, began)
     optimizer.clip()
@@ -312,13 +301,11 @@ def _held_since(tape: Tape, began: tuple[int, int]) -> Any:
 def _evaluation(tape: Tape, model: Built, setup: Setup, samples: Any) -> Any:
     """Losses over held-out micro-batches, and what the task adds; the worst of the latter is returned, not played."""
     tape.mark(EVALUATING)
-    began = tape.here()
     with tape.no_grad(), tape.autocast():
         batch = model.micro_batch(tape, samples)
         loss = model.loss(batch)
         del batch, loss
         model.evaluate(tape, samples, worst=False)
-    alike.write_out(tape, began[0])
     aside = Tape(setup.device, tape.precision)
     with aside.no_grad(), aside.autocast():
         model.evaluate(aside, samples, worst=True)

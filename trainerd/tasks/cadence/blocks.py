@@ -5,6 +5,7 @@ tests/test_memory_tables.py holds it against the real models, to the byte.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from trainerd.memory import kernels, losses, ops, shared
 from trainerd.memory.checkpointing import checkpointed
 from trainerd.memory.layers import Embedding, Linear, SampleDropout
 from trainerd.memory.recurrent import Gru
-from trainerd.memory.tape import LOGITS, Tape, Tensor
+from trainerd.memory.tape import BYTES, LOGITS, Node, Tape, Tensor
 from trainerd.memory.timeline import Setup, Timeline
 from trainerd.tasks.cadence import completing
 from trainerd.tasks.cadence.completing import State
@@ -142,35 +143,24 @@ class GruModel(_QueryModel):
 
 
 class MemoryLayer:
-    """A GRU with attention over all its past states."""
+    """A GRU with attention over all its past states, or without: what recall.py allocates, which is nothing at a place."""
 
     def __init__(self, tape: Tape, width: int, hidden: int, attention: int) -> None:
         self.hidden, self.attention = hidden, attention
         self.from_input = Linear(tape, width, 3 * hidden + attention)
         self.from_past = Linear(tape, hidden, 3 * hidden + attention)
+        self.weights = [weight for weight in (self.from_past.weight, self.from_past.bias) if weight is not None]
         if attention:
-            self.key = Linear(tape, hidden, attention, bias=False)
-            self.score = Linear(tape, attention, 1, bias=False)
+            self.weights += [tape.parameter(attention, hidden), tape.parameter(1, attention)]
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        samples, places, _ = inputs.shape
+        """The states of all places, while it learns."""
         given = self.from_input(inputs)
-        if not self.attention:
-            return self._plain(given)
-        tape, width = given.tape, self.hidden
-        states = tape.new((samples, 0, width), given.dtype)
-        keys, recall = tape.new((samples, 0, self.attention), given.dtype), tape.new((samples, self.attention), given.dtype)
-        pieces = ops.pieces(given, (samples, given.shape[-1]), len(tape.places(places)))
-        for place, here in zip(tape.turns(places), pieces, strict=True):
-            if place != states.shape[1]:
-                states, keys = ops.stretched(states, samples, place, width), ops.stretched(keys, samples, place, self.attention)
-            past = self._recalled(here, states, keys, recall) if place else tape.new((samples, width), given.dtype)
-            read = self.from_past(past)
-            state = self._gates(here, read, past)
-            recall = ops.part(read, samples, self.attention)
-            states = ops.cat([states, ops.reshape(state, samples, 1, width)], samples, place + 1, width)
-            keys = ops.cat([keys, ops.reshape(self.key(state), samples, 1, self.attention)], samples, place + 1, self.attention)
-        return ops.part(states, *states.shape, contiguous=True)
+        tape, places = given.tape, given.shape[1]
+        with tape.no_grad():
+            here = self._walk(given, places, kept=places)
+        tape.record([here[0]], [given, *self.weights], _memory_back, (given.detach(), here[0].detach(), *here[1:]), self)
+        return here[0]
 
     def remembered(self, tape: Tape, samples: int, places: int) -> State:
         """What it has after so many places; what attention takes from the past is a part of all that is read from it."""
@@ -181,50 +171,86 @@ class MemoryLayer:
         tapes = [tape.new((samples, places, width), kind) for width in (self.hidden, self.attention)]
         return [*tapes, ops.part(read, samples, self.attention)]
 
-    def further(self, inputs: Tensor, state: State) -> tuple[Tensor, State]:
-        """One place more."""
-        samples = inputs.shape[0]
+    def further(self, inputs: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """Places more, without gradients."""
         given = self.from_input(inputs)
-        (here,) = ops.pieces(given, (samples, given.shape[-1]), 1)
+        samples, places = given.shape[:2]
+        before = 0 if state is None else state[0].shape[1] if self.attention else 1
+        states, keys, _, _, read, _ = self._walk(given, before + places, kept=1)
+        hidden = ops.part(states, samples, places, self.hidden)
         if not self.attention:
-            past = self._gates(here, self.from_past(state[0]), state[0])
-            return ops.cat([past], samples, 1, self.hidden), [past]
-        states, keys, recall = state
-        places = states.shape[1]
-        query = ops.add(ops.part(here, samples, self.attention), recall)
-        weights = ops.softmax(self.score(ops.tanh(ops.add(keys, ops.reshape(query, samples, 1, self.attention)))))
-        past = ops.reshape(kernels.matmul(ops.transpose(weights, samples, 1, places), states), samples, self.hidden)
-        read = self.from_past(past)
-        made = self._gates(here, read, past)
-        states = ops.cat([states, ops.reshape(made, samples, 1, self.hidden)], samples, places + 1, self.hidden)
-        keys = ops.cat([keys, ops.reshape(self.key(made), samples, 1, self.attention)], samples, places + 1, self.attention)
-        return ops.part(states, samples, 1, self.hidden), [states, keys, ops.part(read, samples, self.attention)]
+            return hidden, [ops.part(states, samples, self.hidden)]
+        return hidden, [states, keys, ops.part(read, samples, self.attention)]
 
-    def _recalled(self, here: Tensor, states: Tensor, keys: Tensor, recall: Tensor) -> Tensor:
-        """The past, weighed by attention."""
-        samples, places, _ = keys.shape
-        query = ops.add(ops.part(here, samples, self.attention), recall)
-        weights = ops.softmax(self.score(ops.tanh(ops.add(keys, ops.reshape(query, samples, 1, self.attention)))))
-        turned = ops.transpose(weights, samples, 1, places)
-        return ops.reshape(kernels.matmul(turned, states), samples, self.hidden)
+    def _walk(self, given: Tensor, places: int, *, kept: int) -> list[Tensor]:
+        """What the places leave, in recall.py's order; for the way back, of `kept` of them."""
+        tape, (samples, walked, _), attention, hidden = given.tape, given.shape, self.attention, self.hidden
+        shares = samples * (places * (places - 1) // 2 if kept > 1 else places) if attention else 0
+        widths = (places, hidden), (places, attention), (kept, hidden), (kept, hidden), (kept, 3 * hidden + attention)
+        made = [*(tape.new((samples, number, width), given.dtype) for number, width in widths), tape.new((shares,), given.dtype)]
+        low = self.lowered(given)
+        scratch = self.scratch(given, places)
+        self.compute(given, walked, (places * (places - 1) - (places - walked) * (places - walked - 1)) // 2, _FORWARD)
+        if tape.device == "cpu":
+            tape.multiplied += [(samples, hidden, width) for width in (3 * hidden + attention, attention)]
+            tape.multiplied += [(samples, 1, place, hidden) for place in range(places - walked, places) if place and attention]
+        del low, scratch
+        return made
 
-    def _plain(self, given: Tensor) -> Tensor:
-        samples, places, _ = given.shape
-        past = given.tape.new((samples, self.hidden), given.dtype)
-        states = []
-        pieces = ops.pieces(given, (samples, given.shape[-1]), len(given.tape.places(places)))
-        for _, here in zip(given.tape.turns(places), pieces, strict=True):
-            past = self._gates(here, self.from_past(past), past)
-            states.append(past)
-        return ops.cat(states, samples, places, self.hidden)
+    def lowered(self, given: Tensor) -> list[Tensor]:
+        """Autocast's copies of what is multiplied."""
+        return [given.tape.new(weight.shape, given.dtype) for weight in self.weights if weight.dtype != given.dtype]
 
-    def _gates(self, given: Tensor, read: Tensor, past: Tensor) -> Tensor:
-        samples, width = past.shape
-        both = ops.sigmoid(ops.add(ops.part(given, samples, 2 * width), ops.part(read, samples, 2 * width)))
-        reset, update = ops.pieces(both, (samples, width), 2)
-        del both
-        new = ops.tanh(ops.add(ops.part(given, samples, width), ops.mul(reset, ops.part(read, samples, width))))
-        return ops.lerp(new, ops.to(past, new.dtype), update)
+    def scratch(self, given: Tensor, places: int) -> list[Tensor]:
+        """Of one place at a time."""
+        samples = given.shape[0]
+        numbers = samples * places * self.attention, samples * places if self.attention else 0, samples * self.attention
+        return [given.tape.new((number,), given.dtype) for number in numbers]
+
+    def compute(self, given: Tensor, places: int, before: int, work: _Work) -> None:
+        """At so many places, with so many before each of them in all, into what is there already."""
+        tape, hidden, attention = given.tape, self.hidden, self.attention
+        samples, width = given.shape[0], 3 * hidden + attention
+        products = places * hidden * (width + attention) + before * (hidden + attention)
+        tape.flops += 2.0 * work.products * samples * products
+        tape.left_out += places * (work.results + bool(attention) * work.of_attention)
+        tape.left_out_bytes += BYTES[given.dtype] * samples * (work.units * places * hidden + work.tables * before * attention)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """How often each product is made, how many results are written at a place, and with attention besides; and of how many numbers for
+    each unit, and for each number of the table."""
+
+    products: int
+    results: int
+    of_attention: int
+    units: int
+    tables: int
+
+
+_FORWARD, _BACKWARD = _Work(1, 8, 7, 13, 2), _Work(2, 12, 14, 16, 5)
+
+
+def _memory_back(node: Node, grads: list[Tensor | None]) -> Sequence[Tensor | None]:
+    """Gradients of what was given, and of the weights; place after place into what is there, then a product for each weight."""
+    g, layer, given = grads[0], node.about[0], node.saved[0]
+    if g is None:
+        return [None] * len(node.edges)
+    tape, (samples, places, _), hidden, attention = g.tape, given.shape, layer.hidden, layer.attention
+    low = layer.lowered(given)
+    to_given, to_keys = tape.new(given.shape, given.dtype), tape.new((samples, places, attention), given.dtype)
+    to_reads = tape.new((samples, places, hidden + attention), given.dtype)
+    to_score = tape.new((1, attention), layer.weights[0].dtype)
+    to_states = tape.new(g.shape, g.dtype)
+    scratch = [*layer.scratch(given, places), *layer.scratch(given, places)[:2]]
+    scratch += [tape.new((samples, hidden), given.dtype) for _ in range(2)]
+    layer.compute(given, places, places * (places - 1) // 2, _BACKWARD)
+    del to_states, scratch, low
+    found = [tape.new(weight.shape, given.dtype) for weight in layer.weights[:3]]
+    exact = [ops.to(grad, weight.dtype) for grad, weight in zip(found, layer.weights, strict=False)]
+    del found, to_keys, to_reads
+    return [to_given, *exact, *([to_score] if attention else [])]
 
 
 class GruMnModel(_QueryModel):
@@ -242,13 +268,17 @@ class GruMnModel(_QueryModel):
         self.context_category = Embedding(tape, sizes.num_categories, own.context)
 
     def run(self, given: Batch, checkpointing: str) -> Tensor:
-        samples = given.inputs.shape[0]
-        hidden = self.words(given.inputs)
+        samples, tape = given.inputs.shape[0], given.inputs.tape
+        hidden, after = self.words(given.inputs), State()
         for layer, category, drop in zip(self.layers, self.categories, self.drops, strict=True):
             rows = category(given.categories)
             entering = ops.relu(ops.add(hidden, ops.reshape(rows, samples, 1, rows.shape[-1])))
             del rows
-            hidden = layer(entering) if checkpointing == "none" else checkpointed(layer, entering, keeps=checkpointing == "selective")
+            if tape.grad_enabled:
+                hidden = layer(entering) if checkpointing == "none" else checkpointed(layer, entering, keeps=checkpointing == "selective")
+            else:
+                hidden, left = layer.further(entering, None)
+                after += left
             del entering
             hidden = drop(hidden)
         return hidden
@@ -264,8 +294,9 @@ class GruMnModel(_QueryModel):
         size = len(state) // len(self.layers)
         for number, (layer, category) in enumerate(zip(self.layers, self.categories, strict=True)):
             parts = state[number * size : (number + 1) * size]
-            rows = ops.reshape(category(categories), inputs.shape[0], 1, hidden.shape[-1])
-            hidden, left = layer.further(ops.relu(ops.add(hidden, rows)), parts)
+            entering = ops.relu(ops.add(hidden, ops.reshape(category(categories), inputs.shape[0], 1, hidden.shape[-1])))
+            hidden, left = layer.further(entering, parts)
+            del entering
             after += left
         return hidden, after
 

@@ -141,7 +141,7 @@ class _Walk(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, to_states: Tensor) -> Any:
-        given, saved = ctx.saved_tensors[0], ctx.saved_tensors[1:]
+        given, *saved = ctx.saved_tensors  # asked for once: an activation checkpoint unpacks them once
         weights, here = Weights(*saved[: len(Weights._fields)]), Walked(*saved[len(Weights._fields) :])
         with torch.autocast(given.device.type, enabled=False):
             back = _Back(given, weights, here)
@@ -177,13 +177,14 @@ class _Back:
             elif place:
                 to_states[:, place - 1].add_(to_past)
         self.to_given[:, 0, 3 * hidden :] = 0
+        del self.weights  # autocast's copies go before the weights' gradients come
 
     def _gates(self, place: int, to_state: Tensor, to_past: Tensor, to_new: Tensor) -> None:
         """From a state to what was read of the past, and to the input's part in both."""
         hidden, here = self.hidden, self.here
         past, new, to_given, to_read = here.past[:, place], here.news[:, place], self.to_given[:, place], self.to_reads[:, place]
-        reset, update, offered, _ = here.reads[:, place].split([hidden, hidden, hidden, self.attention], 1)
-        to_reset, to_update, to_inner, _ = to_given.split([hidden, hidden, hidden, self.attention], 1)
+        reset, update, offered = here.reads[:, place, : 3 * hidden].chunk(3, 1)
+        to_reset, to_update, to_inner = to_given[:, : 3 * hidden].chunk(3, 1)
         torch.mul(to_state, update, out=to_past)
         torch.sub(to_state, to_past, out=to_new)
         torch.sub(past, new, out=to_update).mul_(to_state)
@@ -194,9 +195,7 @@ class _Back:
         torch.mul(to_inner, reset, out=to_read[:, :hidden])
         to_past.addmm_(to_given[:, : 2 * hidden], self.weights.read[: 2 * hidden]).addmm_(to_read, self.weights.read[2 * hidden :])
 
-    def _attention(
-        self, place: int, to_past: Tensor, to_states: Tensor, scratch: _Scratch, to_table: Tensor, to_shares: Tensor
-    ) -> None:
+    def _attention(self, place: int, to_past: Tensor, to_states: Tensor, scratch: _Scratch, to_table: Tensor, to_shares: Tensor) -> None:
         """From what was read of the past to the states before, their keys, and the query."""
         hidden, here, now = self.hidden, self.here, self.given[:, place]
         shares, number = _shares(here, place), len(now) * place
@@ -216,7 +215,7 @@ class _Back:
     def to_weights(self, like: Weights) -> Weights:
         """One product over all places for each."""
         gates, reads, past = self.to_given.flatten(0, 1)[:, : 2 * self.hidden], self.to_reads.flatten(0, 1), self.here.past.flatten(0, 1)
-        to_read, to_bias = torch.empty_like(self.weights.read), torch.empty_like(self.weights.bias)
+        to_read, to_bias = past.new_empty(like.read.shape), past.new_empty(like.bias.shape)
         for part, rows in ((gates, slice(0, 2 * self.hidden)), (reads, slice(2 * self.hidden, None))):
             torch.mm(part.t(), past, out=to_read[rows])
             torch.sum(part, 0, out=to_bias[rows])
