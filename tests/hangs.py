@@ -21,12 +21,6 @@ from pathlib import Path
 class Hangs(Tiny):
     """Hangs once, at the 13th step, in the way that `hang.txt` says."""
 
-    prepare = Task.prepare  # nothing to prepare: a process of its own for it would import torch once more
-
-    def dataset(self, split):
-        x = torch.randn(96, 4, generator=torch.Generator().manual_seed(self.ctx.seed))
-        return torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True)) if split == "train" else None
-
     def once(self, *ways):
         marker = Path(__file__).parent / "hang.txt"
         way = marker.read_text() if marker.exists() else ""

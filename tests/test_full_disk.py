@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from tests.disks import FailingDisk, RecordingDisk, commit, loaded_step, names, on_a_small_disk
 from tests.toy import LEAVE, Script, Toy, config, lines, run, same, weights
-from tests.trainers import TASK, RunningTrainer, new_run
+from tests.trainers import PREPARED, PREPARING, RunningTrainer, new_run
 from trainerd.contract import files, wire
 from trainerd.contract.errors import Refused
 from trainerd.engine import space
@@ -110,8 +110,8 @@ def full_at_the_end(folder: Path) -> None:
 
 def full_while_preparing(folder: Path) -> None:
     """What happens in test_a_disk_that_fills_while_data_is_prepared."""
-    source = TASK.replace("ctx.report_data(", '(ctx.cache_dir / "large").write_bytes(bytes(3 << 20)); ctx.report_data(')
-    paths = new_run(folder / "home", source=source)
+    source = PREPARING.replace("ctx.report_data(", '(ctx.cache_dir / "large").write_bytes(bytes(3 << 20)); ctx.report_data(')
+    paths = new_run(folder / "home", **{**PREPARED, "source": source})
     ballast = Ballast(folder)
     ballast.fill(free=2 << 20)
     trainer = RunningTrainer(paths, TINY_PAUSE="0.02")

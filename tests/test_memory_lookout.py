@@ -12,7 +12,7 @@ import pytest
 
 from tests.supervised import wait_for
 from tests.toy import Script, Toy, config, run
-from tests.trainers import TASK, RunningTrainer, new_run, outcome
+from tests.trainers import PREPARING, RunningTrainer, new_run, outcome
 from trainerd.contract import wire
 from trainerd.contract.paths import RunPaths
 from trainerd.engine import aside, pressure
@@ -22,7 +22,7 @@ from trainerd.machine.memory import RamFacts
 GB = 1_000_000_000
 # The trainer's machine has 16 GB, of which as many are in use as a file says.
 _MACHINE = (
-    TASK
+    PREPARING
     + '''
 from pathlib import Path
 from trainerd.engine import aside, guard, pressure
@@ -88,7 +88,7 @@ def test_in_a_long_micro_batch_a_shortage_is_seen_within_two_seconds(tmp_path: P
 
 def test_preparing_steps_aside_for_others_and_goes_on_later(tmp_path: Path) -> None:
     """`waiting`, with the reason; what was prepared is not lost to it, and the result is that of a run nobody disturbed."""
-    paths = new_run(tmp_path / "tight", source=_MACHINE, train={"epochs": 1})
+    paths = new_run(tmp_path / "tight", source=_MACHINE, class_name="Prepares", train={"epochs": 1})
     machine = Machine(paths)
     trainer = RunningTrainer(paths, TINY_PREPARE="600")
     trainer.wait_for(wire.PHASE, lambda message: message["name"] == "preparing" and (message["done"] or 0) > 5)
@@ -109,7 +109,7 @@ def test_preparing_steps_aside_for_others_and_goes_on_later(tmp_path: Path) -> N
 
 def test_a_preparation_that_needs_more_than_the_limit_goes_on(tmp_path: Path) -> None:
     """Nobody else would gain: it is said, once, and it is prepared."""
-    paths = new_run(tmp_path, source=_MACHINE, train={"epochs": 1})
+    paths = new_run(tmp_path, source=_MACHINE, class_name="Prepares", train={"epochs": 1})
     machine = Machine(paths, own=11)
     trainer = RunningTrainer(paths, TINY_PREPARE="600")
     trainer.wait_for(wire.PHASE, lambda message: message["name"] == "preparing" and (message["done"] or 0) > 5)

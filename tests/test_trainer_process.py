@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.trainers import TASK, RunningTrainer, new_run, newest_step, outcome, steps_of
+from tests.trainers import PREPARED, TASK, RunningTrainer, new_run, newest_step, outcome, steps_of
 from trainerd.contract import wire
 from trainerd.contract.lock import FileLock
 
@@ -24,7 +24,7 @@ SLOW = {"TINY_PAUSE": "0.02"}
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningTrainer, Outcome]]:
     """A run that nothing happened to."""
-    trainer = RunningTrainer(new_run(tmp_path_factory.mktemp("undisturbed")))
+    trainer = RunningTrainer(new_run(tmp_path_factory.mktemp("undisturbed"), **PREPARED))
     assert trainer.exit_code() == wire.EXIT_FINISHED, trainer.text()
     yield trainer, outcome(trainer.paths)
 
@@ -77,7 +77,7 @@ def test_what_compiles_nothing_loads_no_compiler(tmp_path: Path, train: dict[str
 def test_kill_save_leave_and_a_vanished_supervisor_change_no_bit(tmp_path: Path, undisturbed: tuple[RunningTrainer, Outcome]) -> None:
     """SAVE is acknowledged by id; kill -9 loses nothing of it; the end of the command pipe and LEAVE commit before the exit;
     and after all of that, every number and the model are those of the undisturbed run."""
-    paths = new_run(tmp_path)
+    paths = new_run(tmp_path, **PREPARED)
     trainer = RunningTrainer(paths, **SLOW)
     trainer.wait_for_step(6)
     trainer.command(do=wire.SAVE, id="request-1")
@@ -187,7 +187,7 @@ def child_of(trainer: RunningTrainer) -> psutil.Process:
 
 def test_a_stop_while_preparing_is_quick_and_leaves_nothing(tmp_path: Path) -> None:
     """Preparing happens in a child, its progress is told, and a LEAVE ends both at once; the next start prepares again."""
-    paths = new_run(tmp_path)
+    paths = new_run(tmp_path, **PREPARED)
     trainer = RunningTrainer(paths, TINY_PREPARE="3000")
     told = trainer.wait_for(wire.PHASE, lambda message: message["name"] == "preparing" and (message["done"] or 0) > 10)
     assert told["unit"] == "rows"
@@ -202,7 +202,7 @@ def test_a_stop_while_preparing_is_quick_and_leaves_nothing(tmp_path: Path) -> N
 
 def test_the_preparing_child_does_not_outlive_a_killed_trainer(tmp_path: Path) -> None:
     """kill -9 of the trainer ends its preparing child too."""
-    trainer = RunningTrainer(new_run(tmp_path), TINY_PREPARE="3000")
+    trainer = RunningTrainer(new_run(tmp_path, **PREPARED), TINY_PREPARE="3000")
     trainer.wait_for(wire.PHASE, lambda message: (message["done"] or 0) > 1)
     child = child_of(trainer)
     trainer.process.kill()
@@ -226,7 +226,7 @@ def test_the_preparing_child_does_not_outlive_a_killed_trainer(tmp_path: Path) -
 def test_an_error_is_told_and_permanent_only_when_a_restart_cannot_help(tmp_path: Path, fail: str, code: int, words: str) -> None:
     """Errors of data and of the task before training are permanent; one in the middle of training is not. The traceback is
     in the log."""
-    trainer = RunningTrainer(new_run(tmp_path), TINY_FAIL=fail)
+    trainer = RunningTrainer(new_run(tmp_path, **(PREPARED if fail == "prepare" else {})), TINY_FAIL=fail)
     assert trainer.exit_code() == code
     (event,) = trainer.of(wire.EXCEPTION)
     assert words in event["text"] and event["permanent"] is (code == wire.EXIT_PERMANENT)

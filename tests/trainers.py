@@ -17,7 +17,7 @@ from trainerd.contract.paths import Home, RunPaths
 from trainerd.memory import heap
 
 TASK = '''
-"""A task that learns a sum; TINY_PAUSE slows its steps, TINY_PREPARE its preparation, TINY_FAIL breaks it."""
+"""A task that learns a sum; TINY_PAUSE slows its steps, TINY_FAIL breaks it. It prepares nothing: that is a process, and one more torch."""
 import os, time
 import torch
 from pydantic import BaseModel
@@ -31,25 +31,17 @@ class Settings(BaseModel):
 class Tiny(Task):
     Settings = Settings
 
-    def prepare(self, ctx):
-        print("preparing", os.getpid(), flush=True)
-        if os.environ.get("TINY_FAIL") == "prepare":
-            raise UsageError("The data is of no use.")
-        for number in range(int(os.environ.get("TINY_PREPARE", "0")) + 1):
-            ctx.progress(number, None, "rows")
-            time.sleep(0.01 if number else 0)
-        generator = torch.Generator().manual_seed(ctx.seed)
-        torch.save(torch.randn(self.settings.rows, 4, generator=generator), ctx.cache_dir / "x.pt")
-        ctx.report_data(self.settings.rows + 3, self.settings.rows, {"blank": 3})
-
     def model(self):
         if os.environ.get("TINY_FAIL") == "model":
             raise TypeError("this model is wrong")
         return nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.2), nn.Linear(16, 1))
 
     def dataset(self, split):
-        x = torch.load(self.ctx.cache_dir / "x.pt")
+        x = self.inputs(self.ctx.seed)
         return torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True)) if split == "train" else None
+
+    def inputs(self, seed):
+        return torch.randn(self.settings.rows, 4, generator=torch.Generator().manual_seed(seed))
 
     def counts(self, batch):
         return {"loss": len(batch[1])}
@@ -64,6 +56,24 @@ class Tiny(Task):
             x = x[:, :3]
         return {"loss": (nn.functional.mse_loss(model(x), y, reduction="sum"), 1.0)}, {}
 '''
+PREPARING = f'''{TASK}
+class Prepares(Tiny):
+    """The same of data that are prepared; TINY_PREPARE slows that."""
+
+    def prepare(self, ctx):
+        print("preparing", os.getpid(), flush=True)
+        if os.environ.get("TINY_FAIL") == "prepare":
+            raise UsageError("The data is of no use.")
+        for number in range(int(os.environ.get("TINY_PREPARE", "0")) + 1):
+            ctx.progress(number, None, "rows")
+            time.sleep(0.01 if number else 0)
+        torch.save(super().inputs(ctx.seed), ctx.cache_dir / "x.pt")
+        ctx.report_data(self.settings.rows + 3, self.settings.rows, {{"blank": 3}})
+
+    def inputs(self, seed):
+        return torch.load(self.ctx.cache_dir / "x.pt")
+'''
+PREPARED = {"source": PREPARING, "class_name": "Prepares"}
 
 
 def new_run(root: Path, name: str = "run", source: str = TASK, class_name: str = "Tiny", **config: Any) -> RunPaths:
