@@ -21,6 +21,9 @@ _UP_SECONDS = 30.0
 _VERDICT_SECONDS = 300.0
 _END_SECONDS = 3.0
 _END_LOOK_SECONDS = 0.25
+_PATIENCE_SECONDS = 2.0
+"""Until what is waited for is said: on a machine with nothing else to do it is there before."""
+Tell = Callable[[str], None]
 _STANDING = (status.PAUSED, status.WAITING, status.RECOVERING, status.NOT_ANSWERING)
 _LEAST_FREE_BYTES = 200_000_000
 _OF_THE_TASK = {UsageError.__name__, *(kind.__name__ for kind in UsageError.__subclasses__())}
@@ -69,8 +72,21 @@ def prepare_home(home: Home) -> list[str]:
     return found
 
 
-def start(home: Home, choice: Choice) -> tuple[Reading, str]:
-    """Spawn a supervisor for `choice`; returns when the status shows it, with why it may end with this terminal, if it may.
+class _Patience:
+    """Says what is waited for, once, when it is not there after a moment."""
+
+    def __init__(self, what: str, tell: Tell) -> None:
+        self._what, self._tell, self._at = what, tell, time.monotonic() + _PATIENCE_SECONDS
+
+    def is_tried(self) -> None:
+        if self._what and time.monotonic() >= self._at:
+            self._tell(self._what)
+            self._what = ""
+
+
+def start(home: Home, choice: Choice, tell: Tell = console.complain) -> tuple[Reading, str]:
+    """Spawn a supervisor for `choice`; returns when the status shows it, with why it may end with this terminal, if it may. `tell` hears
+    what is waited for when that takes a while.
 
     Raises AlreadyRunning, TrainerdError.
     """
@@ -82,7 +98,7 @@ def start(home: Home, choice: Choice) -> tuple[Reading, str]:
         requests.withdraw(path)
         raise TrainerdError(f"The supervisor could not be started: {error.strerror or error}.", remedy(error)) from None
     try:
-        return _until_up(home, choice.run, instance, launched), launched.tied
+        return _until_up(home, choice.run, instance, launched, tell), launched.tied
     finally:
         requests.withdraw(path)  # taken by now, or refused: it must not take effect later
 
@@ -118,8 +134,9 @@ def send_start(home: Home, choice: Choice) -> tuple[requests.Request, str]:
     return request, instance
 
 
-def _until_up(home: Home, run: str, instance: str, launched: launch.Launched) -> Reading:
+def _until_up(home: Home, run: str, instance: str, launched: launch.Launched, tell: Tell) -> Reading:
     deadline = time.monotonic() + _UP_SECONDS
+    patience = _Patience(f"Waiting for the supervisor of {run} to come up.", tell)
     while True:
         ended = launched.process.poll()
         reading = status.read(home)
@@ -129,6 +146,7 @@ def _until_up(home: Home, run: str, instance: str, launched: launch.Launched) ->
             raise _died(home, ended, launched)
         if time.monotonic() >= deadline:
             raise TrainerdError(f"The supervisor is not up after {_UP_SECONDS:g} seconds.", f"See {launched.early_log}")
+        patience.is_tried()
         time.sleep(_LOOK_SECONDS)
 
 
@@ -141,7 +159,17 @@ def _verdict_of(reading: Reading, launched: launch.Launched) -> Reading:
     """A supervisor that came up and is gone already: a failure is told as one."""
     if reading.state == status.COMPLETED:
         return reading
+    _refuse_untrainable(reading)
     raise RunFailed(f"The run ended at once: {reading.state}. {reading.reason}", f"See {launched.early_log.parent}")
+
+
+def _refuse_untrainable(reading: Reading) -> None:
+    """A run that failed because it cannot be trained like this is a wrong word or a refusal. Raises UsageError, Refused."""
+    wrong, _, words = ((reading.status.trainer.last_exit if reading.status else None) or "").partition(": ")
+    if reading.state == status.FAILED and wrong in _OF_THE_TASK:
+        raise UsageError(words)
+    if reading.state == status.FAILED and wrong == Refused.__name__:
+        raise Refused(words)
 
 
 def _died(home: Home, code: int, launched: launch.Launched) -> TrainerdError:
@@ -161,26 +189,25 @@ def _forget(launched: launch.Launched) -> None:
         pass  # a scanner holds it on Windows; the next start removes it
 
 
-def until_checked(home: Home, reading: Reading) -> Reading:
-    """Wait until the trainer has loaded the task file and said whether it can be trained. Raises UsageError, Refused, RunFailed."""
+def until_checked(home: Home, reading: Reading, tell: Tell = console.complain) -> Reading:
+    """Wait until the trainer has loaded the task file and said whether it can be trained; `tell` hears that when it takes a while.
+    Raises UsageError, Refused, RunFailed."""
     deadline = time.monotonic() + _VERDICT_SECONDS
+    patience = _Patience("Waiting for the trainer: it loads PyTorch and your task, and says whether that can be trained here.", tell)
     while time.monotonic() < deadline:
         reading = status.read(home)
         phase = reading.status.phase.name if reading.status and reading.status.phase else "starting"
-        wrong, _, words = ((reading.status.trainer.last_exit if reading.status else None) or "").partition(": ")
-        if reading.state == status.FAILED and wrong in _OF_THE_TASK:
-            raise UsageError(words)
-        if reading.state == status.FAILED and wrong == Refused.__name__:
-            raise Refused(words)
+        _refuse_untrainable(reading)
         if reading.state in (status.FAILED, status.CRASHED, status.UNREADABLE):
             raise RunFailed(f"{reading.state.capitalize()}: {reading.reason}", f"See {console.program()} logs")
         if reading.state in (*status.END_STATES, status.RUNNING, status.WAITING, status.PAUSED) or phase != "starting":
             return reading
+        patience.is_tried()
         time.sleep(0.05)
     return reading
 
 
-def until_end(home: Home, run: str, tell: Callable[[str], None]) -> Reading:
+def until_end(home: Home, run: str, tell: Tell) -> Reading:
     """Wait for the run's end, however long; a supervisor that dies without a word is an end, too. `tell` hears when it stands still, and
     when it goes on."""
     standing: str | None = None

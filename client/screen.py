@@ -200,7 +200,7 @@ def _safety(status: Status, scene: Scene) -> list[Line]:
     if last is not None and step is not None and known(step) and known(last.step) and scene.reading.alive:
         ahead = max(step - last.step, 0)
     found = [_labelled("checkpoint", view.checkpoint(status, scene.now, scene.beside, ahead) or NOT_KNOWN)]
-    found.append(_labelled("restarts", shortened(view.trainer(status) or "none", scene.beside)))
+    found.append(_labelled("restarts", shortened(view.trainer(status, scene.reading.reason) or "none", scene.beside)))
     missing = view.unsaved(status, scene.now)
     found += [_labelled("unsaved", missing, "bold red")] if missing else []
     return found + [[(text, "yellow")] for text in _warnings(status, scene)]

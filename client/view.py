@@ -25,6 +25,7 @@ from .fit import Part, joined
 from .words import NOT_KNOWN, ago, bar, clean, count, duration, known, moment, number, percent, share, size
 
 _LEAST_BAR = 6
+_ENDS = ".?! "
 INDENT = " " * 13
 """What stands before the values of a report."""
 _EXITS = {STOPPED: 3, NEVER_STARTED: 3, FAILED: 4, CRASHED: 4, UNREADABLE: 4, NOT_ANSWERING: 4}
@@ -72,7 +73,7 @@ def rows(status: Status, reading: Reading, now: float, fancy: bool) -> list[tupl
         ("memory", memory(status) if reading.alive else ""),
         ("checkpoint", checkpoint(status, now)),
         ("unsaved", unsaved(status, now)),
-        ("trainer", trainer(status)),
+        ("trainer", trainer(status, reading.reason)),
         ("plan", plan(status)),
         ("exact", exact(status)),
         ("log", clean(status.log or "")),
@@ -182,11 +183,12 @@ def unsaved(status: Status, now: float) -> str:
     return f"no checkpoint could be written since {ago(status.unsaved.since, now)}{missing}"
 
 
-def trainer(status: Status) -> str:
+def trainer(status: Status, reason: str = "") -> str:
+    """How often it was started again, and how it ended last, unless the `reason` that stands above says it."""
     parts = []
     if known(status.trainer.restarts) and status.trainer.restarts:
         parts.append(f"{count(status.trainer.restarts)} restart{'s' if status.trainer.restarts > 1 else ''}")
-    if status.trainer.last_exit:
+    if status.trainer.last_exit and plain(status.trainer.last_exit).rstrip(_ENDS) not in reason:
         parts.append(f"last exit: {clean(plain(status.trainer.last_exit))}")
     return " · ".join(parts)
 

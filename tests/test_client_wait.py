@@ -8,15 +8,20 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from client import follow, view
+from client import follow, launch, view
+from client.commands import start
 from tests.person import DOOR, SMALL, Person
 from tests.supervised import wait_for
+from trainerd.config.load import resolve
 from trainerd.contract import runs, status
+from trainerd.contract.errors import Refused, RunFailed, UsageError
 from trainerd.contract.lock import FileLock
 from trainerd.contract.paths import Home
 from trainerd.contract.status import Reading, Status, SupervisorInfo
@@ -99,6 +104,60 @@ def test_standing_still_is_said_once_each_time(home: Home, alive: FileLock, monk
     reading, said = waited(home, then)
     assert reading.state == status.COMPLETED and view.result_code(reading) == 0
     assert [text.split(":")[0] for text in said] == ["mine is waiting", "mine is paused", "mine goes on."]
+
+
+def test_what_takes_a_while_is_named_once(home: Home, alive: FileLock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The supervisor that is not up yet, and the trainer that has not looked at the task: a word each, and no more of what is there."""
+    said: list[str] = []
+
+    def tell(text: str) -> None:
+        said.append(text)
+        shown(home, "mine", status.RUNNING)
+
+    never = launch.Launched(SimpleNamespace(poll=lambda: None), tmp_path / "early.log")  # type: ignore[arg-type]
+    monkeypatch.setattr(follow, "_UP_SECONDS", 20.0)
+    monkeypatch.setattr(follow, "_VERDICT_SECONDS", 20.0)
+    for patience, expected in ((0.0, 1), (60.0, 0)):
+        monkeypatch.setattr(follow, "_PATIENCE_SECONDS", patience)
+        for what in ("supervisor", "trainer"):
+            said.clear()
+            shown(home, "mine", status.STARTING) if what == "trainer" else shown(home, "another", status.RUNNING)
+            if not expected:
+                shown(home, "mine", status.RUNNING)
+            if what == "supervisor":
+                reading = follow._until_up(home, "mine", "one", never, tell)
+            else:
+                reading = follow.until_checked(home, status.read(home), tell)
+            assert reading.state == status.RUNNING and len(said) == expected, said
+            assert all(text.startswith("Waiting for the") and what in text for text in said), said
+
+
+@pytest.mark.parametrize("wait", [True, False])
+@pytest.mark.parametrize("is_held", [True, False])
+def test_a_run_that_is_over_at_once_is_not_called_under_way(
+    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wait: bool, is_held: bool
+) -> None:
+    """Its result is said, once, and what to type; not that this window waits, nor that something goes on in the background."""
+    reading = Reading(status.COMPLETED, "Completed. The model is in models/mine.", Status(run="mine", task="cadence"), is_held)
+    monkeypatch.setattr(follow, "start", lambda *_: (reading, ""))
+    monkeypatch.setattr(follow, "until_end", lambda *_: replace(reading, alive=False))
+    monkeypatch.setattr(start.registration, "begun", lambda *_, **__: "")
+    choice = SimpleNamespace(warnings=[], told="", config=resolve("cadence").config, run="mine", task_file=None, resume=False, changes=[])
+    assert start.begin(home, choice, [], wait, as_json=False) == 0  # type: ignore[arg-type]
+    told = capsys.readouterr().out
+    assert told.count("Completed. The model is in models/mine.") == 1 and "suggest PREFIX" in told, told
+    assert "waits for its end" not in told and "in the background" not in told and "End:" not in told, told
+
+
+def test_what_cannot_be_trained_ends_alike_however_late_one_looks(home: Home, tmp_path: Path) -> None:
+    """Refused as too large before `start` has looked for the first time, on a busy machine: exit 5, as if it had been seen to come."""
+    gone = launch.Launched(SimpleNamespace(poll=lambda: 4), tmp_path / "early.log")  # type: ignore[arg-type]
+    for how, kind in (("Refused: It does not fit.", Refused), ("UsageError: No such column.", UsageError), ("exit code 1", RunFailed)):
+        failed = Status(run="mine", state=status.FAILED, reason="It failed.", supervisor=SupervisorInfo(1, "one", 1.0))
+        failed.trainer.last_exit = how
+        status.write(home, failed)
+        with pytest.raises(kind):
+            follow._until_up(home, "mine", "one", gone, lambda text: None)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,9 @@ MB = 1_000_000
 
 
 def plan(config: dict[str, Any], budget: int, model: CadenceTable = GRU, device: str = "cuda", splittable: bool = True) -> Answer:
-    asked = RunConfig.model_validate({"task": "cadence", "train": {"batch_size": 512, **config}})
+    train = {key: value for key, value in config.items() if "." not in key}
+    memory = {key.removeprefix("memory."): value for key, value in config.items() if "." in key}
+    asked = RunConfig.model_validate({"task": "cadence", "train": {"batch_size": 512, **train}, "memory": memory})
     return forecast.answer(asked, forecast.Place(device, budget, "bf16"), model, splittable)
 
 

@@ -177,6 +177,27 @@ def test_the_report_says_what_a_person_asks() -> None:
         assert words in report, f"{words!r} is missing in\n{report}"
 
 
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ("failed", "It does not fit: it needs 2.9 GB of RAM."),
+        ("recovering", "It does not fit: it needs 2.9 GB of RAM; starting again."),
+        ("completed", "Completed."),
+    ],
+)
+def test_how_a_trainer_ended_is_said_once(state: str, reason: str) -> None:
+    """In the reason, or, when that is about something else by now, beside the restarts; in `status` and in the monitor."""
+    from client import screen
+
+    status_of = status.from_dict({**DOCUMENT, "state": state, "reason": reason})
+    status_of.trainer.last_exit = "Refused: It does not fit: it needs 2.9 GB of RAM."
+    reading = Reading(state, reason, status_of, state == "recovering")
+    report = "\n".join(view.lines(reading, 0.0, True, "trainerd"))
+    drawn = "\n".join("".join(text for text, _ in line) for line in screen.frame(screen.Scene(reading)))
+    for text in (report, drawn):
+        assert text.count("It does not fit: it needs 2.9 GB of RAM") == 1 and "1 restart" in text, text
+
+
 def test_a_number_of_a_moment_that_is_over_is_not_shown() -> None:
     """Paused or not answering: no speed, no time of arrival; they would be frozen."""
     for state in ("paused", status.NOT_ANSWERING):

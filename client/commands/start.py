@@ -35,22 +35,22 @@ def command(home: Home, /, wait: bool, no_autostart: bool, as_json: bool, **word
 
 def begin(home: Home, choice: choose.Choice, warnings: list[str], wait: bool, as_json: bool, autostart: bool = True) -> int:
     """Start `choice` in the background, say how it stands, and wait for its end when asked to."""
-    for warning in [*choice.warnings, *warnings]:
-        console.complain(f"Warning: {warning}")
+    _warn(*choice.warnings, *warnings)
     if choice.told and not as_json:
         console.tell(choice.told)
-    for warning in limits.warnings(choice.config.memory.ram_limit, choice.config.memory.vram_limit):
-        console.complain(f"Warning: {warning}")
+    _warn(*limits.warnings(choice.config.memory.ram_limit, choice.config.memory.vram_limit))
     if not autostart:
         registration.decline(home, choice.run)
     reading, tied = follow.start(home, choice)
-    if tied:
-        console.complain(f"Warning: {tied}")
+    _warn(*filter(None, [tied]))
     if choice.task_file is not None:
         reading = follow.until_checked(home, reading)
     after_reboot = registration.begun(home, choice.run, autostart, new=not choice.resume)
     if not as_json:
-        _tell(reading, tied, wait)
+        if reading.alive and reading.state not in status.END_STATES:
+            _tell(reading, tied, wait)
+        elif not wait:  # else it is said below
+            console.say(_result(reading))
         if after_reboot:
             console.tell(after_reboot)
     code = 0
@@ -58,7 +58,7 @@ def begin(home: Home, choice: choose.Choice, warnings: list[str], wait: bool, as
         reading = _until_end(home, choice.run)
         code = view.result_code(reading)
         if not as_json:
-            console.say("\n".join([view.summary(reading), *view.what_next(reading, console.program())]))
+            console.say(_result(reading))
     if as_json:
         console.say(json.dumps({**reading.to_dict(), "resumed": choice.resume, "changes": choice.changes}, indent=1))
     return code
@@ -70,6 +70,15 @@ def _until_end(home: Home, run: str) -> status.Reading:
     except KeyboardInterrupt:
         console.complain("No longer waiting; the training goes on in the background.")
         raise
+
+
+def _warn(*warnings: str) -> None:
+    for warning in warnings:
+        console.complain(f"Warning: {warning}")
+
+
+def _result(reading: status.Reading) -> str:
+    return "\n".join([view.summary(reading), *view.what_next(reading, console.program())])
 
 
 def _tell(reading: status.Reading, tied: str, wait: bool) -> None:
