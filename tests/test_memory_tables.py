@@ -81,11 +81,6 @@ OPERATIONS: dict[str, tuple[list[tuple[int, ...]], Any, Any]] = {
         lambda x, w, b: torch.softmax(functional.linear(x, w, b), -1),
         lambda x, w, b: ops.softmax(kernels.linear(x, w, b)),
     ),
-    "lerp": (
-        MATRIX,
-        lambda x, w, b: torch.lerp(functional.linear(x, w), functional.linear(x, w, b), functional.linear(x, w)),
-        lambda x, w, b: ops.lerp(kernels.linear(x, w), kernels.linear(x, w, b), kernels.linear(x, w)),
-    ),
     "square": (MATRIX, lambda x, w, b: functional.linear(x, w, b).pow(2), lambda x, w, b: kernels.square(kernels.linear(x, w, b))),
     "dropout": (
         MATRIX,

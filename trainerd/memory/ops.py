@@ -117,7 +117,7 @@ def _expand_back(node: Node, grads: Grads) -> Sequence[Tensor | None]:
     return [g and _reduced(g, node.about[0])]
 
 
-def pieces(x: Tensor, shape: Shape, number: int, *, gathered: bool = True) -> list[Tensor]:
+def pieces(x: Tensor, shape: Shape, number: int) -> list[Tensor]:
     """unbind, chunk or split: views of equal shape; going back, one tensor as large as x."""
     made = [x.view(*shape, contiguous=False) for _ in range(number)]
     x.tape.record(made, [x], _part_back_all, (), x.shape)
@@ -178,10 +178,6 @@ def _unary_back(node: Node, grads: Grads) -> Sequence[Tensor | None]:
 
 
 def tanh(x: Tensor) -> Tensor:
-    return unary(x, saves="result")
-
-
-def sigmoid(x: Tensor) -> Tensor:
     return unary(x, saves="result")
 
 
@@ -273,27 +269,6 @@ def _mul_back(node: Node, grads: Grads) -> Sequence[Tensor | None]:
             found[place] = _fitted(product, *about)
             del product
     return found
-
-
-def lerp(start: Tensor, end: Tensor, weight: Tensor) -> Tensor:
-    """start + weight * (end - start), all of one shape."""
-    made = start.tape.new(start.shape, start.dtype)
-    start.tape.record([made], [start, end, weight], _lerp_back, (start.detach(), end.detach(), weight.detach()))
-    return made
-
-
-def _lerp_back(node: Node, grads: Grads) -> Sequence[Tensor | None]:
-    g = only(grads)
-    if g is None:
-        return [None, None, None]
-
-    def product(of_two: bool) -> Tensor:
-        between = g.tape.new(g.shape, g.dtype) if of_two else None
-        made = g.tape.new(g.shape, g.dtype)
-        del between
-        return made
-
-    return [product(of_two) if node.needs(place) else None for place, of_two in enumerate((True, False, True))]
 
 
 def softmax(x: Tensor) -> Tensor:
