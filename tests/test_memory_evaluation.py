@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from benchmarks.memory import counted
 from benchmarks.memory.families import HELD_OUT, KNOWN, family
 from tests.memory_oracle import Budget, TensorCount
+from tests.toy import Script, Toy, lines, run, weights
+from tests.toy import config as toy_config
 from trainerd.config.model import DataConfig, RunConfig
 from trainerd.engine import attention, dropout
 from trainerd.engine.evaluation import Evaluation
@@ -157,3 +160,63 @@ def test_a_whole_training_peaks_where_its_evaluation_is_the_most(name: str, tmp_
     with counted.counted_tapes():
         line = table.timeline(Setup("cpu", "fp32", 2, 2))
     assert line.peaks[STEP] < line.peaks[EVALUATING] <= count.peak <= line.resting_bytes + line.worst_evaluation_bytes
+
+
+@pytest.mark.parametrize("name", ["gru", "gru-mn"])
+def test_completions_that_run_out_of_memory_are_made_fewer_at_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half as many prefixes, and half of those, the losses not again and in batches as before; later evaluations begin with what went.
+    The values, the training and its result are those of a run in which there was room."""
+    settings = {**MODELS[name], "eval_prefixes": 20, "search": {**_ALL, "groups": 4, "delta": 3}}
+    train = {**DEFAULTS["train"], "epochs": 1, "max_steps": 4, "eval_every_steps": 2, "batch_size": 4, "threads": 1, "precision": "fp32"}
+    config = RunConfig(data=DataConfig(size=400), settings=settings, train=train)
+    numbers: list[int] = []
+    losses: list[int] = []
+
+    class Watched(CadenceTask):
+        def loss(self, model: Any, batch: Any, ctx: TaskContext) -> Any:
+            losses.append(0 if ctx.training else len(batch.categories))
+            return super().loss(model, batch, ctx)
+
+    def hungry(made: Any, vocabulary: Any, prompts: Any, n: int, search: Any, fits: int) -> Any:
+        numbers.append(len(prompts))
+        if len(prompts) > fits:
+            torch.empty(1 << 60, dtype=torch.int8)  # what torch's own allocator says of it
+        return complete(made, vocabulary, prompts, n, search)
+
+    found = []
+    for fits in (1 << 30, 4):
+        numbers.clear()
+        losses.clear()
+        monkeypatch.setattr(measures, "complete", partial(hungry, fits=fits))
+        link = Script()
+        task = Watched(CadenceSettings.model_validate(settings))
+        result = Trainer(task, config, home=tmp_path / str(fits), run="toy", link=link).train()
+        values = [row["eval"] for row in lines(tmp_path / str(fits)) if "eval" in row]
+        found.append((values, list(losses), weights(tmp_path / str(fits)), list(numbers)))
+        assert result.outcome == "finished" and len(values) == 2
+        recovered = [event for event in link.of("note") if event["kind"] == "out_of_memory"]
+        assert len(recovered) == (0 if fits > 4 else 2), recovered
+    (whole, batches, trained, at_once), (parts, again, other, fewer) = found
+    assert whole == parts and batches == again and all(torch.equal(trained[key], other[key]) for key in trained)
+    assert at_once == [16, 4] * 2 and fewer == [16, 8, *[4] * 10]
+
+
+def test_in_the_end_one_prefix_is_tried_once_more_and_no_losses_again(tmp_path: Path) -> None:
+    """What a task's own evaluate() cannot have even for one item is not helped by smaller batches: the evaluation is done once more."""
+    tried: list[int] = []
+    evaluations: list[int] = []
+
+    class Never(Toy):
+        def evaluate(self, model: Any, ctx: TaskContext, losses: Any) -> dict[str, float]:
+            evaluations.append(1)
+
+            def work(some: Any) -> Any:
+                tried.append(len(some))
+                raise MemoryError
+
+            return {**losses, "made": float(sum(ctx.in_parts(range(6), 4, work)))}
+
+    link = Script()
+    with pytest.raises(MemoryError):
+        run(tmp_path, toy_config(), link, Never())
+    assert tried == [4, 2, 1, 1, 1, 1] and len(evaluations) == 2

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from trainerd.engine.loader import Fetch, move
 from trainerd.engine.precision import Precision
 from trainerd.engine.step import add_counts, add_metrics, uncounted
 from trainerd.engine.task import MapDataset, Task
+
+Shrunk = Callable[[int | None, str, str], None]
 
 
 class Leaving(Exception):
@@ -47,6 +50,10 @@ class Evaluation:
         self._every_steps = every_steps
         self._patience = patience
         self.batch_size = batch_size
+        self._halvings = 0
+        """How often a part of the task's own evaluate() had to be halved."""
+        self._is_own = False
+        """Whether the task's own evaluate() is at work, which no smaller batch of ours would help."""
         self.last_step = 0
         self.values: dict[str, float] = {}
         self.best: dict[str, float] = {}
@@ -67,10 +74,11 @@ class Evaluation:
         """Whether early stopping has had enough."""
         return self._patience is not None and self._without_better >= self._patience
 
-    def run(self, step: int, epoch: int, leaving: Callable[[], bool], shrunk: Callable[[int | None, str], None]) -> bool | None:
+    def run(self, step: int, epoch: int, leaving: Callable[[], bool], shrunk: Shrunk) -> bool | None:
         """Evaluate the model now. True: better than ever; None: asked to leave, and nothing was remembered.
 
-        `shrunk(batch, error)` hears of an out-of-memory and the smaller batch it is tried again with; None: the same.
+        `shrunk(size, error, what)` hears of an out-of-memory and the smaller batch, or part of what the task does, that it is tried again
+        with; None: the same.
         """
         values: dict[str, float] | None = None
         tried_again = False
@@ -78,11 +86,12 @@ class Evaluation:
             text = ""
             smaller = -(-self.batch_size // 2) if self._task.splittable and self.batch_size > 1 else None
             try:
-                with rng.preserved(), self._mode(step, leaving):
+                with rng.preserved(), self._mode(step, leaving, shrunk):
                     values = self._values(epoch, leaving)
             except Leaving:
                 return None
             except (MemoryError, RuntimeError) as error:
+                smaller = None if self._is_own else smaller
                 if not guard.is_out_of_memory(error) or (smaller is None and tried_again):
                     raise
                 text = guard.in_words(error)
@@ -90,7 +99,7 @@ class Evaluation:
                 cleaning.free()
                 tried_again = smaller is None
                 self.batch_size = smaller or self.batch_size
-                shrunk(smaller, text)
+                shrunk(smaller, text, "its batch")
         return self._remember(step, values)
 
     def _values(self, epoch: int, leaving: Callable[[], bool]) -> dict[str, float]:
@@ -127,6 +136,7 @@ class Evaluation:
         total = sum(weights[name] * mean for name, mean in means.items())
         means |= {name: float(value) / len(order) for name, value in metrics.items()}
         ctx.epoch = epoch
+        self._is_own = True
         with self._precision.autocast():
             values = self._task.evaluate(self._model, ctx, {**means, "loss": total})
         try:
@@ -135,14 +145,14 @@ class Evaluation:
             raise returned.by_evaluate(self._task, values) or error from None
 
     @contextmanager
-    def _mode(self, step: int, leaving: Callable[[], bool]) -> Iterator[None]:
+    def _mode(self, step: int, leaving: Callable[[], bool], shrunk: Shrunk) -> Iterator[None]:
         """Eval mode without gradients; afterwards each module is as it was."""
 
         def pulse() -> None:
             if leaving():
                 raise Leaving
 
-        ctx = self._task.ctx
+        ctx, self._is_own = self._task.ctx, False
         ctx.step = step
         training = [module for module in self._model.modules() if module.training]
         for module in training:
@@ -150,14 +160,38 @@ class Evaluation:
             module.training = type(module).__module__.startswith("bitsandbytes")
         ctx.training = False
         ctx.pulse = pulse  # type: ignore[method-assign]
+        ctx.in_parts = partial(self._in_parts, pulse, shrunk)  # type: ignore[method-assign]
         try:
             with torch.no_grad():
                 yield
         finally:
             ctx.training = True
-            del ctx.pulse  # the class's own does nothing
+            del ctx.pulse, ctx.in_parts  # the class's own ask and catch nothing
             for module in training:
                 module.training = True
+
+    def _in_parts(
+        self, pulse: Callable[[], None], shrunk: Shrunk, items: Sequence[Any], at_once: int, work: Callable[[Sequence[Any]], Sequence[Any]]
+    ) -> list[Any]:
+        """TaskContext.in_parts(): what is made already stays when a part runs out of memory."""
+        made: list[Any] = []
+        done, tried_again = 0, False
+        while done < len(items):
+            number, text = max(1, at_once >> self._halvings), ""
+            try:
+                pulse()
+                made += work(items[done : done + number])
+                done += number
+            except (MemoryError, RuntimeError) as error:
+                if not guard.is_out_of_memory(error) or (number == 1 and tried_again):
+                    raise
+                text = guard.in_words(error)
+            if text:
+                cleaning.free()
+                tried_again = number == 1
+                self._halvings += number > 1
+                shrunk(number // 2 or None, text, "what it does at once")
+        return made
 
     def _remember(self, step: int, values: dict[str, float]) -> bool:
         name = self._task.best_metric
@@ -184,12 +218,14 @@ class Evaluation:
             "best_value": self.best_value,
             "without_better": self._without_better,
             "batch_size": self.batch_size,
+            "halvings": self._halvings,
         }
 
     def restore(self, document: dict[str, Any]) -> None:
         self.last_step, self.values = document["last_step"], dict(document["values"])
         self.best, self.best_value = dict(document["best"]), document["best_value"]
         self._without_better, self.batch_size = document["without_better"], document["batch_size"]
+        self._halvings = document.get("halvings", 0)  # runs of before have none
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:

@@ -175,12 +175,12 @@ class Training:
         self._recovered(self.step + 1, f"out of memory; the micro-batch is now {micro_batch}", error)
         self.link.send(wire.PLAN, **plans.shown(self.plan))
 
-    def evaluated_smaller(self, size: int | None, error: str) -> None:
-        """An evaluation ran out of memory and is tried again."""
+    def evaluated_smaller(self, size: int | None, error: str, what: str) -> None:
+        """An evaluation ran out of memory and is tried again, or a part of it."""
         if size is None:
             self._told("out of memory in an evaluation; it is tried again as it is", error)
             return
-        self._recovered(self.step, f"out of memory in an evaluation; its batch is now {size}", error)
+        self._recovered(self.step, f"out of memory in an evaluation; {what} is now {size}", error)
 
     def with_room(self, what: str, work: Callable[[], T]) -> T:
         """Something beside the steps, tried once more when it runs out of memory: it changes no bit of the training."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -26,6 +26,8 @@ from trainerd.memory.timeline import Table
 
 Batch: TypeAlias = Any
 Losses: TypeAlias = Mapping[str, tuple[Tensor, float]]
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
 class NoSettings(BaseModel):
@@ -78,6 +80,16 @@ class TaskContext:
     def pulse(self) -> None:
         """Call it now and then in a long evaluate(): it raises when the run has been asked to leave. The evaluation is then
         done again after the resume."""
+
+    def in_parts(self, items: Sequence[Item], at_once: int, work: Callable[[Sequence[Item]], Sequence[Made]]) -> list[Made]:
+        """work() over all items of an evaluate(), so many at once; with a pulse() before each part. A part that runs out of memory is
+        done again with half as many, and so are those after it, now and in later evaluations: what it makes of an item must not depend
+        on how many come together."""
+        made: list[Made] = []
+        for start in range(0, len(items), at_once):
+            self.pulse()
+            made += work(items[start : start + at_once])
+        return made
 
     def generator(self, sample_id: int) -> torch.Generator:
         """A CPU generator for randomness inside one sample: a pure function of (seed, epoch, sample_id)."""

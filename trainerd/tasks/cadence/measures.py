@@ -20,6 +20,17 @@ from trainerd.tasks.cadence.vocabulary import NUM_SPECIAL, Vocabulary
 
 _SMOOTHING = 0.1
 
+_Asked = tuple[str, str, int]
+"""A held-out text, what was typed of it, and its category."""
+_Found = tuple[str, int, list[Completion]]
+InParts = Callable[[Sequence[_Asked], int, Callable[[Sequence[_Asked]], list[_Found]]], list[_Found]]
+"""A task context's in_parts()."""
+
+
+def _all(asked: Sequence[_Asked], at_once: int, work: Callable[[Sequence[_Asked]], list[_Found]]) -> list[_Found]:
+    """Where nobody watches over the memory."""
+    return [found for start in range(0, len(asked), at_once) for found in work(asked[start : start + at_once])]
+
 
 class CategoryGuess:
     """Naive Bayes over words: the category a text would be taken for."""
@@ -40,27 +51,28 @@ def generation(
     num_prefixes: int,
     settings: SearchSettings,
     seed: int,
-    pulse: Callable[[], None] = lambda: None,
+    in_parts: InParts = _all,
 ) -> dict[str, float]:
     """success@10, MRR@10, top-1, category consistency and distinct-1/2 of the completions of held-out prefixes."""
     guess = CategoryGuess(np.load(rows.folder / "word_categories.npy", mmap_mode="r"))
     asked = _sample(vocabulary, rows, num_prefixes, seed)
-    found: list[tuple[str, int, list[Completion]]] = []
     places = completing.tokens(settings, int(rows.lengths.max()), worst=True)
     at_once = completing.at_once(len(asked), settings, model.remembers(places))
-    for start in range(0, len(asked), at_once):
-        pulse()
-        some = asked[start : start + at_once]
+
+    def completed(some: Sequence[_Asked]) -> list[_Found]:
+        found: list[_Found] = []
         understood = [typed(vocabulary, prefix) for _, prefix, _ in some]
         prompts = [Prompt(category, context, rest) for (_, _, category), (_, context, rest) in zip(some, understood, strict=True)]
         results = complete(model, vocabulary, prompts, NUM_COMPLETIONS, settings)
         for (text, _, category), (words, _, _), completions in zip(some, understood, results, strict=True):
             whole = [Completion((words + completion.text).strip(), completion.score) for completion in completions]
             found.append((text, category, whole))
-    return _scored(vocabulary, guess, found)
+        return found
+
+    return _scored(vocabulary, guess, in_parts(asked, at_once, completed))
 
 
-def _sample(vocabulary: Vocabulary, rows: TokenRows, number: int, seed: int) -> list[tuple[str, str, int]]:
+def _sample(vocabulary: Vocabulary, rows: TokenRows, number: int, seed: int) -> list[_Asked]:
     """Held-out texts, what was typed of each, and its category. A text with an unknown word shows it as a sign nobody types."""
     rng = np.random.default_rng([seed, 7])
     chosen = rng.permutation(len(rows))[:number]
@@ -74,7 +86,7 @@ def _sample(vocabulary: Vocabulary, rows: TokenRows, number: int, seed: int) -> 
     return asked
 
 
-def _scored(vocabulary: Vocabulary, guess: CategoryGuess, found: list[tuple[str, int, list[Completion]]]) -> dict[str, float]:
+def _scored(vocabulary: Vocabulary, guess: CategoryGuess, found: list[_Found]) -> dict[str, float]:
     ranks: list[float] = []
     consistent: list[bool] = []
     distinct: dict[int, list[float]] = {1: [], 2: []}

@@ -85,7 +85,7 @@ class CadenceTask(Task):
         if rows is None or not self.settings.eval_prefixes or not isinstance(model, QueryModel):
             return values
         search = self.settings.search
-        return values | measures.generation(model, self.vocabulary, rows, self.settings.eval_prefixes, search, ctx.seed, ctx.pulse)
+        return values | measures.generation(model, self.vocabulary, rows, self.settings.eval_prefixes, search, ctx.seed, ctx.in_parts)
 
     def export(self, model: nn.Module, folder: Path) -> None:
         self.vocabulary.save(folder)
