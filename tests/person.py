@@ -23,10 +23,39 @@ _COMMAND = [os.environ["TRAINERD_TEST_COMMAND"]] if "TRAINERD_TEST_COMMAND" in o
 # Small enough that a run takes seconds after torch's import, real enough to have every part.
 SMALL = (
     "--dataset-size", "2000", "--epochs", "12",
-    "--set", "train.batch_size=64", "--set", "settings.vocabulary=2000", "--set", "settings.gru.hidden=192",
+    "--set", "train.batch_size=64", "--set", "settings.vocabulary=2000", "--set", "settings.gru.hidden=96",
     "--set", "settings.eval_prefixes=4", "--set", "settings.min_frequency=1",
     "--set", "polite.priority=normal", "--set", "checkpoint.every_steps=10", "--set", "checkpoint.exact=true", "--set", "train.threads=1",
 )  # fmt: skip
+
+# A task of one's own for tests of everything but training: it prepares nothing, and its steps leave the processor to others.
+OWN_TASK = """
+import time
+import torch
+from torch import nn
+from trainerd.engine.task import Task
+
+class Data:
+    def __len__(self): return 320
+    def __getitem__(self, i): return {"x": torch.tensor([float(i % 7), float(i % 5)]), "y": i % 2}
+
+class Mine(Task):
+    def model(self): return nn.Linear(2, 2)
+    def dataset(self, split): return Data()
+    def counts(self, batch): return {"loss": len(batch["y"])}
+    def loss(self, model, batch, ctx):
+        time.sleep(0.01)
+        return {"loss": (nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="sum"), 1.0)}, {}
+"""
+FOR_LONG = ("--epochs", "100000")
+
+
+def own_task(folder: Path) -> tuple[str, ...]:
+    """The words that train it until somebody ends it."""
+    file = folder / "mine.py"
+    file.write_text(OWN_TASK, encoding="utf-8")
+    settings = ("polite.priority=normal", "checkpoint.every_steps=10", "checkpoint.exact=true", "train.threads=1")
+    return ("--task", f"{file}:Mine", *FOR_LONG, *(word for setting in settings for word in ("--set", setting)))
 
 
 class Person:

@@ -15,7 +15,7 @@ import pytest
 from client import registration
 from tests import logins
 from tests.logins import Account
-from tests.person import SMALL, Person
+from tests.person import Person, own_task
 from tests.supervised import wait_for
 from trainerd.contract import clock, lock, runs, status
 from trainerd.contract.paths import Home
@@ -26,7 +26,6 @@ from trainerd.machine.login import Entry
 if sys.platform == "win32":
     pytest.skip("tests/windows has its own", allow_module_level=True)
 
-LONG = (*SMALL, "--epochs", "2000")
 AWKWARD = "a %n b%% $HOME ${X} \"q\" 'ü' \\ \\n `x` =; #~*?<>|& é"
 needs_manager = pytest.mark.skipif(bool(logins.missing()), reason=logins.missing())
 
@@ -255,10 +254,10 @@ def test_a_log_in_with_nothing_to_do_tidies_up(account: Account, person: Person)
 
 
 @needs_manager
-def test_a_training_outlives_power_cuts_and_log_outs(account: Account, person: Person) -> None:
+def test_a_training_outlives_power_cuts_and_log_outs(account: Account, person: Person, tmp_path: Path) -> None:
     """Power fails: the next log-in goes on. Log-out: it saves, and the log-in after goes on. Stopped: no log-in brings it back."""
     account.logs_in()
-    done = person.starts(*LONG)
+    done = person.starts(*own_task(tmp_path))
     assert "goes on when you log in" in done.stdout
     seen = person.waits_for(lambda r: r.status and r.status.checkpoint)
     assert seen.status and seen.status.supervisor

@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 from client import revive
-from tests.person import DOOR, Person
+from tests.person import DOOR, FOR_LONG, OWN_TASK, Person
 from tests.supervised import RUN, Daemon, wait_for
-from tests.test_client_start import FOR_LONG, TASK
 from trainerd.contract import files, lock, runs, status
 from trainerd.contract.paths import Home
 from trainerd.contract.status import Reading
@@ -58,7 +57,7 @@ def starts(person: Person) -> int:
 def test_whoever_looks_brings_it_back_once_and_the_training_goes_on(person: Person, home: Home, tmp_path: Path) -> None:
     """kill -9: `status` and `monitor --once` only tell; of two monitors opened at once one supervisor comes, said in one line."""
     task = tmp_path / "mine.py"
-    task.write_text(TASK, encoding="utf-8")
+    task.write_text(OWN_TASK, encoding="utf-8")
     person.starts("--task", f"{task}:Mine", *FOR_LONG, "--set", "polite.priority=normal", "--set", "train.threads=1")
     person.waits_for_step(2)
     gone = kill_the_supervisor(person)
@@ -85,7 +84,7 @@ def test_whoever_looks_brings_it_back_once_and_the_training_goes_on(person: Pers
 def test_the_menu_brings_it_back_and_so_does_a_boot_after_the_system_ended_it(person: Person, home: Home, tmp_path: Path) -> None:
     """One line before the choices. A shutdown ends the processes by a signal: the same boot leaves it so, the next goes on."""
     task = tmp_path / "mine.py"
-    task.write_text(TASK, encoding="utf-8")
+    task.write_text(OWN_TASK, encoding="utf-8")
     person.starts("--task", f"{task}:Mine", *FOR_LONG)
     kill_the_supervisor(person)
     assert "started it again" not in person.types("menu", "--no-revive", given="9\n").stdout and not person.sees().alive

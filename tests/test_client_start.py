@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from client import choose, follow
-from tests.person import DOOR, Person
+from tests.person import DOOR, FOR_LONG, OWN_TASK, Person
 from trainerd.config.load import load
 from trainerd.contract import lock, runs, status
 from trainerd.contract.errors import Refused
@@ -23,23 +23,6 @@ from trainerd.contract.paths import Home
 from trainerd.contract.runs import RunRecord
 
 LINUX_ONLY = pytest.mark.skipif(sys.platform == "win32", reason="sessions and signals of POSIX")
-TASK = """
-import torch
-from torch import nn
-from trainerd.engine.task import Task
-
-class Data:
-    def __len__(self): return 320
-    def __getitem__(self, i): return {"x": torch.tensor([float(i % 7), float(i % 5)]), "y": i % 2}
-
-class Mine(Task):
-    def model(self): return nn.Linear(2, 2)
-    def dataset(self, split): return Data()
-    def counts(self, batch): return {"loss": len(batch["y"])}
-    def loss(self, model, batch, ctx):
-        return {"loss": (nn.functional.cross_entropy(model(batch["x"]), batch["y"], reduction="sum"), 1.0)}, {}
-"""
-FOR_LONG = ("--epochs", "100000")
 
 
 @pytest.fixture
@@ -52,7 +35,7 @@ def person(home: Home, tmp_path: Path) -> Iterator[Person]:
 @pytest.fixture
 def task(tmp_path: Path) -> str:
     path = tmp_path / "mine.py"
-    path.write_text(TASK, encoding="utf-8")
+    path.write_text(OWN_TASK, encoding="utf-8")
     return f"{path}:Mine"
 
 
@@ -102,7 +85,7 @@ def test_a_run_that_fails_is_waited_for_as_failed(person: Person, tmp_path: Path
     """--wait returns the run's own result: 4 for a failure, with its reason."""
     path = tmp_path / "failing.py"
     # An error of the very first step would only come again: the first death is the end.
-    path.write_text(TASK.replace('return {"loss": len(batch["y"])}', 'raise ArithmeticError("the shape is wrong")'), encoding="utf-8")
+    path.write_text(OWN_TASK.replace('return {"loss": len(batch["y"])}', 'raise ArithmeticError("the shape is wrong")'), encoding="utf-8")
     done = person.types("start", "--task", f"{path}:Mine", "--wait")
     assert done.returncode == 4 and "the shape is wrong" in done.stdout + done.stderr
 
@@ -140,12 +123,14 @@ def test_the_supervisor_outlives_the_terminal_that_started_it(person: Person, ho
     assert list(home.control.glob("*.json")) == []
 
 
-def test_of_fifty_concurrent_starts_exactly_one_supervises(person: Person, home: Home) -> None:
+@pytest.mark.parametrize("number", [16, pytest.param(50, marks=pytest.mark.slow)])
+def test_of_many_concurrent_starts_exactly_one_supervises(person: Person, home: Home, number: int) -> None:
     """One returns 0, the others 5 with what to do; no request is left that could take effect later."""
     words = [sys.executable, str(DOOR), "--home", str(home.root), "start", "--dataset-size", "2000"]
-    starts = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=person.environment, text=True) for _ in range(50)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    starts = [subprocess.Popen(words, **streams, env=person.environment) for _ in range(number)]  # type: ignore[call-overload]
     ended = [(start.communicate(timeout=120), start.returncode) for start in starts]
-    assert sorted(code for _, code in ended) == [0] + [5] * 49, [streams for streams, code in ended if code not in (0, 5)][:2]
+    assert sorted(code for _, code in ended) == [0] + [5] * (number - 1), [streams for streams, code in ended if code not in (0, 5)][:2]
     assert all("already" in err and "monitor" in err for (_, err), code in ended if code == 5)
     assert len(runs.names(home)) == 1 and person.sees().alive
     assert list(home.control.glob("*.json")) == []
@@ -184,7 +169,7 @@ def test_the_newest_unfinished_run_is_resumed_as_recorded(home: Home) -> None:
 def test_training_in_the_foreground_tells_its_stages_and_stops_at_ctrl_c(person: Person, home: Home, task: str, tmp_path: Path) -> None:
     """optimized_train.py: same lock, same status, one line per stage, what the task prints, the end once; the same words go on."""
     (tmp_path / "mine.py").write_text(
-        TASK.replace("    def model(self): ", "    def model(self):\n        print('the task says hello')\n        "), "utf-8"
+        OWN_TASK.replace("    def model(self): ", "    def model(self):\n        print('the task says hello')\n        "), "utf-8"
     )
     words = [sys.executable, str(DOOR.with_name("optimized_train.py")), "--home", str(home.root), "--task", task, *FOR_LONG]
     words += ["--set", "polite.priority=normal", "--set", "train.threads=1"]

@@ -17,7 +17,7 @@ import pytest
 
 from client import follow, launch, view
 from client.commands import start
-from tests.person import DOOR, SMALL, Person
+from tests.person import DOOR, SMALL, Person, own_task
 from tests.supervised import wait_for
 from trainerd.config.load import resolve
 from trainerd.contract import runs, status
@@ -34,10 +34,10 @@ def person(tmp_path: Path) -> Any:
     found.leaves()
 
 
-def test_who_waits_hears_of_a_pause_and_of_a_stop_by_somebody_else(person: Person) -> None:
+def test_who_waits_hears_of_a_pause_and_of_a_stop_by_somebody_else(person: Person, tmp_path: Path) -> None:
     """While it is paused, that is said beside the output and nothing is printed in a loop; a stop ends the waiting with 3 and what to
     type. A second start meanwhile is refused with 5 and leads to another home than this one."""
-    words = [sys.executable, str(DOOR), "--home", str(person.home.root), "start", *SMALL, "--epochs", "500", "--wait", "--json"]
+    words = [sys.executable, str(DOOR), "--home", str(person.home.root), "start", *own_task(tmp_path), "--wait", "--json"]
     waiting = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=person.environment)
     person.waits_for_step(3)
     second = person.types("start", *SMALL, "--wait")

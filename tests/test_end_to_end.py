@@ -10,15 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.person import SMALL, Person
+from tests.person import SMALL, Person, own_task
 from trainerd.contract import status
-
-
-@pytest.fixture
-def person(tmp_path: Path) -> Iterator[Person]:
-    someone = Person(tmp_path / "home")
-    yield someone
-    someone.leaves()
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +23,20 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Person:
     assert reading.state == status.COMPLETED, f"{reading.reason}\n{someone.log()}"
     someone.waits_until_gone()
     return someone
+
+
+@pytest.fixture
+def person(tmp_path: Path) -> Iterator[Person]:
+    someone = Person(tmp_path / "home")
+    yield someone
+    someone.leaves()
+
+
+@pytest.fixture
+def prepared(person: Person, uninterrupted: Person) -> Person:
+    """Somebody whose data are prepared already: as R prepared them, which would be a quarter of each run."""
+    shutil.copytree(uninterrupted.home.cache, person.home.cache)
+    return person
 
 
 def _is_training(reading: status.Reading) -> bool:
@@ -47,9 +54,9 @@ def test_a_run_that_nobody_disturbs_completes_and_is_usable(uninterrupted: Perso
     assert answer.returncode == 0 and answer.stdout.strip(), answer.stderr
 
 
-def test_kills_of_trainer_and_supervisor_change_no_bit(uninterrupted: Person, person: Person) -> None:
+def test_kills_of_trainer_and_supervisor_change_no_bit(uninterrupted: Person, prepared: Person) -> None:
     """kill -9 of the trainer and of the supervisor at random moments: same weights, same losses, each step once."""
-    moments = random.Random(7)
+    person, moments = prepared, random.Random(7)
     kills = 0
     person.starts(*SMALL, "--name", "small")
     for victim in ("trainer", "supervisor", "trainer", "trainer"):
@@ -79,8 +86,9 @@ def test_kills_of_trainer_and_supervisor_change_no_bit(uninterrupted: Person, pe
     person.waits_until_gone()
 
 
-def test_pause_frees_the_trainer_and_resume_is_exact(uninterrupted: Person, person: Person) -> None:
+def test_pause_frees_the_trainer_and_resume_is_exact(uninterrupted: Person, prepared: Person) -> None:
     """pause commits and lets the trainer go; resume brings it back; the result is that of an uninterrupted run."""
+    person = prepared
     person.starts(*SMALL, "--name", "small")
     person.waits_for_step(40)
     assert person.types("pause").returncode == 0
@@ -94,8 +102,9 @@ def test_pause_frees_the_trainer_and_resume_is_exact(uninterrupted: Person, pers
     assert person.weights("small") == uninterrupted.weights("small")
 
 
-def test_stop_commits_at_once_and_the_next_start_goes_on(uninterrupted: Person, person: Person) -> None:
+def test_stop_commits_at_once_and_the_next_start_goes_on(uninterrupted: Person, prepared: Person) -> None:
     """stop: a checkpoint of this very step, everything gone within 5 s, exit 3 from status; start resumes the same run."""
+    person = prepared
     person.starts(*SMALL, "--name", "small")
     person.waits_for_step(50)
     since = time.monotonic()
@@ -121,14 +130,14 @@ def test_a_second_start_is_refused_with_what_to_do(person: Person) -> None:
     assert person.sees().alive
 
 
-def test_two_homes_on_one_device_take_turns(tmp_path: Path, person: Person) -> None:
+def test_two_homes_on_one_device_take_turns(tmp_path: Path) -> None:
     """A second home on the same device waits and says so; when the first is done it goes on by itself."""
     shared_state = tmp_path / "state"
     first, second = Person(tmp_path / "first", shared_state), Person(tmp_path / "second", shared_state)
     try:
-        first.starts(*SMALL)
+        first.starts(*own_task(tmp_path))
         first.waits_for_step(1)
-        second.starts(*SMALL)
+        second.starts(*own_task(tmp_path))
         reading = second.waits_for_state(status.WAITING)
         assert str(first.home.root) in reading.reason or "another" in reading.reason.lower()
         assert first.types("stop").returncode == 0

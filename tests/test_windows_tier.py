@@ -128,7 +128,7 @@ def test_the_menu_from_double_click_to_stop(computer: WindowsComputer) -> None:
 
 def test_a_killed_trainer_is_restarted_and_the_training_ends(computer: WindowsComputer) -> None:
     """taskkill on the trainer: the supervisor starts another one, which goes on from the checkpoint; the result is usable."""
-    started = computer.types("start", *SMALL, "--epochs", "20", "--name", "small")
+    started = computer.types("start", *SMALL, "--epochs", "8", "--name", "small")
     assert started.returncode == 0, started
     seen = computer.waits_for(lambda seen: seen.get("checkpoint") or seen.get("state") in ("failed", "completed"), "a checkpoint")
     assert seen["state"] == "running", computer.log()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.person import SMALL, Person
+from tests.person import Person, own_task
 from tests.toy import LEAVE, Script
 from trainerd.contract import status
 from trainerd.contract.paths import Home
@@ -78,7 +78,7 @@ def test_a_copied_home_goes_on_through_the_command(tmp_path: Path) -> None:
     there = Person(tmp_path / "ein anderer Ort" / "home")
     there.environment["ATEN_CPU_CAPABILITY"] = "default"  # as a processor without AVX
     try:
-        here.starts(*SMALL, "--epochs", "200")
+        here.starts(*own_task(tmp_path))
         here.waits_for_step(12)
         assert here.types("stop").returncode == 0
         before = here.waits_for_state(status.STOPPED).status
