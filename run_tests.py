@@ -53,9 +53,9 @@ def main() -> int:
         windows = subprocess.Popen([sys.executable, str(ROOT / "tests" / "winpy.py")], stdin=subprocess.DEVNULL)
     folder = environment_folder()
     code = make_environment(folder)
-    if windows:
-        windows.wait()
     if code != 0:
+        if windows:
+            windows.wait()
         return code
     python = str(folder / "Scripts" / "python.exe" if sys.platform == "win32" else folder / "bin" / "python")
     pytest = [python, "-m", "pytest", "-p", "no:cacheprovider"]
@@ -64,9 +64,12 @@ def main() -> int:
     parts = [
         ("ruff", [python, "-m", "ruff", "check", "--no-cache", "."]),
         ("mypy", [python, "-m", "mypy", "--cache-dir", str(folder / "mypy-cache")]),
-        ("pytest", [*pytest, "-n", WORKERS, "-m", "not slow"]),  # last: its closing line says how many
     ]
     failed = [what for what, command in parts if not run(what, command)]
+    if windows:
+        windows.wait()  # not before: it tries its Python out meanwhile
+    if not run("pytest", [*pytest, "-n", WORKERS, "-m", "not slow"]):  # last: its closing line says how many
+        failed.append("pytest")
     if failed:
         print("Failed: " + ", ".join(failed))
     return 1 if failed else 0

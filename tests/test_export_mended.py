@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.person import Person
-from tests.trainers import PREPARING, newest_step
+from tests.trainers import PREPARING, TASK, newest_step
 from trainerd.contract import runs, status
 
 _BROKEN = """
@@ -26,10 +26,10 @@ def person(tmp_path: Path) -> Person:
     return Person(tmp_path / "home")
 
 
-def _started(person: Person, source: Path, *more: str) -> tuple[int, str]:
+def _started(person: Person, source: Path, *more: str, task: str = "Tiny") -> tuple[int, str]:
     """(exit code, everything said) of a start that is waited for."""
     settings = [word for setting in _SETTINGS for word in ("--set", setting)]
-    done = person.types("start", "--task", f"{source}:Prepares", "--wait", *settings, *more, timeout=240)
+    done = person.types("start", "--task", f"{source}:{task}", "--wait", *settings, *more, timeout=240)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -42,7 +42,7 @@ def test_an_export_that_raises_is_mended_without_training_again(tmp_path: Path, 
     run: no step is trained, nothing prepared again, and the code that trained it is kept."""
     source = tmp_path / "my_task.py"
     source.write_text(PREPARING + _BROKEN, encoding="utf-8")
-    code, said = _started(person, source)
+    code, said = _started(person, source, task="Prepares")
     run = person.run()
     reading, paths = person.sees(), person.home.run(run)
     assert code == 4 and reading.state == status.FAILED
@@ -58,11 +58,11 @@ def test_an_export_that_raises_is_mended_without_training_again(tmp_path: Path, 
     assert newest_step(paths) == 36 and not paths.result.exists()
     before = paths.metrics.read_bytes()
 
-    code, said = _started(person, source)  # as it is: the same end at once, nothing lost
+    code, said = _started(person, source, task="Prepares")  # as it is: the same end at once, nothing lost
     assert code == 4 and _kinds(person).count("death") == 2 and person.run() == run
 
     source.write_text(PREPARING + _MENDED, encoding="utf-8")
-    code, said = _started(person, source)
+    code, said = _started(person, source, task="Prepares")
     assert code == 0 and f"{run} is trained: the edited task file only writes its result" in said, said
     assert person.run() == run and len(runs.names(person.home)) == 1 and person.sees().state == status.COMPLETED
     assert (paths.model / "classes.txt").read_text() == "one" and paths.metrics.read_bytes() == before
@@ -75,9 +75,9 @@ def test_edited_code_trains_no_step_of_a_run(tmp_path: Path, person: Person) -> 
     """More epochs for a run that other code has trained are refused, and so are steps that a lost checkpoint leaves to do; with the
     file as it was, it trains them."""
     source = tmp_path / "my_task.py"
-    source.write_text(PREPARING + _BROKEN, encoding="utf-8")
+    source.write_text(TASK + _BROKEN, encoding="utf-8")
     assert _started(person, source)[0] == 4
-    source.write_text(PREPARING + _MENDED, encoding="utf-8")
+    source.write_text(TASK + _MENDED, encoding="utf-8")
     code, said = _started(person, source, "--set", "train.epochs=4")
     assert code == 5 and "would train it on" in said, said
 
@@ -87,8 +87,8 @@ def test_edited_code_trains_no_step_of_a_run(tmp_path: Path, person: Person) -> 
     code, said = _started(person, source)
     assert code == 2 and "they would be trained by other code" in said and str(paths.trained_task) in said, said
 
-    source.write_text(PREPARING + _BROKEN, encoding="utf-8")
+    source.write_text(TASK + _BROKEN, encoding="utf-8")
     assert _started(person, source)[0] == 4 and newest_step(paths) == 36
     assert "export() failed" in person.sees().reason and not paths.trained_task.exists()
-    source.write_text(PREPARING + _MENDED, encoding="utf-8")
+    source.write_text(TASK + _MENDED, encoding="utf-8")
     assert _started(person, source)[0] == 0 and len(runs.names(person.home)) == 1

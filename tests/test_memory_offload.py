@@ -65,9 +65,15 @@ def table_of(task: Toy, tmp_path: Path, precision: str = "fp32") -> tuple[traced
     return found, model, mixed
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("again", ["selective", "full"])
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize(
+    ("device", "again", "precision"),
+    [  # each pair of them; the slow ones bring no new pair
+        ("cuda", "selective", "bf16"), ("cuda", "full", "fp32"), ("cpu", "selective", "fp32"), ("cpu", "full", "bf16"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (
+            ("cuda", "selective", "fp32"), ("cuda", "full", "bf16"), ("cpu", "selective", "bf16"), ("cpu", "full", "fp32"),
+        )),
+    ],
+)  # fmt: skip
 def test_a_streamed_base_is_foretold(tmp_path: Path, device: str, again: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within half a percent of what is counted while the base is really streamed (one block ahead, as to a GPU), also far from the two
     and four samples of the trace: one block's copy or two in place of six; what stays on the host is told as RAM, and to the byte what

@@ -421,10 +421,10 @@ def test_a_task_that_was_refused_is_known_and_the_change_it_names_works_as_typed
     """After a refusal at the first start `plan` of the same words says why; `start` with the setting that was printed begins a new run,
     for the refused one has no step, and trains."""
     (tmp_path / "huge.py").write_text(HUGE, encoding="utf-8")
-    limit = ram().used_bytes + 2_000_000_000
+    limit = ram().used_bytes + 1_500_000_000
     words = ("--task", f"{tmp_path / 'huge.py'}:Huge", "--set", "train.precision=fp32", "--set", "train.threads=1")
-    words += ("--dataset-size", "8192", "--epochs", "1", "--set", "train.batch_size=8192", "--set", f"memory.ram_limit={limit}B")
-    whole = ("--set", "train.micro_batch=8192")
+    words += ("--dataset-size", "4096", "--epochs", "1", "--set", "train.batch_size=4096", "--set", f"memory.ram_limit={limit}B")
+    whole = ("--set", "train.micro_batch=4096")
     done = person.starts(*words, *whole, "--wait", expect=5)
     said, refused = " ".join(person.sees().reason.split()), person.run()
     assert "It would fit with --set train.micro_batch=" in said, said + done.stdout

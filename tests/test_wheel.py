@@ -110,7 +110,7 @@ def test_the_installed_command_trains_from_an_empty_folder(installed: Installed)
     """`trainerd start` works where there is no checkout: it trains in the person's own home, and the result answers."""
     nothing_yet = installed.run("status")
     assert nothing_yet.returncode == 3 and "Traceback" not in nothing_yet.stderr, nothing_yet.stderr
-    started = installed.run("start", *SMALL, "--name", "first", "--wait")
+    started = installed.run("start", *SMALL, "--epochs", "2", "--name", "first", "--wait")
     assert started.returncode == 0, started.stdout + started.stderr + installed.run("logs", "-n", "50").stdout
     status = installed.run("status", "--json")
     assert status.returncode == 0 and json.loads(status.stdout)["state"] == "completed"
