@@ -158,7 +158,7 @@ class MemoryLayer:
         given = self.from_input(inputs)
         tape, places = given.tape, given.shape[1]
         with tape.no_grad():
-            here = self._walk(given, places, kept=places)
+            here = self._walk(given, places, learns=True)
         tape.record([here[0]], [given, *self.weights], _memory_back, (given.detach(), here[0].detach(), *here[1:]), self)
         return here[0]
 
@@ -176,20 +176,24 @@ class MemoryLayer:
         given = self.from_input(inputs)
         samples, places = given.shape[:2]
         before = 0 if state is None else state[0].shape[1] if self.attention else 1
-        states, keys, _, _, read, _ = self._walk(given, before + places, kept=1)
+        states, keys, _, _, read, _ = self._walk(given, before + places, learns=False)
         hidden = ops.part(states, samples, places, self.hidden)
         if not self.attention:
             return hidden, [ops.part(states, samples, self.hidden)]
         return hidden, [states, keys, ops.part(read, samples, self.attention)]
 
-    def _walk(self, given: Tensor, places: int, *, kept: int) -> list[Tensor]:
-        """What the places leave, in recall.py's order; for the way back, of `kept` of them."""
+    def _walk(self, given: Tensor, places: int, *, learns: bool) -> list[Tensor]:
+        """What the places leave, in recall.py's order; what is only for the way back, of one place where it does not learn."""
         tape, (samples, walked, _), attention, hidden = given.tape, given.shape, self.attention, self.hidden
+        kept = places if learns else 1
         shares = samples * (places * (places - 1) // 2 if kept > 1 else places) if attention else 0
         widths = (places, hidden), (places, attention), (kept, hidden), (kept, hidden), (kept, 3 * hidden + attention)
         made = [*(tape.new((samples, number, width), given.dtype) for number, width in widths), tape.new((shares,), given.dtype)]
-        low = self.lowered(given)
+        alone = not learns and walked == 1 and self.weights[0].dtype != given.dtype
+        low = self.lowered(given, self.weights[3:] if alone else self.weights)
         scratch = self.scratch(given, places)
+        for weight, bias in ((self.weights[0], self.weights[1]), *((key, None) for key in self.weights[2:3])) if alone else ():
+            kernels.linear(made[0].view(samples, hidden), weight, bias)  # by autocast, which keeps its copies
         self.compute(given, walked, (places * (places - 1) - (places - walked) * (places - walked - 1)) // 2, _FORWARD)
         if tape.device == "cpu":
             tape.multiplied += [(samples, hidden, width) for width in (3 * hidden + attention, attention)]
@@ -197,9 +201,9 @@ class MemoryLayer:
         del low, scratch
         return made
 
-    def lowered(self, given: Tensor) -> list[Tensor]:
-        """Autocast's copies of what is multiplied."""
-        return [given.tape.new(weight.shape, given.dtype) for weight in self.weights if weight.dtype != given.dtype]
+    def lowered(self, given: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Low copies of these weights, where what is given is low."""
+        return [given.tape.new(weight.shape, given.dtype) for weight in weights if weight.dtype != given.dtype]
 
     def scratch(self, given: Tensor, places: int) -> list[Tensor]:
         """Of one place at a time."""
@@ -238,7 +242,7 @@ def _memory_back(node: Node, grads: list[Tensor | None]) -> Sequence[Tensor | No
     if g is None:
         return [None] * len(node.edges)
     tape, (samples, places, _), hidden, attention = g.tape, given.shape, layer.hidden, layer.attention
-    low = layer.lowered(given)
+    low = layer.lowered(given, layer.weights)
     to_given, to_keys = tape.new(given.shape, given.dtype), tape.new((samples, places, attention), given.dtype)
     to_reads = tape.new((samples, places, hidden + attention), given.dtype)
     to_score = tape.new((1, attention), layer.weights[0].dtype)

@@ -9,13 +9,19 @@ is allocated at a place. blocks.py says what is allocated, and must be changed t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 _sigmoid_back, _tanh_back = torch.ops.aten.sigmoid_backward.grad_input, torch.ops.aten.tanh_backward.grad_input
+
+
+Product = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], None]
+"""Into the first, (samples, n), of the second and a weight (n, …), with a bias or without."""
 
 
 class Weights(NamedTuple):
@@ -56,15 +62,32 @@ def learned(given: Tensor, weights: Weights) -> Tensor:
 
 
 def walked(given: Tensor, weights: Weights, before: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-    """All states, all keys and the last recall after these places, from those of the places before; without gradients."""
-    with torch.autocast(given.device.type, enabled=False):
-        begin = 0 if before is None else before[0].shape[1]
-        here = _made(given, weights, begin + given.shape[1], kept=1)
-        recall = here.reads[:, 0, 3 * weights.key.shape[1] :]
-        if before is not None:
-            here.states[:, :begin], here.keys[:, :begin], recall[:] = before
-        _walk(given, weights.to(given.dtype), here, begin)
-        return here.states, here.keys, recall
+    """All states, all keys and the last recall after these places, from those of the places before; without gradients.
+
+    A single place, as a search has it, is multiplied under autocast, which keeps its low copies of the weights from one to the next.
+    """
+    begin, alone = 0 if before is None else before[0].shape[1], given.shape[1] == 1
+    here = _made(given, weights, begin + given.shape[1], kept=1)
+    recall = here.reads[:, 0, 3 * weights.key.shape[1] :]
+    if before is not None:
+        here.states[:, :begin], here.keys[:, :begin], recall[:] = before
+    if alone and weights.read.dtype != given.dtype:
+        _walk(given, weights._replace(score=weights.score.to(given.dtype)), here, begin, _by_autocast)
+    else:
+        _walk(given, weights.to(given.dtype), here, begin, _into)
+    return here.states, here.keys, recall
+
+
+def _into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """A product, without a tensor of its own."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _by_autocast(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    out.copy_(functional.linear(x, weight, bias))
 
 
 def _made(given: Tensor, weights: Weights, places: int, kept: int) -> Walked:
@@ -102,7 +125,7 @@ class _Scratch:
         return torch.add(keys, self.query.unsqueeze(1), out=table).tanh_()
 
 
-def _walk(given: Tensor, weights: Weights, here: Walked, begin: int) -> None:
+def _walk(given: Tensor, weights: Weights, here: Walked, begin: int, multiply: Product) -> None:
     """Place after place, from `begin` on."""
     attention, hidden = weights.key.shape
     scratch, last = _Scratch(given, here.states.shape[1], attention), 0  # where the place before has left what it read
@@ -119,12 +142,12 @@ def _walk(given: Tensor, weights: Weights, here: Walked, begin: int) -> None:
             torch.bmm(shares.unsqueeze(1), here.states[:, :place], out=past.unsqueeze(1))
         else:
             past.copy_(here.states[:, place - 1])
-        torch.addmm(weights.bias, past, weights.read.t(), out=read)
+        multiply(read, past, weights.read, weights.bias)
         gates = read[:, : 2 * hidden].add_(now[:, : 2 * hidden]).sigmoid_()
         torch.mul(gates[:, :hidden], read[:, 2 * hidden : 3 * hidden], out=new).add_(now[:, 2 * hidden : 3 * hidden]).tanh_()
         torch.lerp(new, past, gates[:, hidden:], out=state)
         if attention:
-            torch.mm(state, weights.key.t(), out=here.keys[:, place])
+            multiply(here.keys[:, place], state, weights.key, None)
         last = row
 
 
@@ -134,7 +157,7 @@ class _Walk(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, given: Tensor, *weights: Tensor) -> Tensor:
         here = _made(given, Weights(*weights), given.shape[1], kept=given.shape[1])
-        _walk(given, Weights(*weights).to(given.dtype), here, 0)
+        _walk(given, Weights(*weights).to(given.dtype), here, 0, _into)
         ctx.save_for_backward(given, *weights, *here)
         return here.states
 
