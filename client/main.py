@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainerd.contract.errors import EXIT_DONE, OutputLost, TrainerdError, UsageError
+from trainerd.contract.errors import EXIT_DONE, OutputLost, TrainerdError, UsageError, remedy
 
 from . import console, home
 
@@ -82,7 +82,8 @@ def _explain(error: TrainerdError, as_json: bool) -> int:
 
 
 def _known(error: Exception) -> TrainerdError | None:
-    """Errors that can come from anywhere and are nobody's fault here: the output, or the current folder, is not to be had."""
+    """Errors that can come from anywhere and are nobody's fault here: the output, the current folder or a file of the home is not to be
+    had."""
     if isinstance(error, OSError) and console.is_of_output(error):
         console.give_up_output()
         return console.output_lost(error)
@@ -91,6 +92,8 @@ def _known(error: Exception) -> TrainerdError | None:
             os.getcwd()
         except FileNotFoundError:
             return UsageError("The current folder does not exist any more.", "Go to another one (cd), and try again.")
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return TrainerdError(f"{error.filename} cannot be used: {error.strerror or error}.", remedy(error))
     return None
 
 

@@ -205,7 +205,7 @@ def _table_of(home: Home, asked: Resolved, place: forecast.Place) -> _Known | Un
             is_same = isinstance(samples, int) and data is not None and record.identity.get("data") == data
             return _Known(table, splittable, samples if is_same else None)
         others.append(table)
-    unread = _cannot_be_read(home)
+    unread = runs.cannot_be_read(home)
     if unread:
         return Unknown(f"The runs of this home cannot be read ({unread}): what {name} needs is not known, even if it was trained here.")
     return Unknown(_why_unknown(name, asked, place, others, untraced, unlike))
@@ -220,17 +220,6 @@ def _why_unknown(name: str, asked: Resolved, place: forecast.Place, others: list
     if unlike:
         return f"{name} was trained here otherwise ({'; '.join(unlike[:_SHOWN])}): what its model needs now is not known."
     return f"{name} has not been trained in this home yet: what its model needs is not known."
-
-
-def _cannot_be_read(home: Home) -> str:
-    """Why nobody can say which runs this home has; "" when anybody can."""
-    try:
-        os.scandir(home.runs).close()
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
 
 
 def _traced_as(table: TracedTable) -> str:

@@ -36,6 +36,9 @@ def command(context: click.Context) -> Any:
 @pass_home
 def list_runs(home: Home, as_json: bool) -> None:
     """All runs, oldest first."""
+    unread = runs.cannot_be_read(home)
+    if unread:
+        raise TrainerdError(f"The runs of this home cannot be read: {home.runs}: {unread}.", "Check its owner and permissions.")
     live = _live_run(home)
     found = [(name, _read(home, name)) for name in _names(home)]
     if as_json:

@@ -7,6 +7,7 @@ A built-in task is named ("cadence"); a person's own is FILE.py:Class, of which 
 from __future__ import annotations
 
 import ast
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -97,7 +98,7 @@ def split_file_task(task: str) -> tuple[Path, str]:
     file, colon, name = task.rpartition(":")
     if not colon or not file.endswith(".py") or not name.isidentifier():
         raise UsageError(f"task {task!r} is not FILE.py:Class.", "Write it like --task my_task.py:MyTask.")
-    return Path(file).expanduser(), name
+    return Path(os.path.expanduser(file)), name  # as a shell does: an unknown user's stays as it is
 
 
 def find_file_task(task: str) -> tuple[Path, str]:

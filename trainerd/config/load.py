@@ -79,7 +79,7 @@ def resolve(
         raise ConfigError(layers.problems)
     config.task = spelled
     if config.data.path is not None:
-        config.data.path = os.path.abspath(Path(config.data.path).expanduser())
+        config.data.path = os.path.abspath(os.path.expanduser(config.data.path))
     explicit = frozenset(key for key, origin in layers.origins.items() if origin != _TASK_DEFAULTS)
     return Resolved(config, explicit, task_file)
 
@@ -158,7 +158,7 @@ def _of_deepspeed(config: RunConfig) -> list[str]:
     wanted = config.memory.deepspeed_config
     if wanted is None or config.memory.offload != deepspeed.OFFLOAD:
         return deepspeed.problems(config)
-    path = Path(os.path.abspath(Path(wanted).expanduser()))
+    path = Path(os.path.abspath(os.path.expanduser(wanted)))
     config.memory.deepspeed_config = str(path)
     try:
         return deepspeed.problems(config, deepspeed.read(path))
@@ -200,7 +200,7 @@ def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
     """The document in a configuration file; a file that cannot be read is a problem, and empty."""
     try:
         # Opened without waiting: a pipe would hold us until somebody writes into it, a device for ever.
-        with open(path.expanduser(), "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+        with open(os.path.expanduser(path), "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 problems.append(f"The configuration file {path} is not a file; name a YAML or JSON file.")
                 return {}

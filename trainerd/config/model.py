@@ -5,6 +5,7 @@ The docstring under a field is its text in `--help`, in the JSON Schema and in t
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,20 @@ def _written(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def _path(text: str | None) -> str | None:
+    if text is None:
+        return None
+    if not text:
+        raise ValueError("is empty; leave it out, or name a file or folder")
+    try:
+        valid = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        valid = False
+    if not valid:
+        raise ValueError("has characters that no file's name can have")
+    return text
+
+
 def _limit(text: str) -> str:
     if text == "auto":
         return text
@@ -40,6 +55,7 @@ def _limit(text: str) -> str:
 Size = Annotated[str, AfterValidator(_size)]
 Limit = Annotated[str, BeforeValidator(_written), AfterValidator(_limit)]
 Auto = Literal["auto"]
+FilePath = Annotated[str | None, AfterValidator(_path)]
 Seconds = Annotated[float, Field(ge=1)]
 
 
@@ -52,7 +68,7 @@ class Section(BaseModel):
 class DataConfig(Section):
     """What to learn from."""
 
-    path: str | None = None
+    path: FilePath = None
     """File or folder to learn from; without it the task brings its own data."""
     size: int | None = Field(None, ge=1)
     """Use the first N samples of a seeded shuffle (`--dataset-size`)."""
@@ -122,7 +138,7 @@ class MemoryConfig(Section):
     """What lies in RAM in place of the GPU's memory. optimizer: its state, its own copy of the weights, and the gradients: 16
     bytes of RAM per weight; base: the frozen weights of the task's blocks, copied to the GPU while each computes; zero2: the optimizer,
     by DeepSpeed's ZeRO-2 (Linux, the extra `deepspeed`), 20 to 40 bytes per weight; auto: nothing, unless it would not fit otherwise."""
-    deepspeed_config: str | None = None
+    deepspeed_config: FilePath = None
     """A ds_config.json of your own for zero2; "auto" in it is what this configuration says, and a contradiction is refused. What
     DeepSpeed was given is in the run's folder as ds_config.json."""
 

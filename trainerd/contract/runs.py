@@ -5,6 +5,7 @@ The supervisor writes it, fsynced; `wanted` survives kills and reboots.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any
@@ -145,6 +146,17 @@ def _folders(home: Home) -> list[str]:
         return sorted(entry.name for entry in home.runs.iterdir() if valid_name(entry.name) and entry.is_dir())
     except OSError:
         return []
+
+
+def cannot_be_read(home: Home) -> str:
+    """Why nobody can say which runs this home has; "" when anybody can."""
+    try:
+        os.scandir(home.runs).close()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def names(home: Home) -> list[str]:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _LEAST_MEMORY_BYTES = 10**6
+_MOST_BYTES = 10**18
+_SHOWN_LETTERS = 40
 _FINER: tuple[Callable[[float], str], ...] = (
     lambda num_bytes: f"{num_bytes / 1e6:,.0f} MB",
     lambda num_bytes: f"{num_bytes / 1e3:,.0f} kB",
@@ -23,7 +25,9 @@ def parse_bytes(text: str) -> int:
         raise ValueError(f"{text!r} is not a size; write it like 3.5GB or 800MB")
     unit = match[2].lower().rstrip("b")
     factor: int = 1024 ** ("kmgt".find(unit[0]) + 1) if unit.endswith("i") else _UNITS[unit]
-    return int(float(match[1]) * factor)
+    if (found := float(match[1]) * factor) > _MOST_BYTES:
+        raise ValueError(f"{text[:_SHOWN_LETTERS]!r} is more than any machine has; write it like 3.5GB or 800MB")
+    return int(found)
 
 
 def written(num_bytes: float) -> str:

@@ -231,6 +231,8 @@ def from_dict(document: dict[str, Any]) -> Status:
         part = status.data if name == "dropped" else status.progress
         if not isinstance(getattr(part, name), dict):
             raise Unreadable(f"training_status.json is damaged: {name!r} is not an object.", _KEPT_ASIDE)
+    if isinstance(status.run, str) and any(letter in status.run for letter in "/\\\0"):
+        raise Unreadable(f"training_status.json is damaged: no run is called {status.run[:40]!r}.", _KEPT_ASIDE)
     if not isinstance(status.warnings, list):
         raise Unreadable("training_status.json is damaged: 'warnings' is not a list.", _KEPT_ASIDE)
     return status

@@ -150,6 +150,8 @@ def _paths(path: Path) -> list[Path]:
             found = sorted(child for child in path.iterdir() if child.is_file() and formats.known(child))
             if not found:
                 raise UsageError(f"The folder {path} holds no TSV, CSV, JSON, JSONL or Parquet file.", "Give a file, or another folder.")
+        elif path.exists() and not path.is_file():
+            raise UsageError(f"{path} is a pipe or a device, and is read more than once.", "Give a file, or a folder of files.")
         else:
             found = [path]
         if not any(child.stat().st_size for child in found):
