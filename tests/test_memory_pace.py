@@ -11,12 +11,14 @@ import pytest
 
 from tests.test_memory_traced import LARGE, MB, made
 from trainerd.config.model import RunConfig
-from trainerd.memory import forecast, profile
+from trainerd.memory import forecast, pace, profile
 from trainerd.memory.estimate import estimate
 from trainerd.memory.planner import FITS
 from trainerd.memory.profile import Profile
-from trainerd.memory.timeline import Setup
+from trainerd.memory.timeline import Setup, Timeline
 from trainerd.memory.traced import Trace, Traces
+from trainerd.tasks.cadence.blocks import table
+from trainerd.tasks.cadence.settings import CadenceSettings
 
 MEASURED = Profile(
     measured=True,
@@ -118,3 +120,21 @@ def test_the_batches_that_wait_are_not_made_for_each_piece() -> None:
     table = replace(made([("fp32", [10, 10])]), modes={"none": Traces(step, step)})
     few, many = (estimate(table, Setup("cpu", "fp32", 1, number), known).seconds_per_step for number in (8, 800))
     assert few is not None and many is not None and many.point == pytest.approx(100 * few.point, rel=0.01)
+
+
+def test_a_recurrent_layers_weights_are_gone_through_at_each_place() -> None:
+    """The paper's layers read theirs once a place and way: with twice the places twice that, and with four micro-batches four times."""
+
+    def computing(line: Timeline, setup: Setup, bytes_per_second: float) -> float:
+        known = replace(MEASURED, device_bytes_per_second=bytes_per_second)
+        return pace.computing(line, setup, known, pace.speeds(known, "cuda"))
+
+    read = []
+    for words, accumulation in ((11, 1), (23, 1), (23, 4)):
+        setup = Setup("cuda", "fp32", 2, 2 * accumulation)
+        line = table(CadenceSettings.model_validate({"model": "gru-mn", "max_words": words})).timeline(setup)
+        rest = replace(line, reread_bytes=0)
+        read.append(computing(line, setup, 1e10) - computing(rest, setup, 1e10))
+        assert computing(line, setup, 1e20) == pytest.approx(computing(rest, setup, 1e20))
+    weights = 4 * (2000 * 7000 + 1500 * 5250 + 1000 * 3500 + 7000 + 5250 + 3500 + 2000 * 1000 + 1500 * 750 + 1000 * 500 + 2250)
+    assert read == pytest.approx([weights * 12 * 2 / 1e10, weights * 24 * 2 / 1e10, weights * 24 * 8 / 1e10])

@@ -89,7 +89,7 @@ def computing(timeline: Timeline, setup: Setup, profile: Profile, speed: Speeds)
     products = timeline.flops / (gigaflops * 1e9 * _EFFICIENCY[setup.device])
     weights = timeline.num_trainable * _WEIGHT_BYTES
     made = max(0.0, timeline.made_bytes - weights)  # without the gradients, which are passed over with the weights
-    passing = (weights * _WEIGHT_PASSES + made * _MADE_PASSES[setup.device]) / speed.device
+    passing = (weights * _WEIGHT_PASSES + timeline.reread_bytes + made * _MADE_PASSES[setup.device]) / speed.device
     starting = timeline.operations * _OPERATION_SECONDS[setup.device] * (_WATCHED if setup.checkpointing == "selective" else 1)
     return products + setup.accumulation * (passing + starting)
 

@@ -151,6 +151,8 @@ class Tape:
         """Whether what is like others may be counted instead of played (losses.py)."""
         self.left_out = 0  # tensors of pieces that were counted without being played, and their bytes (losses.py)
         self.left_out_bytes = 0
+        self.reread_bytes = 0
+        """Of weights that are gone through once more at each place of a recurrent layer."""
         self.parameters: list[Tensor] = []
         self.buffers: list[Tensor] = []
         self._order = count()

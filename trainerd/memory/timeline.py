@@ -118,6 +118,8 @@ class Timeline:
     """Of the results made in one micro-batch, both ways: what is written, and read again."""
     largest_bytes: int = 0
     """The largest of them."""
+    reread_bytes: int = 0
+    """Of weights that a micro-batch goes through more than once, both ways."""
     num_products: int = 0
     """Different shapes of products in a step, forwards; on a GPU nobody asks."""
     num_parameters: int = 0
@@ -173,6 +175,7 @@ class Played:
     steps: int
     """Micro-batches that are played of a step, and what they make in all."""
     made_bytes: Any
+    reread_bytes: int
     worst_evaluation_bytes: Any
     optimizer: Optimizer
     weight_bytes: int
@@ -219,7 +222,7 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup, samples: A
     tape.mark(STEP)
     began = tape.here()
     batch_bytes, rest = _step(tape, model, optimizer, setup, samples)
-    flops, steps = tape.flops, 1 if setup.device == "cpu" else min(2, setup.accumulation)
+    flops, reread_bytes, steps = tape.flops, tape.reread_bytes, 1 if setup.device == "cpu" else min(2, setup.accumulation)
     operations = (len(tape.sizes) - began[1] + tape.reborn) / steps + tape.left_out
     ended = len(tape.events)
     births = filter((0).__le__, tape.events[began[0] : ended])
@@ -240,6 +243,7 @@ def _played(tape: Tape, build: Callable[[Tape], Built], setup: Setup, samples: A
         operations=operations,
         steps=steps,
         made_bytes=made_bytes,
+        reread_bytes=reread_bytes,
         worst_evaluation_bytes=worst,
         optimizer=optimizer,
         weight_bytes=sum(saved),
@@ -353,6 +357,7 @@ def told(played: Played, setup: Setup, at: Callable[[Any], Any] = lambda number:
         scratch_bytes=at(tape.scratch) if setup.device == "cpu" else 0,
         operations=played.operations,
         made_bytes=at(played.made_bytes) / played.steps,
+        reread_bytes=played.reread_bytes,
         largest_bytes=_largest(sizes, played.first, played.rest) if setup.device == "cpu" else 0,
         num_products=len({tuple(map(at, shape)) for shape in tape.multiplied}) if setup.device == "cpu" else 0,
         num_parameters=played.num_parameters,

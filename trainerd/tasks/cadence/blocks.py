@@ -217,6 +217,7 @@ class MemoryLayer:
         samples, width = given.shape[0], 3 * hidden + attention
         products = places * hidden * (width + attention) + before * (hidden + attention)
         tape.flops += 2.0 * work.products * samples * products
+        tape.reread_bytes += places * sum(weight.numel for weight in self.weights) * BYTES[given.dtype]
         tape.left_out += places * (work.results + bool(attention) * work.of_attention)
         tape.left_out_bytes += BYTES[given.dtype] * samples * (work.units * places * hidden + work.tables * before * attention)
 
