@@ -86,6 +86,15 @@ def test_a_real_training_stays_below_at_most(name: str, how: str, tmp_path: Path
     assert real <= most and real == pytest.approx(likely, rel=0.3), (likely, most, real)
 
 
+@glibc
+@pytest.mark.slow
+def test_what_is_likely_of_kept_blocks_is_what_a_training_comes_to(tmp_path: Path) -> None:
+    """With batches of many lengths, whose holes grow over the first dozens of steps: within a tenth, by the trace that was kept."""
+    trained("ragged", "kept", tmp_path, "first", 2)
+    likely, most, real = trained("ragged", "kept", tmp_path, "again", 30)
+    assert real <= most and real == pytest.approx(likely, rel=0.1), (likely, most, real)
+
+
 def answer(budget: int, chooses: bool = True) -> tuple[str, Estimate]:
     asked = RunConfig.model_validate({"task": "cadence", "train": {"batch_size": 4096}})
     found = forecast.answer(asked, forecast.Place("cpu", budget, "fp32", chooses_heap=chooses), GRU)

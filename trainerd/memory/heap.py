@@ -34,7 +34,7 @@ class Holes:
 _MIB = 1 << 20
 _SMALL = 1.5
 # By real trainings (docs/log.md: python -m benchmarks.memory.ram), kernels' scratch included.
-LIKELY = {KEPT: Holes(0.3, 64 * _MIB, again=0.6), GIVEN_BACK: Holes(), UNKNOWN: Holes(0.1, 32 * _MIB)}
+LIKELY = {KEPT: Holes(0.1, again=0.6), GIVEN_BACK: Holes(), UNKNOWN: Holes(0.1, 32 * _MIB)}
 MOST = {KEPT: Holes(0.6, 192 * _MIB, again=1.2, largest=3), GIVEN_BACK: Holes(0.08), UNKNOWN: Holes(0.4, 128 * _MIB, again=1.0)}
 
 
