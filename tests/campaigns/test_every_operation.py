@@ -29,9 +29,9 @@ def die_at(program: str, folder: Path, every: int, share: float = 0.95) -> tuple
 
 
 def test_a_kill_at_some_operations(tmp_path: Path) -> None:
-    """Every 450th point of lives that finish, begin with damage, or are asked to leave: the next life goes on from what was
+    """Every 300th point of lives that finish, begin with damage, or are asked to leave: the next life goes on from what was
     acknowledged, and ends with the same bits and the same files."""
-    assert die_at("every_operation", tmp_path / "home", 450)[0] > 5
+    assert die_at("every_operation", tmp_path / "home", 300)[0] > 8
 
 
 def test_a_kill_at_some_operations_of_a_supervisor(tmp_path: Path) -> None:
