@@ -36,6 +36,8 @@ QUICK = Timing(
 RUN = "fake-1"
 # A limit is for what never comes; a busy machine or a slow disk is no such thing.
 _PATIENCE = 4
+# Under Wine a look at the files costs as much as a step of what is looked at.
+_LOOK_SECONDS = 0.1 if sys.platform == "win32" else 0.02
 _OWN_HIDDEN_CONSOLE = getattr(subprocess, "CREATE_NO_WINDOW", 0) | getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
 
 
@@ -135,7 +137,7 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None
     deadline = time.monotonic() + _PATIENCE * seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.02)
+        time.sleep(_LOOK_SECONDS)
 
 
 def starts(home: Home, run: str = RUN) -> list[tuple[float, int, str]]:

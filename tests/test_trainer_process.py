@@ -60,7 +60,7 @@ class Tells(Tiny):
 """
 
 
-@pytest.mark.parametrize("train", [{}, {"precision": "fp16"}, {"optimizer": "sgd", "deterministic": False}], ids=str)
+@pytest.mark.parametrize("train", [{}, {"precision": "fp16", "optimizer": "sgd", "deterministic": False}], ids=str)
 def test_what_compiles_nothing_loads_no_compiler(tmp_path: Path, train: dict[str, Any]) -> None:
     """Neither a first life nor a resumed one loads torch's compiler: it would be a second of each start, and 70 MB of RAM."""
     paths = new_run(tmp_path, source=TASK + _TELLS, class_name="Tells", train=train, checkpoint={"every_steps": 3})

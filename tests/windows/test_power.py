@@ -20,7 +20,7 @@ assert sys.platform == "win32"
 
 QUERYENDSESSION, ENDSESSION, POWERBROADCAST = 0x11, 0x16, 0x218
 SUSPEND, RESUMED = 0x4, 0x12
-LONG = {"steps": 100_000, "every": 10**6, "pause": 0.01}
+LONG = {"steps": 100_000, "every": 10**6, "pause": 0.05}
 _user32 = ctypes.WinDLL("user32", use_last_error=True)
 _Enumerate = ctypes.WINFUNCTYPE(wintypes.BOOL, wintypes.HWND, wintypes.LPARAM)
 _user32.SendMessageTimeoutW.restype = ctypes.c_ssize_t

@@ -12,7 +12,7 @@ from tests.supervised import RUN, Daemon, alive, journal, starts, wait_for
 from trainerd.contract import runs, status
 from trainerd.contract.paths import Home
 
-LONG = {"steps": 100_000, "every": 1000, "pause": 0.01}
+LONG = {"steps": 100_000, "every": 1000, "pause": 0.05}
 
 
 @pytest.fixture
