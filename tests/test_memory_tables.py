@@ -23,6 +23,8 @@ from trainerd.memory.recurrent import Gru
 from trainerd.memory.tape import Tape
 from trainerd.memory.tape import Tensor as Shadow
 from trainerd.memory.timeline import Setup, of_model
+from trainerd.tasks.cadence import blocks
+from trainerd.tasks.cadence.model import MemoryLayer
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -422,6 +424,28 @@ def test_a_loss_in_pieces_never_holds_all_logits(precision: str) -> None:
         return max(size for size, kind in zip(tape.sizes, tape.kinds, strict=True) if kind == "logits")
 
     assert logits(4096) == logits(512) <= 256 * 5000 * 4
+
+
+@pytest.mark.parametrize("samples", [1, 6])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("attention", [0, 24])
+def test_cadences_memory_layer_is_its_table(attention: int, precision: str, samples: int) -> None:
+    """Alone, at its highest and in the end, with attention and without: what the whole model's highest point may hide."""
+    layer, x = MemoryLayer(20, 40, attention), torch.randn(samples, 9, 20)
+    with TensorCount([*layer.parameters(), x]) as count:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            total = layer(x, None)[0].sum()
+        total.backward()
+        del total
+    tape = Tape("cpu", None if precision == "fp32" else precision)
+    tape.adds_in_place = False
+    table, given = blocks.MemoryLayer(tape, 20, 40, attention), tape.input(samples, 9, 20, dtype="fp32")
+    before = tape.peak = tape.live
+    with tape.autocast():
+        counted = ops.total(table(given))
+    tape.backward(counted)
+    del counted
+    assert (tape.peak - before, tape.live - before) == (count.peak - count.known, count.live - count.known)
 
 
 STEPS = ["gpt full 2", "gpt selective 2", "gpt-math none 1", "llama-lora full 2", "convnet full 2", "cnn3d full 2"]

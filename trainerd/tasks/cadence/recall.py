@@ -115,7 +115,7 @@ class _Scratch:
 
     def __init__(self, given: Tensor, places: int, attention: int) -> None:
         self.table = given.new_empty(len(given) * places * attention)
-        self.scores = given.new_empty(len(given) * places)
+        self.scores = given.new_empty(len(given) * places if attention else 0)
         self.query = given.new_empty(len(given), attention)
 
     def tables(self, keys: Tensor, given: Tensor, recall: Tensor) -> Tensor:
