@@ -78,6 +78,14 @@ def test_odd_words_are_refused_in_words(person: Person, tmp_path: Path) -> None:
         assert done.returncode == 2 and says in said and "itself" not in said, (words, said)
 
 
+def test_a_folder_in_the_place_of_the_status_is_named(person: Person, home: Home) -> None:
+    """Before a supervisor is started that could write none: 5, and what to do."""
+    home.status.mkdir()
+    done = person.types("start", "--dataset-size", "100")
+    assert done.returncode == 5 and f"{home.status} is a folder" in done.stderr and "Move it away." in done.stderr, done
+    assert not home.runs.exists()
+
+
 def test_a_status_of_no_run_that_there_can_be_is_damaged(person: Person, home: Home) -> None:
     """A name that leads out of the home, or that no file can have: unreadable, in `status` and in the monitor."""
     for run in ("../../elsewhere", "a\0b", "a\\b"):

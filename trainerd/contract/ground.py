@@ -27,6 +27,8 @@ def check(home: Home, run: str | None = None) -> list[str]:
         for path in (paths.record, paths.config, paths.metrics, paths.events):
             if files.is_link(path):
                 raise Refused(f"{path} is a link: what a run writes must lie in its home.", "Move it away.")
+    if home.status.is_dir():
+        raise Refused(f"{home.status} is a folder, where trainerd keeps a file.", "Move it away.")
     _check_owner(home.root, follow=True)
     for folder in folders:
         if files.is_link(folder):
