@@ -189,7 +189,7 @@ class _Back:
         scratch = _Scratch(self.given, places, self.attention)
         to_table, to_shares = torch.empty_like(scratch.table), torch.empty_like(scratch.scores)
         to_past, to_new = (self.given.new_empty(samples, hidden) for _ in range(2))
-        self.to_reads[:, -1, hidden:] = 0
+        self.to_reads[:, -1, hidden:].zero_()
         for place in reversed(range(places)):
             to_state = to_states[:, place]
             if self.attention and place < places - 1:
@@ -199,7 +199,7 @@ class _Back:
                 self._attention(place, to_past, to_states[:, :place], scratch, to_table, to_shares)
             elif place:
                 to_states[:, place - 1].add_(to_past)
-        self.to_given[:, 0, 3 * hidden :] = 0
+        self.to_given[:, 0, 3 * hidden :].zero_()
         del self.weights  # autocast's copies go before the weights' gradients come
 
     def _gates(self, place: int, to_state: Tensor, to_past: Tensor, to_new: Tensor) -> None:
@@ -233,7 +233,7 @@ class _Back:
         _tanh_back(to_table, table, grad_input=to_table)
         self.to_keys[:, :place].add_(to_table)
         to_query = torch.sum(to_table, 1, out=self.to_given[:, place, 3 * hidden :])
-        self.to_reads[:, place - 1, hidden:] = to_query
+        self.to_reads[:, place - 1, hidden:].copy_(to_query)
 
     def to_weights(self, like: Weights) -> Weights:
         """One product over all places for each."""
