@@ -112,6 +112,23 @@ def test_step_by_step_is_as_all_at_once(name: str) -> None:
     assert torch.allclose(after[:, 0], whole[picked, 4])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("attention", [24, 0])
+def test_step_by_step_under_autocast_is_near_all_at_once(attention: int) -> None:
+    """In bfloat16 a single place goes another way than several, to the same values within its precision."""
+    torch.manual_seed(1)
+    layer, inputs = MemoryLayer(16, 32, attention), torch.randn(3, 6, 16)
+    exact, _ = layer(inputs, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        whole, _ = layer(inputs, None)
+        state, parts = None, []
+        for place in range(6):
+            part, state = layer(inputs[:, place : place + 1], state)
+            parts.append(part)
+    assert whole.dtype == torch.bfloat16 and torch.allclose(torch.cat(parts, 1).float(), whole.float(), atol=1e-2)
+    assert torch.allclose(whole.float(), exact, atol=3e-2)
+
+
 def test_gradients_flow_through_the_memory() -> None:
     """The last output has a gradient on the first input through the tape alone, with every other way from the past cut."""
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ import torch
 from benchmarks.memory import counted
 from benchmarks.memory.families import HELD_OUT, KNOWN, family
 from tests.memory_oracle import Budget, TensorCount
-from tests.toy import Script, Toy, lines, run, weights
+from tests.toy import LEAVE, Script, Toy, lines, run, weights
 from tests.toy import config as toy_config
 from trainerd.config.model import DataConfig, RunConfig
 from trainerd.engine import attention, dropout
@@ -220,3 +220,33 @@ def test_in_the_end_one_prefix_is_tried_once_more_and_no_losses_again(tmp_path: 
     with pytest.raises(MemoryError):
         run(tmp_path, toy_config(), link, Never())
     assert tried == [4, 2, 1, 1, 1, 1] and len(evaluations) == 2
+
+
+def test_what_went_at_once_is_known_to_the_next_life(tmp_path: Path) -> None:
+    """A resumed run begins its evaluations with as many as went, not with the number that ran out of memory before."""
+    tried: list[int] = []
+    done: list[int] = []
+
+    class Small(Toy):
+        def evaluate(self, model: Any, ctx: TaskContext, losses: Any) -> dict[str, float]:
+            def work(some: Any) -> Any:
+                tried.append(len(some))
+                if len(some) > 1:
+                    raise MemoryError
+                return some
+
+            made = float(sum(ctx.in_parts(range(3), 4, work)))
+            done.append(len(tried))
+            return {**losses, "made": made}
+
+    class Leaving(Script):
+        left = False
+
+        def command(self) -> dict[str, Any] | None:
+            before, self.left = self.left, bool(done)
+            return LEAVE if done and not before else None
+
+    asked = toy_config({"max_steps": 4, "eval_every_steps": 2})
+    assert run(tmp_path, asked, Leaving(), Small()).outcome == "left" and len(done) == 1
+    assert run(tmp_path, asked, Script(), Small()).outcome == "finished" and len(done) > 1
+    assert tried == [3, 2, *[1] * 3 * len(done)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory.__main__ import counted, estimated
 from benchmarks.memory.families import family
@@ -446,6 +447,20 @@ def test_cadences_memory_layer_is_its_table(attention: int, precision: str, plac
     tape.backward(counted)
     del counted
     assert (tape.peak - before, tape.live - before) == (count.peak - count.known, count.live - count.known)
+
+
+@pytest.mark.parametrize("attention", [0, 24])
+def test_cadences_memory_layer_computes_what_its_table_says(attention: int) -> None:
+    """The work of both ways: what torch counts of it, and what it does not count: products in place, and attention's sums."""
+    layer, x = MemoryLayer(20, 40, attention), torch.randn(6, 60, 20)
+    with FlopCounterMode(display=False) as count:
+        layer(x, None)[0].sum().backward()
+    in_place = 2 * 6 * 60 * 40 * (3 * 40 + attention) + 2 * 6 * 59 * 40 * attention
+    sums = 2 * 6 * (60 * 59 // 2) * (3 * attention + 40) if attention else 0
+    tape = Tape("cpu")
+    table, given = blocks.MemoryLayer(tape, 20, 40, attention), tape.input(6, 60, 20, dtype="fp32")
+    tape.backward(ops.total(table(given)))
+    assert tape.flops == pytest.approx(count.get_total_flops() + in_place + sums, rel=1e-3)
 
 
 STEPS = ["gpt full 2", "gpt selective 2", "gpt-math none 1", "llama-lora full 2", "convnet full 2", "cnn3d full 2"]

@@ -1,4 +1,5 @@
-"""CADENCE's two models as a memory table: what model.py allocates, without torch. Must be changed together with model.py.
+"""CADENCE's two models as a memory table: what model.py allocates, without torch. Must be changed together with model.py and
+recall.py.
 
 tests/test_memory_tables.py holds it against the real models, to the byte.
 """
@@ -215,7 +216,7 @@ class MemoryLayer:
         """At so many places, with so many before each of them in all, into what is there already."""
         tape, hidden, attention = given.tape, self.hidden, self.attention
         samples, width = given.shape[0], 3 * hidden + attention
-        products = places * hidden * (width + attention) + before * (hidden + attention)
+        products = places * hidden * (width + attention) + bool(attention) * before * (hidden + attention)
         tape.flops += 2.0 * work.products * samples * products
         tape.reread_bytes += places * sum(weight.numel for weight in self.weights) * BYTES[given.dtype]
         tape.left_out += places * (work.results + bool(attention) * work.of_attention)
